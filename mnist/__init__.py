@@ -1,0 +1,3 @@
+"""Train image classifiers with one visible loop, on any hardware. `accelerate launch train.py` starts here."""
+
+__version__ = "0.1.0"

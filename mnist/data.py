@@ -1,0 +1,331 @@
+"""A data set by name -> images in memory -> batches that know what each image counts.
+
+    data = load_dataset("mnist", "data")
+    batches = build_batches(data.train, batch_size=10, shuffle=True, seed=0)
+    for X, y, weight in batches: ...          # [10, 1, 28, 28] in [0, 1], [10], [10]
+
+The four files of a data set are read as they lie on the disk, .gz or raw, and never unpacked there: a read-only
+folder will do, and processes that start together cannot race.
+"""
+
+import gzip
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mnist.errors import ConfigError, UserError
+from mnist.transforms import scale_pixels
+
+
+class Split(NamedTuple):
+    """Images and their classes."""
+
+    images: Tensor  # uint8 [N, height, width]
+    labels: Tensor  # int64 [N]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: slice | Tensor) -> "Split":
+        """The images at `index`."""
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set of MNIST's form lies below --data-dir, and what its files must be."""
+
+    torchvision_class: str
+    class_names: tuple[str, ...]
+    md5: dict[str, str]  # of the .gz files, as torchvision's classes give them
+
+    def folder(self, data_dir: str | Path) -> Path:
+        return Path(data_dir) / self.torchvision_class / "raw"
+
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def _source(torchvision_class: str, class_names: str, *md5: str) -> Source:
+    return Source(torchvision_class, tuple(class_names.split(", ")), dict(zip(FILES, md5, strict=True)))
+
+
+SOURCES = {
+    "mnist": _source(
+        "MNIST",
+        "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion-mnist": _source(
+        "FashionMNIST",
+        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+    "kmnist": _source(
+        "KMNIST",
+        "o, ki, su, tsu, na, ha, ma, ya, re, wo",
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    ),
+}
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path,
+    *,
+    limit_train_images: int | None = None,
+    limit_test_images: int | None = None,
+    validation_size: int = 0,
+) -> ImageData:
+    """Read a data set, downloading through torchvision what does not lie in `data_dir`.
+
+    Raises UserError for a file that is missing or corrupt, ConfigError where a limit leaves no image.
+    """
+    source = SOURCES[name]
+    folder = source.folder(data_dir)
+    if not all(_find(folder, file) for file in FILES):
+        _download(name, source, data_dir)
+    paths = [_find(folder, file) or folder / file for file in FILES]
+    images, labels, test_images, test_labels = (
+        read_idx(path, source.md5[path.name.removesuffix(".gz")]) for path in paths
+    )
+    train = _split(folder, "train", images, labels, source.class_names)
+    test = _split(folder, "t10k", test_images, test_labels, source.class_names)
+    if validation_size >= len(train):
+        raise ConfigError(
+            f"--validation-size {validation_size}: leaves nothing of the {len(train):,} training images of {name}."
+        )
+    rest = len(train) - validation_size
+    return ImageData(
+        name,
+        source.class_names,
+        train=train.take(slice(0, min(rest, limit_train_images or rest))),
+        validation=train.take(slice(rest, None)) if validation_size else None,
+        test=test.take(slice(0, limit_test_images)),
+    )
+
+
+def _find(folder: Path, file: str) -> Path | None:
+    candidates = (folder / f"{file}.gz", folder / file)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Split:
+    if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or len(images) == 0:
+        shapes = f"{list(images.shape)} and {list(labels.shape)}"
+        raise UserError(f"{folder}/{prefix}-*: images and labels of shapes {shapes} do not belong together.")
+    if int(labels.max()) >= len(class_names):
+        raise UserError(f"{folder}/{prefix}-labels: class {int(labels.max())} of only {len(class_names)} classes.")
+    return Split(images, labels.long())
+
+
+def read_idx(path: Path, md5: str | None = None) -> Tensor:
+    """Read an IDX file of bytes, .gz or raw, as uint8 [N, ...]; a .gz file must have the MD5 sum given.
+
+    Raises UserError, naming the file. Format: the MNIST database's page, "THE IDX FILE FORMAT".
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if md5 is not None and found != md5:
+            raise UserError(
+                f"{path}: corrupt, MD5 {found}, expected {md5}. Restore it (git checkout -- {path}) where the project"
+                " carries it; otherwise delete it, and it is downloaded again."
+            )
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: not a whole .gz file ({error}). Delete it and fetch it again.") from error
+    # two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as big-endian uint32
+    dimensions = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
+    header = 4 + 4 * dimensions
+    if dimensions == 0 or len(content) < header:
+        raise UserError(f"{path}: not an IDX file of bytes. Delete it and fetch it again.")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    if len(content) - header != int(np.prod(shape)):
+        raise UserError(
+            f"{path}: {len(content) - header:,} bytes of data where its shape {list(shape)} needs"
+            f" {int(np.prod(shape)):,}. Delete it and fetch it again."
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+
+
+def _download(name: str, source: Source, data_dir: str | Path) -> None:
+    """Let torchvision fetch the files into `data_dir`; say where to put them by hand where it cannot."""
+    import torchvision
+
+    print(f"Downloading {name} into {data_dir} ...", flush=True)
+    try:
+        getattr(torchvision.datasets, source.torchvision_class)(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:
+        missing = [f"{file}.gz" for file in FILES if not _find(source.folder(data_dir), file)]
+        raise UserError(
+            f"--dataset {name}: cannot be downloaded into {data_dir} ({error}).\n"
+            f"Put these files into {source.folder(data_dir)} by hand, as .gz or unpacked, and start again:\n"
+            + "\n".join(f"  {file}  (MD5 {source.md5[file.removesuffix('.gz')]})" for file in missing)
+            + ("\nThe project carries them: git checkout -- data" if name == "mnist" else "")
+        ) from error
+
+
+class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The batches of an epoch: (X, y, weight) for a range of positions in the order of the epoch.
+
+    `weight` [B] is what an image counts in the loss, so that neither the loop nor the loss needs a case for the last
+    batch. In training it is such that an optimizer step takes the mean over its true number of images, also in the
+    last, shorter window of accumulated batches: 1 / images of the step, times the two factors that others divide by,
+    gradient_accumulation_steps (accelerator.backward) and num_processes (DistributedDataParallel). In evaluation
+    (`mean_over_batches=None`) it is 1. The last batch is filled up to the full size, so that all processes get the
+    same number of images and all batches have one shape, with images of weight 0.
+    """
+
+    READ_AHEAD = 1024  # images prepared with one operation: an order of magnitude quicker than batch by batch
+
+    def __init__(
+        self, split: Split, *, batch_size: int, shuffle: bool, seed: int, mean_over_batches: int | None, scale: float
+    ) -> None:
+        self.split = split
+        self.batch_size = batch_size  # of all processes together
+        self.shuffle = shuffle
+        self.seed = seed
+        position = torch.arange(self.num_batches * batch_size)
+        self.weight = torch.ones(len(position))
+        if mean_over_batches is not None:
+            window = batch_size * mean_over_batches
+            start = position // window * window
+            self.weight = scale / (start + window).clamp(max=len(split)).sub(start).to(self.weight.dtype)
+        self.weight[len(split) :] = 0
+        self.epoch = -1
+        self.set_epoch(0)
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch, a function of the seed and the epoch alone."""
+        if epoch == self.epoch:  # Accelerate calls once more at the start of every pass
+            return
+        self.epoch, count = epoch, len(self.split)
+        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+        self.order = torch.from_numpy(np.resize(order, self.num_batches * self.batch_size))  # filled from its start
+        self.ready: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __getitems__(self, positions: range) -> tuple[Tensor, Tensor, Tensor]:
+        """X [B, 1, height, width], y [B], weight [B]; a process asks for its own part of each batch."""
+        if positions not in self.ready:
+            self._read_ahead(positions)
+        return self.ready.pop(positions)
+
+    def _read_ahead(self, positions: range) -> None:
+        size, stride = len(positions), self.batch_size
+        count = max(1, self.READ_AHEAD // size)
+        parts = [range(start, start + size) for start in range(positions.start, len(self.order), stride)[:count]]
+        places = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # [batches, B]
+        images, labels = self.split.take(self.order[places])
+        batches = zip(scale_pixels(images).unbind(), labels.unbind(), self.weight[places].unbind(), strict=True)
+        self.ready = dict(zip(parts, batches, strict=True))
+
+
+class PositionBatches:
+    """Yields the positions of each batch as a range. Accelerate gives each process a slice of every one."""
+
+    drop_last = False
+
+    def __init__(self, num_batches: int, batch_size: int) -> None:
+        self.num_batches = num_batches
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[range]:
+        for start in range(0, self.num_batches * self.batch_size, self.batch_size):
+            yield range(start, start + self.batch_size)
+
+
+def build_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    gradient_accumulation_steps: int = 1,
+    num_processes: int = 1,
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """A DataLoader of (X, y, weight), to be prepared by Accelerate with split_batches=True.
+
+    `batch_size` is that of all processes together. Shuffled batches are for training: their weights are for a mean
+    over each optimizer step; otherwise each image weighs 1. `set_epoch` chooses the order.
+    Raises ConfigError for a training batch larger than the data.
+    """
+    if shuffle and batch_size > len(split):
+        over = f" x {num_processes} processes" if num_processes > 1 else ""
+        raise ConfigError(
+            f"--batch-size {batch_size // num_processes}{over}: larger than the {len(split):,} training images."
+        )
+    dataset = BatchDataset(
+        split,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        mean_over_batches=gradient_accumulation_steps if shuffle else None,
+        scale=float(gradient_accumulation_steps * num_processes),
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=PositionBatches(dataset.num_batches, batch_size),  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else every epoch would draw from the global one
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def in_sample(train: Split, test: Split, seed: int) -> Split:
+    """The training images on which in-sample figures are taken: all, or as many as the test set has.
+
+    All where they are at most twice as many as the test images; otherwise a sample fixed by the seed.
+    """
+    if len(train) <= 2 * len(test):
+        return train
+    chosen = np.random.default_rng([seed, 0]).choice(len(train), len(test), replace=False)
+    return train.take(torch.from_numpy(np.sort(chosen)))

@@ -1,0 +1,146 @@
+"""What is logged, under which key, to which trackers. The only module that knows W&B.
+
+    with Tracking(accelerator, run.folder, config.run_name, settings) as tracking:
+        tracking.log({"step": 100, "epoch": 1, "train/loss": 0.5})
+
+Every line goes to metrics.jsonl first, flushed at once, then to the trackers that Accelerate was built with
+(`Accelerator(log_with=...)`). A tracker is a guest: no account, no key, no network and no server may stop a run, or
+delay it by more than ten seconds at either end.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+
+from mnist.errors import UserError
+
+PROJECT = "mnist"  # the W&B project, unless WANDB_PROJECT names another
+SECONDS_FOR_SERVER = 8  # W&B adds up to a second of its own to each wait
+
+
+class Tracking:
+    """The metrics of one run, written by the main process; on the others it does nothing."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.settings = dict(settings)
+        self.description = "none"
+        self.warning: str | None = None  # to be shown, once
+        self.sync_command: str | None = None  # sends to the server what lies on the disk only
+
+    def __enter__(self) -> "Tracking":
+        if self.accelerator.is_main_process:
+            self.file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+            if any(str(name) == "wandb" for name in self.accelerator.log_with):
+                self._start_wandb()
+        return self
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log one line of numbers, `step` and `epoch` among them. Never writes NaN or infinity: ValueError."""
+        if self.accelerator.is_main_process:
+            self.file.write(json.dumps(values, allow_nan=False) + "\n")
+            self.file.flush()
+            for tracker in self.accelerator.trackers:
+                tracker.log(dict(values))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.accelerator.is_main_process:
+            self.file.close()
+            if self.accelerator.trackers:
+                self._finish_wandb(exit_code=0 if error is None else 1)
+
+    def _start_wandb(self) -> None:
+        """Start a W&B run: online where there is a key and a server that answers, offline otherwise."""
+        # W&B's own error reporting waits up to 22 s at Python's exit for a server that does not answer (measured)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if not _home_is_writable():
+            os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "wandb" / "cache"))
+            os.environ.setdefault("WANDB_CONFIG_DIR", str(self.folder / "wandb" / "config"))
+        import wandb
+
+        try:
+            wandb.setup(wandb.Settings(silent=True))  # silent: also asks no question
+        except ValueError as error:  # of pydantic: a WANDB_... variable that W&B cannot read
+            raise UserError(f"W&B cannot read its settings from the environment: {error}") from error
+        mode, reason = None, ""
+        if wandb.setup().settings.mode in ("online", "run", "shared"):
+            try:
+                if not wandb.login(prompt=False, verify=False):
+                    mode, reason = "offline", "not logged in"
+            except wandb.errors.Error as error:
+                mode, reason = "offline", _first_line(error)
+                self.warning = f"W&B cannot use its API key ({reason}): this run is logged offline."
+        try:
+            self._init_wandb(mode)
+        except wandb.errors.Error as error:
+            self.accelerator.trackers.clear()
+            mode, reason = "offline", "the server cannot be used"
+            self.warning = f"W&B cannot be reached ({_first_line(error)}): this run is logged offline."
+            self._init_wandb(mode)
+
+        run = self.accelerator.get_tracker("wandb", unwrap=True)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        run.define_metric("test/accuracy", step_metric="step", summary="max,last")
+        if run.disabled:
+            self.description = "wandb, disabled"
+            return
+        self.run_folder = os.path.relpath(run.settings.sync_dir, self.folder)
+        self.run_folder = str(self.folder / self.run_folder)
+        if run.offline:
+            self.description = f"wandb, offline{f' ({reason})' if reason else ''}"
+            self.sync_command = f"wandb sync {self.run_folder}"
+        else:
+            self.description = f"wandb, {run.url}"
+
+    def _init_wandb(self, mode: str | None) -> None:
+        # An argument beats the environment in W&B: so what the user's variables say is looked up first.
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",  # metrics are logged, not what is printed: capturing it costs ten times the printing
+            init_timeout=SECONDS_FOR_SERVER,
+            finish_timeout=SECONDS_FOR_SERVER,
+            finish_timeout_raises=True,
+        )
+        keywords = {
+            "mode": mode,
+            "name": os.environ.get("WANDB_NAME") or self.folder.name,
+            "dir": os.environ.get("WANDB_DIR") or str(self.folder),
+            "settings": settings,
+        }
+        project = os.environ.get("WANDB_PROJECT") or PROJECT
+        self.accelerator.init_trackers(project, config=self.settings, init_kwargs={"wandb": keywords})
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        import wandb
+
+        try:
+            self.accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=exit_code)
+        except (TimeoutError, wandb.errors.Error) as error:
+            self.warning = (
+                f"The W&B server did not take the last of the run ({_first_line(error)}): it is kept on disk."
+            )
+            self.sync_command = f"wandb sync {self.run_folder}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def _home_is_writable() -> bool:
+    """Whether W&B can make its cache where it would by itself, below the home folder."""
+    try:
+        (Path.home() / ".cache" / "wandb").mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return False
+    return os.access(Path.home() / ".cache" / "wandb", os.W_OK)

@@ -1,0 +1,167 @@
+"""Train an image classifier: the PyTorch MNIST tutorial's loop, on any hardware.
+
+    accelerate launch train.py                                  # the tutorial's recipe: 3 epochs, batches of 10, Adam
+    accelerate launch train.py --recipe cnn                     # a convolutional network: over 99 % of the test images
+    accelerate launch train.py --epochs 10 --schedule cosine    # any setting by its flag
+    python train.py --help                                      # all of them
+
+Read it from top to bottom: accelerator, data, model, run, loop, and what is left behind. Accelerate wraps the model,
+the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on many of them and on many machines.
+"""
+
+import dataclasses
+import sys
+
+from mnist.config import TrainConfig, parse_command_line
+from mnist.errors import UserError
+from mnist.recipes import RECIPES
+
+
+def train(config: TrainConfig) -> None:
+    """One run, from its settings to a folder with its metrics, its model and its pictures."""
+    # imported here, so that --help and a mistyped flag are answered before torch has loaded
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, set_seed
+
+    from mnist.checkpoint import ModelConfig, save_model
+    from mnist.data import build_batches, in_sample, load_dataset
+    from mnist.hardware import describe_hardware, use_fair_share_of_cores
+    from mnist.metrics import evaluate
+    from mnist.models import build_model, count_parameters
+    from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
+    from mnist.progress import Progress
+    from mnist.report import draw_curves, draw_prediction
+    from mnist.run import Run
+    from mnist.terminal import Terminal
+    from mnist.tracking import Tracking
+    from mnist.transforms import scale_pixels
+
+    # --- accelerator: the processes and devices that the launcher gave us
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(config.tracker_names),
+    )
+    use_fair_share_of_cores()
+    set_seed(config.seed)
+
+    # --- data: images in memory, in batches for training and, as they lie, for measuring
+    with accelerator.local_main_process_first():
+        data = load_dataset(
+            config.dataset,
+            config.data_dir,
+            limit_train_images=config.limit_train_images,
+            limit_test_images=config.limit_test_images,
+            validation_size=config.validation_size,
+        )
+    train_batches = build_batches(
+        data.train,
+        batch_size=config.batch_size * accelerator.num_processes,
+        shuffle=True,
+        seed=config.seed,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+    )
+    measured = {"train": in_sample(data.train, data.test, config.seed), "val": data.validation, "test": data.test}
+    measured_batches = {
+        part: accelerator.prepare(build_batches(split, batch_size=500 * accelerator.num_processes))
+        for part, split in measured.items()
+        if split is not None
+    }
+
+    # --- model, loss, optimizer, schedule
+    steps_per_epoch = -(-len(train_batches) // config.gradient_accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    model = build_model(config.model, len(data.class_names))
+    loss_function = LOSSES[config.loss]
+    optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
+    scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
+    optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
+    model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
+
+    # --- run: a folder of its own, a header on the terminal, trackers
+    run = Run.create(config) if accelerator.is_main_process else Run()
+    facts = {
+        **describe_hardware(accelerator),
+        "data": f"{data.name}, {len(data.train):,} training and {len(data.test):,} test images",
+        "model": f"{config.model}, {count_parameters(model):,} parameters",
+        "batch": f"{config.batch_size} images x {accelerator.num_processes} process(es)"
+        f" x {config.gradient_accumulation_steps} accumulated",
+        "steps": f"{total_steps:,} optimizer steps, {steps_per_epoch:,} an epoch",
+        "run folder": str(run.folder),
+    }
+    terminal = Terminal(accelerator.is_main_process, config.epochs)
+    terminal.header(config.recipe, facts)
+    with run, Tracking(accelerator, run.folder, dataclasses.asdict(config) | facts) as tracking:
+        terminal.row("trackers", tracking.description)
+        progress = Progress(
+            accelerator,
+            terminal,
+            tracking.log,
+            log_every=config.log_every,
+            images_per_epoch=len(data.train),
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+        )
+
+        for epoch in range(1, config.epochs + 1):
+            # --- loop
+            train_batches.set_epoch(epoch)
+            progress.start_epoch(epoch)
+            for X, y, weight in train_batches:  # [B, 1, 28, 28] in [0, 1], [B], [B]: what each image counts
+                optimizer.zero_grad()  # does nothing inside a window of accumulated batches
+                with accelerator.accumulate(model):
+                    output = model(X)  # [B, classes] log-probabilities
+                    loss = loss_function(output, y, weight)
+                    accelerator.backward(loss)
+                    if config.max_grad_norm and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    scheduler.step()
+                progress.update(loss)  # fetches the loss from the device every --log-every steps only
+                if progress.finished:
+                    break
+
+            # --- in sample and out of sample, with the same weights
+            values = progress.end_epoch() | {"learning_rate": scheduler.get_last_lr()[0]}
+            for part, batches in measured_batches.items():
+                result = evaluate(model, batches, loss_function, accelerator)
+                values[f"{part}/loss"] = progress.finite(result.loss, f"{part} loss")
+                values[f"{part}/accuracy"] = result.accuracy
+            tracking.log(values)
+            terminal.epoch_line(values)
+            run.progress(progress.step, epoch)
+            if progress.finished:
+                break
+
+        # --- what is left behind: the model, its curves, a test image beside the network's answer
+        if accelerator.is_main_process:
+            net = accelerator.unwrap_model(model, keep_torch_compile=False).eval()
+            save_model(net, run.folder / "model", ModelConfig.of(config.model, data))
+            draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", title=run.folder.name)
+            image, label = data.test.images[0], data.test.labels[0]
+            with torch.no_grad():
+                probabilities = net(scale_pixels(image[None]).to(accelerator.device))[0].exp().cpu()  # [classes]
+            draw_prediction(image, label, probabilities, data.class_names, run.folder / "prediction.png")
+            terminal.draw(image, label, probabilities, data.class_names)
+    terminal.result(run.folder, values, tracking.warning, tracking.sync_command)
+    accelerator.end_training()
+
+
+def main() -> int:
+    """Train as the command line says; the exit code is 0, 1 for a run that failed and 2 for wrong usage."""
+    try:
+        train(parse_command_line(RECIPES))
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
