@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> None:
 
     from mnist.checkpoint import ModelConfig, save_model
     from mnist.data import build_batches, in_sample, load_dataset
-    from mnist.hardware import describe_hardware, use_fair_share_of_cores
+    from mnist.hardware import device_name, use_fair_share_of_cores
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=list(config.tracker_names),
+        log_with=list(config.tracker_names) or None,
     )
     use_fair_share_of_cores()
     set_seed(config.seed)
@@ -84,18 +84,22 @@ def train(config: TrainConfig) -> None:
 
     # --- run: a folder of its own, a header on the terminal, trackers
     run = Run.create(config) if accelerator.is_main_process else Run()
-    facts = {
-        **describe_hardware(accelerator),
-        "data": f"{data.name}, {len(data.train):,} training and {len(data.test):,} test images",
-        "model": f"{config.model}, {count_parameters(model):,} parameters",
-        "batch": f"{config.batch_size} images x {accelerator.num_processes} process(es)"
-        f" x {config.gradient_accumulation_steps} accumulated",
-        "steps": f"{total_steps:,} optimizer steps, {steps_per_epoch:,} an epoch",
-        "run folder": str(run.folder),
+    resolved = {
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision.replace("no", "float32"),
+        "global_batch_size": config.batch_size * accelerator.num_processes,
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "parameters": count_parameters(model),
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": total_steps,
     }
     terminal = Terminal(accelerator.is_main_process, config.epochs)
-    terminal.header(config.recipe, facts)
-    with run, Tracking(accelerator, run.folder, dataclasses.asdict(config) | facts) as tracking:
+    terminal.header(config, resolved, run.folder)
+    settings = dataclasses.asdict(config) | resolved
+    with run, Tracking(accelerator, run.folder, settings, config.tracker_names) as tracking:
         terminal.row("trackers", tracking.description)
         progress = Progress(
             accelerator,

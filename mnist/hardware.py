@@ -5,7 +5,6 @@ import platform
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 
 def use_fair_share_of_cores() -> None:
@@ -27,14 +26,3 @@ def device_name(device: torch.device) -> str:
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         return f"cpu ({models[0] if models else platform.machine()})"
     return device.type
-
-
-def describe_hardware(accelerator: Accelerator) -> dict[str, str]:
-    """Device, processes, threads and precision in effect, in words."""
-    processes = accelerator.num_processes
-    precision = accelerator.mixed_precision
-    return {
-        "device": device_name(accelerator.device),
-        "processes": f"{processes}, with {torch.get_num_threads()} CPU thread(s) each",
-        "precision": "float32" if precision == "no" else f"mixed, {precision}",
-    }

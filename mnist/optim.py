@@ -38,8 +38,8 @@ LOSSES: dict[str, Loss] = {"nll": nll_loss, "mse": mse_loss}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     # fused: one kernel for all parameters instead of a Python loop; on the CPU too
     "adam": lambda parameters, **settings: torch.optim.Adam(parameters, fused=True, **settings),
-    "adamw": lambda parameters, **settings: torch.optim.AdamW(parameters, fused=True, **settings),
     "radam": torch.optim.RAdam,
+    "adamw": lambda parameters, **settings: torch.optim.AdamW(parameters, fused=True, **settings),
     "sgd": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, fused=True, **settings),
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mnist.config import TrainConfig
+
 
 class Terminal:
     """Prints to the standard output, if this process is the one that prints."""
@@ -29,11 +31,20 @@ class Terminal:
         if self.prints:
             print(text, flush=True)
 
-    def header(self, recipe: str, facts: Mapping[str, str]) -> None:
+    def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path) -> None:
         """What is going to be trained, on what, how and into which folder."""
-        self.print(f"Recipe {recipe}")
-        for name, value in facts.items():
-            self.row(name, value)
+        self.print(f"Recipe {config.recipe}")
+        self.row("device", resolved["device"])
+        self.row("processes", f"{resolved['num_processes']}, each with {resolved['threads']} CPU thread(s)")
+        self.row("precision", resolved["precision"])
+        counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
+        self.row("data", f"{config.dataset}, {counts}")
+        self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
+        accumulated = config.gradient_accumulation_steps
+        window = f", {accumulated} batches an optimizer step" if accumulated > 1 else ""
+        self.row("batch", f"{resolved['global_batch_size']:,} images ({config.batch_size:,} a process){window}")
+        self.row("steps", f"{resolved['total_steps']:,} ({resolved['steps_per_epoch']:,} an epoch)")
+        self.row("run folder", str(folder))
 
     def row(self, name: str, value: str) -> None:
         """A name and its value, in columns."""

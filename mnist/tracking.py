@@ -1,6 +1,6 @@
 """What is logged, under which key, to which trackers. The only module that knows W&B.
 
-    with Tracking(accelerator, run.folder, config.run_name, settings) as tracking:
+    with Tracking(accelerator, run.folder, settings, ["wandb"]) as tracking:
         tracking.log({"step": 100, "epoch": 1, "train/loss": 0.5})
 
 Every line goes to metrics.jsonl first, flushed at once, then to the trackers that Accelerate was built with
@@ -10,7 +10,7 @@ delay it by more than ten seconds at either end.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,10 +26,13 @@ SECONDS_FOR_SERVER = 8  # W&B adds up to a second of its own to each wait
 class Tracking:
     """The metrics of one run, written by the main process; on the others it does nothing."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], names: Sequence[str]
+    ) -> None:
         self.accelerator = accelerator
         self.folder = folder
         self.settings = dict(settings)
+        self.names = names
         self.description = "none"
         self.warning: str | None = None  # to be shown, once
         self.sync_command: str | None = None  # sends to the server what lies on the disk only
@@ -37,7 +40,7 @@ class Tracking:
     def __enter__(self) -> "Tracking":
         if self.accelerator.is_main_process:
             self.file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            if any(str(name) == "wandb" for name in self.accelerator.log_with):
+            if "wandb" in self.names:
                 self._start_wandb()
         return self
 
@@ -64,8 +67,12 @@ class Tracking:
         if not _home_is_writable():
             os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "wandb" / "cache"))
             os.environ.setdefault("WANDB_CONFIG_DIR", str(self.folder / "wandb" / "config"))
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"--trackers wandb: {error}. Install it (pip install wandb), or --trackers none."
+            ) from error
         try:
             wandb.setup(wandb.Settings(silent=True))  # silent: also asks no question
         except ValueError as error:  # of pydantic: a WANDB_... variable that W&B cannot read

@@ -1,0 +1,130 @@
+"""Losses, optimizers, schedules, and what accumulated batches add up to."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mnist.optim import LOSSES, OPTIMIZERS, LeanOptimizer, build_optimizer, build_schedule
+from tests.conftest import RunHere
+
+
+def test_the_losses_are_cross_entropy_and_mean_squared_error_of_the_probabilities() -> None:
+    logits, y = torch.randn(20, 10), torch.randint(10, (20,))
+    output, mean = logits.log_softmax(dim=1), torch.full((20,), 1 / 20)
+    torch.testing.assert_close(LOSSES["nll"](output, y, mean), F.cross_entropy(logits, y))
+    one_hot = F.one_hot(y, 10).float()
+    torch.testing.assert_close(LOSSES["mse"](output, y, mean), F.mse_loss(logits.softmax(dim=1), one_hot))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_image_of_weight_zero_changes_neither_loss_nor_gradient(name: str) -> None:
+    logits, y = torch.randn(4, 10, dtype=torch.float64), torch.randint(10, (4,))
+
+    def loss_and_gradient(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = rows.clone().requires_grad_()
+        loss = LOSSES[name](leaf.log_softmax(dim=1), y[: len(rows)], weight)
+        loss.backward()
+        assert leaf.grad is not None
+        return loss, leaf.grad
+
+    third = torch.full((3,), 1 / 3, dtype=torch.float64)
+    alone = loss_and_gradient(logits[:3], third)
+    padded = loss_and_gradient(logits, torch.cat([third, torch.zeros(1, dtype=torch.float64)]))
+    torch.testing.assert_close(padded[0], alone[0])
+    torch.testing.assert_close(padded[1][:3], alone[1])
+    assert not padded[1][3].any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns(name: str) -> None:
+    torch.manual_seed(0)
+    model, X, y = nn.Linear(5, 2), torch.randn(64, 5), torch.randint(2, (64,))
+    optimizer = build_optimizer(name, model.parameters(), 0.01, 0.001)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def learning_rates(name: str, warmup_steps: int, total_steps: int) -> list[float]:
+    """The learning rate at each optimizer step, of a highest one of 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_schedule(name, optimizer, warmup_steps, total_steps)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules_follow_their_formulas() -> None:
+    assert learning_rates("constant", 0, 5) == [1.0] * 5
+    assert learning_rates("linear", 0, 4) == [1.0, 0.75, 0.5, 0.25]
+    cosine = [0.5 + 0.5 * math.cos(math.pi * step / 10) for step in range(10)]
+    assert learning_rates("cosine", 0, 10) == pytest.approx(cosine)
+    one_cycle = learning_rates("one-cycle", 0, 100)
+    assert one_cycle[0] == pytest.approx(1 / 25)
+    assert max(one_cycle) == one_cycle[30] == 1.0
+    assert one_cycle[-1] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "one-cycle"])
+def test_the_warm_up_rises_to_the_highest_rate_at_the_step_asked_for(name: str) -> None:
+    rates = learning_rates(name, 4, 20)
+    assert rates[:5] == sorted(rates[:5])
+    assert 0 < rates[0] < rates[3] < rates[4] == 1.0
+    assert all(later <= rates[4] for later in rates[5:])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("images", [100, 120, 127])
+def test_five_accumulated_batches_of_10_equal_one_of_50_in_every_window(
+    images: int, optimizer: str, run_here: RunHere
+) -> None:
+    torch.set_default_dtype(torch.float64)
+    settings = {"limit_train_images": images, "optimizer": optimizer, "epochs": 2, "learning_rate": 0.01}
+    accumulated = run_here("accumulated", batch_size=10, gradient_accumulation_steps=5, **settings)
+    whole = run_here("whole", batch_size=50, **settings)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (accumulated, whole)]
+    for name, value in weights[0].items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-12)
+
+
+def test_the_lean_optimizer_does_what_accelerates_own_does(fresh_accelerate: None) -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(5, 2)]
+    models.append(copy.deepcopy(models[0]))
+    batches = [(torch.randn(8, 5), torch.randint(2, (8,))) for _ in range(7)]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    for model, lean in zip(models, (True, False), strict=True):
+        accelerator.step = 0
+        torch_optimizer = build_optimizer("adam", model.parameters(), 0.01)
+        optimizer = accelerator.prepare(LeanOptimizer(torch_optimizer) if lean else torch_optimizer)
+        assert isinstance(optimizer, LeanOptimizer) is lean
+        for X, y in batches:
+            optimizer.zero_grad()
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(X), y))
+                optimizer.step()
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert not torch.equal(models[0].weight, nn.Linear(5, 2).weight)
+
+
+def test_a_longer_gradient_is_cut_to_max_grad_norm(run_here: RunHere) -> None:
+    settings = {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 1, "batch_size": 200}
+    still = load_file(run_here("still", max_grad_norm=1e-6, **settings) / "model" / "model.safetensors")
+    moved = load_file(run_here("moved", **settings) / "model" / "model.safetensors")
+    distance = torch.cat([(moved[name] - still[name]).flatten() for name in moved]).norm()
+    assert distance > 0.01

@@ -1,0 +1,163 @@
+"""Whole runs, most of them through the real launcher."""
+
+import fcntl
+import json
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from mnist.config import PROJECT_FOLDER
+from tests.conftest import Launch, RunHere, metrics_of, state_of
+
+
+def test_the_loop_learns(run_here: RunHere) -> None:
+    folder = run_here("learns", limit_train_images=6000, limit_test_images=1000, epochs=2)
+    first, last = (line for line in metrics_of(folder) if "test/loss" in line)
+    assert last["train/loss"] < first["train/loss"]
+    assert last["test/accuracy"] > 0.8  # usually 0.90
+    assert last["train/accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("settings", [{"model": "cnn"}, {"loss": "mse"}, {"schedule": "cosine", "optimizer": "radam"}])
+def test_every_way_of_learning_learns(settings: dict[str, str], run_here: RunHere) -> None:
+    folder = run_here("learns", limit_train_images=3000, limit_test_images=500, epochs=2, **settings)
+    assert metrics_of(folder)[-1]["test/accuracy"] > 0.7
+
+
+def test_the_same_seed_gives_the_same_result_to_the_bit_and_another_seed_another(run_here: RunHere) -> None:
+    folders = [run_here(name, seed=seed, log_every=1) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1] != weights[2]
+    timed = {"images_per_second", "epoch_seconds"}
+    a, b = ([{k: v for k, v in line.items() if k not in timed} for line in metrics_of(run)] for run in folders[:2])
+    assert a == b
+
+
+def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHere) -> None:
+    folder = run_here("whole", limit_train_images=1000, epochs=2, log_every=40, validation_size=100)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "state.json",
+        "model",
+        "curves.png",
+        "prediction.png",
+    }
+    lines = metrics_of(folder)
+    assert [line["step"] for line in lines] == [40, 80, 100, 120, 160, 200, 200]
+    assert set(lines[0]) == {"step", "epoch", "train/loss"}
+    assert set(lines[2]) == {
+        *("step", "epoch", "learning_rate", "images_per_second", "epoch_seconds"),
+        *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"),
+    }
+    state = state_of(folder)
+    assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_and_it_is_measured(run_here: RunHere) -> None:
+    lines = metrics_of(run_here("short", max_steps=7, gradient_accumulation_steps=2, epochs=5))
+    assert lines[-1]["step"] == 7
+    assert "test/accuracy" in lines[-1]
+    assert len([line for line in lines if "test/accuracy" in line]) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_and_nothing_of_it_is_saved(
+    launch: Launch, tmp_path: Path
+) -> None:
+    done = launch(
+        *("--optimizer=sgd", "--learning-rate=1e30", "--log-every=20", "--limit-train-images=1000"),
+        *("--trackers=none", f"--output-dir={tmp_path / 'runs'}", "--run-name=diverged"),
+        command=("train.py",),
+    )
+    assert done.returncode == 1
+    assert "step 20 (epoch 1)" in done.stderr
+    assert "--learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = tmp_path / "runs" / "diverged"
+    assert not (folder / "model").exists()
+    assert metrics_of(folder) == []
+    state = state_of(folder)
+    assert state["status"] == "failed"
+    assert "step 20" in state["error"]
+
+
+def test_under_the_launcher_our_message_comes_first(launch: Launch, tmp_path: Path) -> None:
+    done = launch("--trackers=none", f"--output-dir={tmp_path / 'runs'}", "--batch-size=70000")
+    assert done.returncode == 1
+    ours = done.stderr.index("--batch-size 70000: larger than the 60,000 training images.")
+    assert ours < done.stderr.index("CalledProcessError")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows, columns
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--trackers=none", "--limit-train-images=2000", "--epochs=1", "--log-every=10"]
+        + [f"--output-dir={tmp_path}"],
+        cwd=PROJECT_FOLDER,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "/200 steps" in text
+    assert "images/s:" in text or "images/s  " in text
+    assert "█" in text
+    assert "The network's answer: 7" in text
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's namespaces")
+def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_path: Path) -> None:
+    script = """
+        mount --bind "$CHECKOUT" "$CHECKOUT" && mount -o remount,ro,bind "$CHECKOUT"
+        if touch "$CHECKOUT/x" 2>/dev/null; then echo "still writable"; exit 9; fi
+        exec "$PYTHON" -m accelerate.commands.launch train.py --limit-train-images=1000 --limit-test-images=200 \
+            --epochs=1 --output-dir="$OUTPUT" --run-name=frugal
+    """
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "--net", "sh", "-c", script],
+        cwd=PROJECT_FOLDER,
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": "/proc/nowhere",
+            "CHECKOUT": str(PROJECT_FOLDER),
+            "PYTHON": sys.executable,
+            "OUTPUT": str(tmp_path / "runs"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "frugal"
+    assert state_of(folder)["status"] == "finished"
+    assert (folder / "prediction.png").is_file()
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "rror" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_tutorials_recipe_passes_095_and_the_cnn_099(launch: Launch, tmp_path: Path) -> None:
+    for recipe, floor in (("tutorial", 0.95), ("cnn", 0.99)):
+        done = launch("--recipe", recipe, f"--output-dir={tmp_path}", f"--run-name={recipe}", "--trackers=none")
+        assert done.returncode == 0, done.stderr
+        assert metrics_of(tmp_path / recipe)[-1]["test/accuracy"] >= floor
+        assert json.loads((tmp_path / recipe / "model" / "config.json").read_text())["dataset"] == "mnist"
