@@ -13,7 +13,7 @@ RECIPES = {
         recipe="cnn",
         model="cnn",
         batch_size=64,
-        epochs=4,
+        epochs=5,
         learning_rate=3e-3,
         schedule="one-cycle",
     ),

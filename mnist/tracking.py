@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from mnist.errors import UserError
 
 PROJECT = "mnist"  # the W&B project, unless WANDB_PROJECT names another
-SECONDS_FOR_SERVER = 8  # W&B adds up to a second of its own to each wait
+SECONDS_FOR_SERVER = 6  # W&B needs up to three more: its own start, and what it does between its waits
 
 
 class Tracking:
@@ -68,6 +68,7 @@ class Tracking:
             os.environ.setdefault("WANDB_CACHE_DIR", str(self.folder / "wandb" / "cache"))
             os.environ.setdefault("WANDB_CONFIG_DIR", str(self.folder / "wandb" / "config"))
         try:
+            import pydantic  # wandb's
             import wandb
         except ImportError as error:
             raise UserError(
@@ -75,8 +76,9 @@ class Tracking:
             ) from error
         try:
             wandb.setup(wandb.Settings(silent=True))  # silent: also asks no question
-        except ValueError as error:  # of pydantic: a WANDB_... variable that W&B cannot read
-            raise UserError(f"W&B cannot read its settings from the environment: {error}") from error
+        except pydantic.ValidationError as error:
+            wrong = [f"WANDB_{str(it['loc'][0]).upper()}={it['input']}: {it['msg']}" for it in error.errors()]
+            raise UserError(f"W&B cannot read its settings from the environment: {'; '.join(wrong)}.") from error
         mode, reason = None, ""
         if wandb.setup().settings.mode in ("online", "run", "shared"):
             try:

@@ -1,0 +1,222 @@
+"""metrics.jsonl and W&B, the latter as its own log file tells it and against servers on loopback that misbehave."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.tracking import Tracking
+from tests import wandb_log
+from tests.conftest import Launch, metrics_of, state_of
+from tests.wandb_server import Vanishing, answering, http_server, refusing_server, silent_server
+
+KEY = "0123456789" * 4
+SMALL = ("--limit-train-images=2000", "--limit-test-images=500", "--epochs=2", "--log-every=50")
+
+
+def log_of(folder: Path) -> Path:
+    """The one W&B log of a run that holds its history."""
+    logs = [path for path in folder.glob("wandb/*run-*/run-*.wandb") if wandb_log.history(path)]
+    assert len(logs) == 1
+    return logs[0]
+
+
+def logged_by_wandb(path: Path) -> list[dict[str, Any]]:
+    """The rows of W&B's history without what W&B adds of its own."""
+    return [{key: value for key, value in row.items() if key[0] != "_"} for row in wandb_log.history(path)]
+
+
+def test_a_launched_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds(
+    launch: Launch, tmp_path: Path
+) -> None:
+    done = launch(*SMALL, f"--output-dir={tmp_path}", "--run-name=launched")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "launched"
+    log, lines = log_of(folder), metrics_of(folder)
+    assert len(lines) == 400 // 50 + 2
+    assert logged_by_wandb(log) == lines
+
+    config = wandb_log.config(log)
+    settings = dataclasses.asdict(TrainConfig.load(folder / "config.yaml"))
+    assert {name: config[name] for name in settings} == settings
+    assert (config["num_processes"], config["global_batch_size"], config["parameters"]) == (1, 10, 59_210)
+
+    axis = wandb_log.metrics(log)
+    assert axis["*"].step_metric == "step"
+    best = max(line["test/accuracy"] for line in lines if "test/accuracy" in line)
+    assert wandb_log.summary(log)["test/accuracy"]["max"] == best
+    assert wandb_log.exit_code(log) == 0
+    assert state_of(folder)["status"] == "finished"
+
+    assert "offline (not logged in)" in done.stdout
+    (sync,) = [line for line in done.stdout.splitlines() if "wandb sync" in line]
+    assert Path(sync.split("wandb sync ")[1].split()[0]).resolve() == log.parent
+
+
+@pytest.mark.parametrize(("flags", "environment"), [(["--trackers=none"], {}), ([], {"WANDB_MODE": "disabled"})])
+def test_wandb_may_be_left_out(flags: list[str], environment: dict[str, str], launch: Launch, tmp_path: Path) -> None:
+    done = launch(
+        *(
+            "--limit-train-images=200",
+            "--limit-test-images=100",
+            "--epochs=1",
+            f"--output-dir={tmp_path}",
+            "--run-name=x",
+        ),
+        *flags,
+        command=("train.py",),
+        **environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "x").rglob("*.wandb"))
+    assert len(metrics_of(tmp_path / "x")) == 1
+    assert "wandb sync" not in done.stdout
+
+
+TRACK = """
+import sys, time
+from pathlib import Path
+import wandb
+from accelerate import Accelerator
+from mnist.tracking import Tracking
+
+folder = Path(sys.argv[1])
+folder.mkdir()
+accelerator = Accelerator(cpu=True, log_with=["wandb"])
+print("ready", flush=True)
+started = time.monotonic()
+with Tracking(accelerator, folder, {"learning_rate": 0.5}, ["wandb"]) as tracking:
+    print("seconds", time.monotonic() - started, flush=True)
+    print("warning", tracking.warning, flush=True)
+    for step in range(1, 4):
+        tracking.log({"step": step, "epoch": 1, "train/loss": 1 / step})
+        time.sleep(0.7)
+    if len(sys.argv) > 2:
+        raise RuntimeError("out of luck")
+    started = time.monotonic()
+print("seconds", time.monotonic() - started, flush=True)
+print("warning", tracking.warning, flush=True)
+print("sync", tracking.sync_command, flush=True)
+ended = time.monotonic()
+import atexit
+atexit._run_exitfuncs()
+print("seconds", time.monotonic() - ended, flush=True)
+"""
+
+
+def track(folder: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """Start a process that logs three lines with Tracking alone and says how long its start and end took.
+
+    Returns when it has imported what it needs: several at once would wait for the processors, not for W&B.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    job = subprocess.Popen(
+        [sys.executable, "-c", TRACK, str(folder), *arguments],
+        cwd=PROJECT_FOLDER,
+        env=clean | {"HOME": str(folder.parent / "home")} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    return job
+
+
+def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warning(tmp_path: Path) -> None:
+    servers: dict[str, AbstractContextManager[str]] = {
+        "refuses": refusing_server(),
+        "never answers": silent_server(),
+        "fails": http_server(answering(500)),
+        "denies": http_server(answering(401)),
+        "vanishes": http_server(Vanishing),
+    }
+    with ExitStack() as stack:
+        jobs = {
+            name: track(tmp_path / name, WANDB_BASE_URL=stack.enter_context(server), WANDB_API_KEY=KEY)
+            for name, server in servers.items()
+        }
+        outputs = {name: job.communicate(timeout=120) for name, job in jobs.items()}
+    for name, job in jobs.items():
+        stdout, stderr = outputs[name]
+        assert job.returncode == 0, f"{name}: {stderr}"
+        assert stderr == "", name
+        at_start, at_end, at_exit = (float(line.split()[1]) for line in stdout.splitlines() if line[:7] == "seconds")
+        assert at_start < 10, name
+        assert at_end + at_exit < 10, name
+        first, last = (line.removeprefix("warning ") for line in stdout.splitlines() if line[:7] == "warning")
+        assert (first == "None") is (name == "vanishes"), first
+        assert last != "None", name
+        (sync,) = (line for line in stdout.splitlines() if line.startswith("sync "))
+        log = log_of(tmp_path / name)
+        assert sync == f"sync wandb sync {log.parent}"
+        assert logged_by_wandb(log) == metrics_of(tmp_path / name)
+        assert len(metrics_of(tmp_path / name)) == 3
+
+
+def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(launch: Launch, tmp_path: Path) -> None:
+    with silent_server() as url:
+        done = launch(*SMALL, f"--output-dir={tmp_path}", "--run-name=x", WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("warning") == 1 + done.stderr.count("avoid this warning")
+    assert logged_by_wandb(log_of(tmp_path / "x")) == metrics_of(tmp_path / "x")
+
+
+def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
+    job = track(
+        tmp_path / "run",
+        WANDB_PROJECT="ours",
+        WANDB_ENTITY="team",
+        WANDB_NAME="nice name",
+        WANDB_TAGS="a,b",
+        WANDB_RUN_ID="chosen1",
+        WANDB_MODE="offline",
+    )
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 0, stderr
+    (run,) = (record.run for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("run"))
+    assert (run.project, run.entity, run.display_name, run.run_id) == ("ours", "team", "nice name", "chosen1")
+    assert sorted(run.tags) == ["a", "b"]
+
+
+def test_a_run_that_raises_is_marked_as_failed(tmp_path: Path) -> None:
+    job = track(tmp_path / "run", "raise")
+    _, stderr = job.communicate(timeout=60)
+    assert "out of luck" in stderr
+    assert wandb_log.exit_code(log_of(tmp_path / "run")) == 1
+
+
+def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path: Path) -> None:
+    job = track(tmp_path / "run", HOME="/proc/nowhere")  # root cannot write there either
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 0, stderr
+    assert stderr == ""
+    assert (tmp_path / "run" / "wandb" / "cache").is_dir()
+    assert len(logged_by_wandb(log_of(tmp_path / "run"))) == 3
+
+
+def test_a_variable_that_wandb_cannot_read_is_an_error_before_training(launch: Launch, tmp_path: Path) -> None:
+    done = launch(f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), WANDB_MODE="sometimes")
+    assert done.returncode == 1
+    assert "WANDB_MODE=sometimes: Input should be" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert state_of(tmp_path / "x")["status"] == "failed"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_metrics_jsonl_takes_nothing_that_is_not_finite(value: float, tmp_path: Path, fresh_accelerate: None) -> None:
+    with Tracking(Accelerator(cpu=True), tmp_path, {}, []) as tracking:
+        tracking.log({"step": 1, "train/loss": 0.5})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            tracking.log({"step": 2, "train/loss": value})
+        # flushed as it goes, and whole: nobody has to wait for the end
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.5}
