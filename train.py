@@ -10,6 +10,7 @@ the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on 
 """
 
 import dataclasses
+import os
 import sys
 
 from mnist.config import TrainConfig, parse_command_line
@@ -19,6 +20,9 @@ from mnist.recipes import RECIPES
 
 def train(config: TrainConfig) -> None:
     """One run, from its settings to a folder with its metrics, its model and its pictures."""
+    # OpenMP reads this when torch loads: threads that spin while they wait make a step of a small network up to
+    # 20 times slower as soon as another process wants the core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
     import torch
     from accelerate import Accelerator

@@ -10,6 +10,7 @@ delay it by more than ten seconds at either end.
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,11 +103,12 @@ class Tracking:
         if run.disabled:
             self.description = "wandb, disabled"
             return
-        self.run_folder = os.path.relpath(run.settings.sync_dir, self.folder)
-        self.run_folder = str(self.folder / self.run_folder)
+        sync_folder = Path(os.path.relpath(run.settings.sync_dir))
+        sync_folder = Path(run.settings.sync_dir) if ".." in sync_folder.parts else sync_folder
+        self.sync = f"wandb sync {shlex.quote(str(sync_folder))}"
         if run.offline:
             self.description = f"wandb, offline{f' ({reason})' if reason else ''}"
-            self.sync_command = f"wandb sync {self.run_folder}"
+            self.sync_command = self.sync
         else:
             self.description = f"wandb, {run.url}"
 
@@ -139,7 +141,7 @@ class Tracking:
             self.warning = (
                 f"The W&B server did not take the last of the run ({_first_line(error)}): it is kept on disk."
             )
-            self.sync_command = f"wandb sync {self.run_folder}"
+            self.sync_command = self.sync
 
 
 def _first_line(error: Exception) -> str:

@@ -57,8 +57,7 @@ def history(path: str | Path) -> list[dict[str, Any]]:
 
 
 def config(path: str | Path) -> dict[str, Any]:
-    """The settings of the run."""
-    """The run's first record carries wandb.init's config; later updates follow it."""
+    """The settings of the run: its first record carries wandb.init's, later updates follow."""
     records = (r.run.config if r.HasField("run") else r.config for r in read_records(path))
     return _merge(item for record in records for item in record.update)
 
