@@ -36,6 +36,7 @@ class Tracking:
         self.names = names
         self.description = "none"
         self.warning: str | None = None  # to be shown, once
+        self.sync: str | None = None
         self.sync_command: str | None = None  # sends to the server what lies on the disk only
 
     def __enter__(self) -> "Tracking":
@@ -50,8 +51,11 @@ class Tracking:
         if self.accelerator.is_main_process:
             self.file.write(json.dumps(values, allow_nan=False) + "\n")
             self.file.flush()
-            for tracker in self.accelerator.trackers:
-                tracker.log(dict(values))
+            try:
+                for tracker in self.accelerator.trackers:
+                    tracker.log(dict(values))
+            except Exception as error:  # W&B's own process is gone, out of memory for one: errors of many types
+                self._lose_wandb(error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -80,6 +84,8 @@ class Tracking:
         except pydantic.ValidationError as error:
             wrong = [f"WANDB_{str(it['loc'][0]).upper()}={it['input']}: {it['msg']}" for it in error.errors()]
             raise UserError(f"W&B cannot read its settings from the environment: {'; '.join(wrong)}.") from error
+        except wandb.errors.UsageError as error:  # a name that W&B does not allow: WANDB_PROJECT, WANDB_RUN_ID
+            raise UserError(f"W&B cannot use its settings from the environment: {_first_line(error)}.") from error
         mode, reason = None, ""
         if wandb.setup().settings.mode in ("online", "run", "shared"):
             try:
@@ -142,6 +148,14 @@ class Tracking:
                 f"The W&B server did not take the last of the run ({_first_line(error)}): it is kept on disk."
             )
             self.sync_command = self.sync
+        except Exception as error:
+            self._lose_wandb(error)
+
+    def _lose_wandb(self, error: Exception) -> None:
+        """Go on without W&B; metrics.jsonl has it all."""
+        self.accelerator.trackers.clear()
+        self.warning = f"W&B stopped ({_first_line(error)}): what it has of this run may lack the end."
+        self.sync_command = self.sync
 
 
 def _first_line(error: Exception) -> str:

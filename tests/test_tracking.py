@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -134,7 +135,7 @@ def wait_for(job: "subprocess.Popen[str]") -> tuple[str, str, float]:
 def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warning(tmp_path: Path) -> None:
     servers: dict[str, AbstractContextManager[str]] = {
         "refuses": refusing_server(),
-        "never-answers": silent_server(),
+        "never answers": silent_server(),
         "fails": http_server(answering(500)),
         "denies": http_server(answering(401)),
         "vanishes": http_server(Vanishing),
@@ -168,6 +169,18 @@ def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(
     assert len([line for line in done.stdout.splitlines() if line.split()[:1] == ["warning"]]) == 1
     assert "wandb" not in done.stderr.lower()
     assert logged_by_wandb(log_of(tmp_path / "x")) == metrics_of(tmp_path / "x")
+
+
+def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None:
+    job = track(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text()):  # until the first line is logged
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(job.pid), "wandb-core"], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout), signal.SIGKILL)
+    stdout, _, _ = wait_for(job)
+    assert json.loads(stdout)["warning"]
+    assert len(metrics_of(tmp_path / "run")) == 3
 
 
 def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
@@ -205,10 +218,19 @@ def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path
     assert len(logged_by_wandb(log_of(tmp_path / "run"))) == 3
 
 
-def test_a_variable_that_wandb_cannot_read_is_an_error_before_training(launch: Launch, tmp_path: Path) -> None:
-    done = launch(f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), WANDB_MODE="sometimes")
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("WANDB_MODE", "sometimes", "WANDB_MODE=sometimes: Input should be"),
+        ("WANDB_PROJECT", "a/b", "project name 'a/b'"),
+    ],
+)
+def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
+    variable: str, value: str, words: str, launch: Launch, tmp_path: Path
+) -> None:
+    done = launch(f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), **{variable: value})
     assert done.returncode == 1
-    assert "WANDB_MODE=sometimes: Input should be" in done.stderr
+    assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert state_of(tmp_path / "x")["status"] == "failed"
 
