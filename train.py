@@ -10,7 +10,6 @@ the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on 
 """
 
 import dataclasses
-import os
 import sys
 
 from mnist.config import TrainConfig, parse_command_line
@@ -20,9 +19,6 @@ from mnist.recipes import RECIPES
 
 def train(config: TrainConfig) -> None:
     """One run, from its settings to a folder with its metrics, its model and its pictures."""
-    # OpenMP reads this when torch loads: threads that spin while they wait make a step of a small network up to
-    # 20 times slower as soon as another process wants the core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
     import torch
     from accelerate import Accelerator
@@ -30,7 +26,7 @@ def train(config: TrainConfig) -> None:
 
     from mnist.checkpoint import ModelConfig, save_model
     from mnist.data import build_batches, in_sample, load_dataset
-    from mnist.hardware import device_name, use_fair_share_of_cores
+    from mnist.hardware import choose_threads, device_name
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
@@ -49,7 +45,6 @@ def train(config: TrainConfig) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=list(config.tracker_names) or None,
     )
-    use_fair_share_of_cores()
     set_seed(config.seed)
 
     # --- data: images in memory, in batches for training and, as they lie, for measuring
@@ -80,6 +75,7 @@ def train(config: TrainConfig) -> None:
     steps_per_epoch = -(-len(train_batches) // config.gradient_accumulation_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     model = build_model(config.model, len(data.class_names))
+    choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
     loss_function = LOSSES[config.loss]
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
