@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> None:
         "total_steps": total_steps,
     }
     terminal = Terminal(accelerator.is_main_process, config.epochs)
-    terminal.header(config, resolved, run.folder)
+    terminal.header(config, resolved, run.folder, data.notes)
     settings = dataclasses.asdict(config) | resolved
     with run, Tracking(accelerator, run.folder, settings, config.tracker_names) as tracking:
         terminal.row("trackers", tracking.description)

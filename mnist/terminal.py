@@ -5,7 +5,7 @@ On a terminal a progress bar moves; elsewhere (a file, a pipe, a scheduler's log
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Terminal:
         if self.prints:
             print(text, flush=True)
 
-    def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path) -> None:
+    def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """What is going to be trained, on what, how and into which folder."""
         self.print(f"Recipe {config.recipe}")
         self.row("device", resolved["device"])
@@ -39,6 +39,8 @@ class Terminal:
         self.row("precision", resolved["precision"])
         counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
         self.row("data", f"{config.dataset}, {counts}")
+        for note in notes:
+            self.row("", note)
         self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
         accumulated = config.gradient_accumulation_steps
         window = f", {accumulated} batches an optimizer step" if accumulated > 1 else ""

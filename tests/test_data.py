@@ -44,7 +44,7 @@ def test_mnist_is_read_as_torchvision_reads_it(digits: ImageData, tmp_path: Path
         theirs = torchvision.datasets.MNIST(str(tmp_path), train=train)
         assert torch.equal(split.images, theirs.data)
         assert torch.equal(split.labels, theirs.targets)
-    assert (len(digits.train), len(digits.test)) == (60_000, 10_000)
+    assert (len(digits.train), len(digits.test), digits.notes) == (60_000, 10_000, ())
 
 
 def test_reading_leaves_the_data_folder_as_it_was() -> None:
@@ -66,6 +66,19 @@ def test_unpacked_files_of_another_data_set_are_used_without_a_network(tmp_path:
     data = load_dataset("fashion-mnist", tmp_path)
     assert data.class_names[0] == "T-shirt/top"
     assert len(data.train) == len(data.test) == 100
+    assert "not byte for byte as published: train-images-idx3-ubyte, " in data.notes[0]
+
+
+def test_files_compressed_again_are_used_with_a_note_but_mnist_must_be_the_published_one(
+    tmp_path: Path, no_network: None
+) -> None:
+    for name in ("FashionMNIST", "MNIST"):
+        unpack_mnist(tmp_path / name / "raw", count=100)
+        for path in (tmp_path / name / "raw").iterdir():
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert f"{FILES[0]}.gz" in load_dataset("fashion-mnist", tmp_path).notes[0]
+    with pytest.raises(UserError, match="corrupt, MD5"):
+        load_dataset("mnist", tmp_path)
 
 
 def test_without_a_network_missing_files_are_named_with_the_folder_for_them(tmp_path: Path, no_network: None) -> None:
