@@ -17,10 +17,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def draw_curves(metrics: Path, output: Path, title: str = "") -> None:
-    """Loss and accuracy, in and out of sample, over the optimizer steps, as a PNG."""
+def _figure_class() -> Any:
+    """matplotlib's Figure, without the warnings about a home folder that cannot be written: it then uses another."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
+    return Figure
+
+
+def draw_curves(metrics: Path, output: Path, title: str = "") -> None:
+    """Loss and accuracy, in and out of sample, over the optimizer steps, as a PNG."""
+    Figure = _figure_class()
     lines = read_metrics(metrics)
     epochs = [line for line in lines if "test/loss" in line]
     running = [line for line in lines if "train/loss" in line and "test/loss" not in line]
@@ -57,8 +66,7 @@ def draw_prediction(
     image: Tensor, label: Tensor, probabilities: Tensor, class_names: tuple[str, ...], output: Path
 ) -> None:
     """A test image (uint8 [height, width]) beside the network's answer (probabilities [classes]), as a PNG."""
-    from matplotlib.figure import Figure
-
+    Figure = _figure_class()
     answer, truth = int(probabilities.argmax()), int(label)
     figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
     picture, bars = figure.subplots(1, 2, width_ratios=(1, 1.4))

@@ -152,6 +152,7 @@ def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_pat
     assert (folder / "prediction.png").is_file()
     assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "rror" not in done.stderr, done.stderr
+    assert "atplotlib" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
