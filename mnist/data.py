@@ -221,7 +221,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     same number of images and all batches have one shape, with images of weight 0.
     """
 
-    READ_AHEAD = 1024  # images prepared with one operation: an order of magnitude quicker than batch by batch
+    READ_AHEAD = 1024  # images prepared with one operation: an epoch of the tutorial took a twelfth less time by it
 
     def __init__(
         self, split: Split, *, batch_size: int, shuffle: bool, seed: int, mean_over_batches: int | None, scale: float

@@ -55,7 +55,7 @@ class LeanOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper of an optimizer, without the work that it does anew at every call.
 
     Accelerate 1.15 searches the disk for a package in every `step` and reads a signature in every `zero_grad`: with
-    batches of 10 on a CPU that was a fifth of the time. The behaviour is the same: both calls do nothing inside a
+    batches of 10 on a CPU that added a fifth of a plain step. The behaviour is the same: both calls do nothing inside a
     window of accumulated batches.
     """
 
