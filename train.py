@@ -13,7 +13,7 @@ import dataclasses
 import sys
 
 from mnist.config import TrainConfig, parse_command_line
-from mnist.errors import UserError
+from mnist.errors import UserError, report_failure
 from mnist.recipes import RECIPES
 
 
@@ -22,10 +22,11 @@ def train(config: TrainConfig) -> None:
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration, set_seed
+    from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist.checkpoint import ModelConfig, save_model
     from mnist.data import build_batches, in_sample, load_dataset
+    from mnist.distributed import check_launch, describe_processes, distributed_settings, waiting_for_others
     from mnist.hardware import choose_threads, device_name
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
@@ -39,12 +40,16 @@ def train(config: TrainConfig) -> None:
 
     # --- accelerator: the processes and devices that the launcher gave us
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        cpu=check_launch(config.mixed_precision) == "cpu",
+        mixed_precision=config.mixed_precision,
+        # as a plugin, for the number alone would give way to a variable of the environment
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=list(config.tracker_names) or None,
+        kwargs_handlers=distributed_settings(config.timeout_seconds, config.gradient_accumulation_steps),
     )
+    config = config.share_batch(accelerator.num_processes)
     set_seed(config.seed)
 
     # --- data: images in memory, in batches for training and, as they lie, for measuring
@@ -65,8 +70,9 @@ def train(config: TrainConfig) -> None:
         num_processes=accelerator.num_processes,
     )
     measured = {"train": in_sample(data.train, data.test, config.seed), "val": data.validation, "test": data.test}
+    processes = accelerator.num_processes
     measured_batches = {
-        part: accelerator.prepare(build_batches(split, batch_size=500 * accelerator.num_processes))
+        part: accelerator.prepare(build_batches(split, batch_size=500 * processes, num_processes=processes))
         for part, split in measured.items()
         if split is not None
     }
@@ -83,13 +89,14 @@ def train(config: TrainConfig) -> None:
     model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
 
     # --- run: a folder of its own, a header on the terminal, trackers
-    run = Run.create(config) if accelerator.is_main_process else Run()
+    run = Run.open(config, accelerator)
     resolved = {
         "device": device_name(accelerator.device),
         "num_processes": accelerator.num_processes,
+        "processes": describe_processes(accelerator),
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "global_batch_size": config.batch_size * accelerator.num_processes,
+        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
         "train_images": len(data.train),
         "test_images": len(data.test),
         "parameters": count_parameters(model),
@@ -99,7 +106,8 @@ def train(config: TrainConfig) -> None:
     terminal = Terminal(accelerator.is_main_process, config.epochs)
     terminal.header(config, resolved, run.folder, data.notes)
     settings = dataclasses.asdict(config) | resolved
-    with run, Tracking(accelerator, run.folder, settings, config.tracker_names) as tracking:
+    tracking = Tracking(accelerator, run.folder, settings, config.tracker_names)
+    with run, tracking, waiting_for_others(config.timeout_seconds):
         terminal.row("trackers", tracking.description)
         progress = Progress(
             accelerator,
@@ -158,12 +166,16 @@ def train(config: TrainConfig) -> None:
 def main() -> int:
     """Train as the command line says; the exit code is 0, 1 for a run that failed and 2 for wrong usage."""
     try:
-        train(parse_command_line(RECIPES))
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        config = parse_command_line(RECIPES)
+        from mnist.distributed import waiting_for_others
+
+        with waiting_for_others(config.timeout_seconds):
+            train(config)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        report_failure(error)
+        return error.exit_code if isinstance(error, UserError) else 1
     return 0
 
 

@@ -58,7 +58,7 @@ def train_ours(scratch: Path, seed: int, epochs: int, steps: int | None) -> Resu
     command += [f"--epochs={epochs}", "--run-name=ours", f"--output-dir={folder}"]
     command += [] if steps is None else [f"--max-steps={steps * epochs}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    threads = re.search(r"each with (\d+) CPU thread", done.stdout)
+    threads = re.search(r"with (\d+) CPU thread", done.stdout)
     if done.returncode != 0 or threads is None:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
     lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]

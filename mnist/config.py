@@ -31,6 +31,7 @@ CHOICES = {
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
     "trackers": ("wandb", "none"),
+    "mixed_precision": ("no", "fp16", "bf16"),
 }
 """What may be named; data, models, optim and tracking hold what the names stand for."""
 
@@ -107,13 +108,22 @@ class TrainConfig:
     batch_size: int = 10
     """Images that a process takes at a time."""
 
+    global_batch_size: int | None = None
+    """Images that all processes together take at a time, in place of --batch-size: the same on any number of them."""
+
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are summed up for one optimizer step: 5 batches of 10 equal one of 50."""
 
+    mixed_precision: str | None = None
+    """What the layers compute in; by default what the launcher says, which is `no` (float32) unless told otherwise."""
+
+    timeout_seconds: int = 600
+    """How long a process waits for the others before it gives up, and with it the job."""
+
     def __post_init__(self) -> None:
-        for name in ("log_every", "epochs", "batch_size", "gradient_accumulation_steps"):
+        for name in ("log_every", "epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
             self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("limit_train_images", "limit_test_images", "max_steps"):
+        for name in ("limit_train_images", "limit_test_images", "max_steps", "global_batch_size"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("validation_size", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
@@ -127,6 +137,8 @@ class TrainConfig:
             self._require("run_name", well, "letters, digits and _ . + = @ - without a folder, and not 'latest'")
         for name in ("dataset", "model", "loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
+        if self.mixed_precision is not None:
+            check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
             check_choice("trackers", tracker, CHOICES["trackers"])
 
@@ -139,6 +151,20 @@ class TrainConfig:
         """The trackers asked for, each once; empty for `none`."""
         names = [name.strip() for name in self.trackers.split(",")]
         return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+    def share_batch(self, num_processes: int) -> "TrainConfig":
+        """The settings with both batch sizes in them: a process's share, and that of all processes.
+
+        Raises ConfigError for a --global-batch-size that does not divide by their number.
+        """
+        whole = self.global_batch_size or self.batch_size * num_processes
+        if whole % num_processes:
+            above = (whole // num_processes + 1) * num_processes
+            raise ConfigError(
+                f"--global-batch-size {whole}: does not divide by the {num_processes} processes of this job; {above}"
+                " would."
+            )
+        return dataclasses.replace(self, batch_size=whole // num_processes, global_batch_size=whole)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every setting as YAML."""
@@ -163,7 +189,8 @@ HELP_GROUPS = {
     "data": "dataset data_dir limit_train_images limit_test_images validation_size",
     "model": "model loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
-    "length": "epochs max_steps batch_size gradient_accumulation_steps",
+    "length": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
+    "processes": "mixed_precision timeout_seconds",
 }
 """The groups of `--help`; every field of TrainConfig stands in one."""
 
@@ -193,6 +220,8 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     first_look.add_argument("--recipe", nargs="?", default="tutorial")
     recipe = first_look.parse_known_args(arguments)[0].recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
+    if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
+        raise ConfigError("--batch-size and --global-batch-size: give one of them, for the other follows from it.")
     choices = CHOICES | {"recipe": tuple(recipes)}
     config: TrainConfig = parse_flags(recipes[recipe], HELP_GROUPS, choices, arguments)
     return config
@@ -230,6 +259,7 @@ def parse_flags(
         description=(inspect.getdoc(cls) or ""),
         args=spell_booleans(arguments, booleans),
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        console_outputs=os.environ.get("RANK", "0") == "0",  # of many processes, the first says what is wrong
     )
     values = {k: v for section in vars(parsed).values() for k, v in vars(section).items()}
     return dataclasses.replace(defaults, **values)

@@ -301,7 +301,8 @@ def build_batches(
     """A DataLoader of (X, y, weight), to be prepared by Accelerate with split_batches=True.
 
     `batch_size` is that of all processes together. Shuffled batches are for training: their weights are for a mean
-    over each optimizer step; otherwise each image weighs 1. `set_epoch` chooses the order.
+    over each optimizer step; otherwise each image weighs 1, and a batch is no larger than the data need. `set_epoch`
+    chooses the order.
     Raises ConfigError for a training batch larger than the data.
     """
     if shuffle and batch_size > len(split):
@@ -309,6 +310,8 @@ def build_batches(
         raise ConfigError(
             f"--batch-size {batch_size // num_processes}{over}: larger than the {len(split):,} training images."
         )
+    if not shuffle:
+        batch_size = min(batch_size, -(-len(split) // num_processes) * num_processes)
     dataset = BatchDataset(
         split,
         batch_size=batch_size,

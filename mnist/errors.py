@@ -3,6 +3,13 @@
 Everything else that goes wrong is a bug or a broken machine, and keeps its traceback.
 """
 
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
 
 class UserError(Exception):
     """A run cannot start or go on; the message names the thing, the value and the way out."""
@@ -14,3 +21,21 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be: wrong usage, ended with 2 as by argparse."""
 
     exit_code = 2
+
+
+def report_failure(error: Exception) -> None:
+    """Show why this process ends, once for all processes that end for the same reason, and leave it for the launcher.
+
+    The first process speaks at once; the others a moment later, by when their launcher has ended them if the first one
+    failed as they did. torchrun shows what it finds in TORCHELASTIC_ERROR_FILE below all that it prints itself.
+    """
+    message = f"{type(error).__name__}: {error}"
+    trace = message if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2)
+        trace = f"Process {rank}: {trace}"
+    print(trace, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """The folder of a run: made once, never overwritten, with the settings and the state of the run in it.
 
-    with Run.start(config) as run:
+    with Run.create(config) as run:
         run.progress(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from mnist.config import TrainConfig
 from mnist.errors import ConfigError, UserError
 
@@ -28,6 +31,13 @@ class Run:
     folder: Path = Path()
     writes: bool = False
     state: dict[str, Any] = field(default_factory=lambda: {"status": "running", "step": 0, "epoch": 0, "error": None})
+
+    @classmethod
+    def open(cls, config: TrainConfig, accelerator: Accelerator) -> "Run":
+        """Make a run on the main process, and tell its folder to the others; all of them must call it."""
+        run = cls.create(config) if accelerator.is_main_process else cls()
+        run.folder = Path(broadcast_object_list([str(run.folder)])[0])
+        return run
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":

@@ -35,8 +35,12 @@ class Terminal:
         """What is going to be trained, on what, how and into which folder."""
         self.print(f"Recipe {config.recipe}")
         self.row("device", resolved["device"])
-        self.row("processes", f"{resolved['num_processes']}, each with {resolved['threads']} CPU thread(s)")
+        threads = "1 CPU thread" if resolved["threads"] == 1 else f"{resolved['threads']} CPU threads"
+        joined = " with" if resolved["num_processes"] == 1 else ", each with"
+        self.row("launched", f"{resolved['processes']}{joined} {threads}")
         self.row("precision", resolved["precision"])
+        if resolved["compiler"] != "no":
+            self.row("compiler", resolved["compiler"])
         counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
         self.row("data", f"{config.dataset}, {counts}")
         for note in notes:
@@ -44,7 +48,7 @@ class Terminal:
         self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
         accumulated = config.gradient_accumulation_steps
         window = f", {accumulated} batches an optimizer step" if accumulated > 1 else ""
-        self.row("batch", f"{resolved['global_batch_size']:,} images ({config.batch_size:,} a process){window}")
+        self.row("batch", f"{config.global_batch_size:,} images ({config.batch_size:,} a process){window}")
         self.row("steps", f"{resolved['total_steps']:,} ({resolved['steps_per_epoch']:,} an epoch)")
         self.row("run folder", str(folder))
 

@@ -21,7 +21,8 @@ FLAGS = """
     --dataset --data-dir --limit-train-images --limit-test-images --validation-size
     --model --loss
     --optimizer --learning-rate --weight-decay --schedule --warmup-steps --max-grad-norm
-    --epochs --max-steps --batch-size --gradient-accumulation-steps
+    --epochs --max-steps --batch-size --global-batch-size --gradient-accumulation-steps
+    --mixed-precision --timeout-seconds
 """.split()
 
 

@@ -15,6 +15,7 @@ ALLOWED = {
     "optim": set(),
     "metrics": set(),
     "hardware": set(),
+    "distributed": {"errors"},
     "terminal": {"config"},
     "report": set(),
     "data": {"transforms", "errors"},

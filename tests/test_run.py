@@ -72,9 +72,11 @@ def test_a_run_that_raises_is_failed_with_its_error(tmp_path: Path) -> None:
 def test_a_run_that_gets_a_signal_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run = Run.create(config(tmp_path))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises((KeyboardInterrupt, SystemExit)), run:
         os.kill(os.getpid(), number)
         signal.pause()
+    signal.signal(signal.SIGINT, interrupt)
     assert state_of(run.folder)["status"] == "interrupted"
     assert signal.getsignal(signal.SIGTERM) is before
 

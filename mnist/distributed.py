@@ -1,0 +1,176 @@
+"""What the launcher started, one process or many: checked before anything is built on it, and named when it breaks.
+
+    device_type = check_launch(config.mixed_precision)     # "cpu", "cuda"; ConfigError for what would go wrong
+
+Accelerate takes the environment at its word. Where that is incomplete it trains alone, or waits for ever, and says
+nothing: so what is refused here is what Accelerate 1.15 was seen to accept and then not do.
+"""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil  # of Accelerate's own requirements
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from mnist.errors import ConfigError, UserError
+
+RANK_OF = {  # the variable in which each kind of launcher gives the number of processes, and where it numbers them
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+}
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def check_launch(mixed_precision: str | None) -> str:
+    """The type of the device to train on, "cuda" or "cpu" for two.
+
+    Raises ConfigError where Accelerate would quietly do something else than the flags and the environment say.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        check_environment(mixed_precision, os.environ, "cpu", 0)
+        return "cpu"
+    check_environment(mixed_precision, os.environ, device.type, torch.accelerator.device_count())
+    return device.type
+
+
+def check_environment(
+    mixed_precision: str | None, environment: Mapping[str, str], device_type: str, device_count: int
+) -> None:
+    """Raise ConfigError for an environment that does not fit together on a machine with so many such devices."""
+    for name in SHARDING:
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"The launcher asks for {name} (its --config_file, or your default one): here each process holds the"
+                " whole model. Launch with one of accelerate_configs/."
+            )
+    _check_precision(mixed_precision, environment, device_type)
+    variable = next((name for name in RANK_OF if name in environment), None)
+    if variable is None:
+        return
+    size = _whole_number(variable, environment)
+    if size == 1:
+        return
+    on_cpu = device_type == "cpu"
+    by_mpi = on_cpu and variable not in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # Accelerate reads MPI's on a CPU only
+    rank_variable = RANK_OF[variable] if by_mpi else "RANK"
+    needed = [*(() if by_mpi else ("WORLD_SIZE",)), rank_variable, *(() if on_cpu else ("LOCAL_RANK",)), "MASTER_ADDR"]
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"{variable}={size} says that this is one of {size} processes, but without {', '.join(missing)} they would"
+            f" not train together. Let a launcher start them,\n  {launch_command(size, device_type)}\nor set"
+            " WORLD_SIZE=1 to train in this one alone."
+        )
+    rank = _whole_number(rank_variable, environment)
+    if rank >= size:
+        raise ConfigError(f"{rank_variable}={rank}: there are only {variable}={size} processes, numbered from 0.")
+    if device_type == "mps":
+        raise ConfigError(
+            f"{variable}={size}: several processes cannot share the GPU of a Mac. Train in one, or on the CPU:\n"
+            f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
+        )
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and local_size > device_count:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={local_size}: more processes on this machine than its {device_count} {device_type}"
+            f" device(s). Launch at most {device_count}, or on the CPU:\n"
+            f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
+        )
+
+
+def _check_precision(mixed_precision: str | None, environment: Mapping[str, str], device_type: str) -> None:
+    asked = mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
+    if asked not in ("no", "fp16", "bf16"):
+        raise ConfigError(f"{origin} {asked}: not supported. Known: no, fp16, bf16.")
+    if asked == "fp16" and device_type == "cpu":
+        raise ConfigError(
+            f"{origin} fp16: has no effect on a CPU, which would go on in float32. Add --mixed-precision bf16, or no."
+        )
+
+
+def _whole_number(variable: str, environment: Mapping[str, str]) -> int:
+    value = environment[variable]
+    if not value.isdecimal():
+        raise ConfigError(f"{variable}={value} in the environment: must be a whole number; launchers set it.")
+    return int(value)
+
+
+def launch_command(num_processes: int, device_type: str) -> str:
+    """The command that starts so many processes on one machine."""
+    name = "multi_cpu" if device_type == "cpu" else "multi_gpu"
+    return f"accelerate launch --config_file accelerate_configs/{name}.yaml --num_processes {num_processes} train.py"
+
+
+def distributed_settings(timeout_seconds: int, gradient_accumulation_steps: int) -> list[KwargsHandler]:
+    """Accelerate's settings of the process group and of DistributedDataParallel, tuned for a small model.
+
+    Gradients are views into the buckets that are summed over the processes, which saves a copy of each; a static graph
+    saves a search for unused parameters, but torch forbids it where a backward pass is not followed by a sum. Between
+    machines gloo is told by which interface to go, in GLOO_SOCKET_IFNAME, unless the user did.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return [
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=gradient_accumulation_steps == 1),
+    ]
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address: "eth0"; None for none but the loopback.
+
+    gloo takes the one that the machine's own name resolves to: with Debian's and Ubuntu's /etc/hosts that is 127.0.1.1,
+    and the machines do not find each other.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing: only chooses the route
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    names = [name for name, addresses in psutil.net_if_addrs().items() if own in [it.address for it in addresses]]
+    return None if own.startswith("127.") or not names else names[0]
+
+
+def describe_processes(accelerator: Accelerator) -> str:
+    """`1 process`, `4 processes`, `4 processes on 2 machines (alpha 2, beta 2)`; all processes must call it."""
+    count = accelerator.num_processes
+    machines = Counter(gather_object([socket.gethostname()]))
+    words = "1 process" if count == 1 else f"{count} processes"
+    if len(machines) == 1:
+        return words
+    return f"{words} on {len(machines)} machines ({', '.join(f'{name} {n}' for name, n in machines.items())})"
+
+
+@contextmanager
+def waiting_for_others(timeout_seconds: int) -> Iterator[None]:
+    """Say in words that another process is gone, where torch says it with the name of a C++ file."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            rank = os.environ.get("RANK", "0")
+            raise UserError(
+                f"Process {rank} lost the others of this job: one of them failed or was killed, its machine or the"
+                f" network is gone, or it took longer than --timeout-seconds {timeout_seconds}. The first error on the"
+                f" screen, or on another machine's, says which. (torch: {str(error).splitlines()[0]})"
+            ) from error
+        raise

@@ -1,0 +1,464 @@
+"""Several processes give what one gives; what would quietly be something else is refused; what breaks says so."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.data import FILES
+from mnist.distributed import check_environment, interface_towards, launch_command, waiting_for_others
+from mnist.errors import ConfigError, UserError
+from tests import worker
+from tests.conftest import Launch, metrics_of, state_of
+
+CONFIGS = PROJECT_FOLDER / "accelerate_configs"
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+TOLERANCE = {"float64": 1e-10, "float32": 2e-4}
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """A user's without an account, with a mark by which his processes are found."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    return mine | {"HOME": str(folder / "home"), "TEST_MARK": str(folder)} | variables
+
+
+def marked_processes(folder: Path) -> list[int]:
+    """The processes that carry the mark and are alive."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TEST_MARK") == str(folder):
+                found.append(process.pid)
+    return found
+
+
+def run(command: tuple[str, ...], folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    clean = environment(folder, **variables)
+    return subprocess.run(
+        command, cwd=PROJECT_FOLDER, env=clean, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "runs" / name / "model" / "model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@contextlib.contextmanager
+def mirror() -> Iterator[tuple[str, list[str]]]:
+    """A web server with MNIST's files; its address, and what it was asked for."""
+    requests: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            requests.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(PROJECT_FOLDER / "data" / "MNIST" / "raw"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", requests
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this process alone gets."""
+    folder, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
+    with worker.quick():
+        worker.train_all(folder)
+        worker.evaluate_all(folder)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes get that `accelerate launch` started."""
+    folder = tmp_path_factory.mktemp("two")
+    config = str(CONFIGS / "multi_cpu.yaml")
+    done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *TASKS), folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes get that torchrun started; their output lies in `output`."""
+    folder = tmp_path_factory.mktemp("four")
+    done = run((*TORCHRUN, "4", "tests/worker.py", str(folder), *TASKS, "log_to_wandb"), folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "output").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What three processes get before one of them fails; `output`, `errors` and `seconds` are how that ends."""
+    folder = tmp_path_factory.mktemp("three")
+    tasks = ("download", "evaluate_all", "fail_on_rank_1")
+    with mirror() as (address, requests):
+        done = run((*TORCHRUN, "3", "tests/worker.py", str(folder), *tasks), folder, MIRROR=address)
+    (folder / "requests").write_text("\n".join(requests))
+    (folder / "seconds").write_text(str(time.time() - float((folder / "failed-at").read_text())))
+    (folder / "output").write_text(done.stdout)
+    (folder / "errors").write_text(done.stderr)
+    assert done.returncode != 0
+    return folder
+
+
+TASKS = ("train_all", "evaluate_all")
+
+
+@pytest.mark.parametrize("name", worker.CASES)
+@pytest.mark.parametrize("processes", ["two_processes", "four_processes"])
+def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
+    processes: str, name: str, one_process: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(processes)
+    assert state_of(folder / "runs" / name)["step"] == 30
+    difference = largest_difference(weights(one_process, name), weights(folder, name))
+    assert difference < TOLERANCE[name.rpartition("-")[2]]
+    lines = zip(metrics_of(one_process / "runs" / name), metrics_of(folder / "runs" / name), strict=True)
+    for alone, together in lines:  # the figures and the learning rate too
+        assert alone.keys() == together.keys()
+        for key in alone.keys() - {"epoch_seconds", "images_per_second"}:
+            assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
+    count: int, one_process: Path, request: pytest.FixtureRequest
+) -> None:
+    alone = json.loads((one_process / "evaluate-1-0.json").read_text())
+    folder: Path = request.getfixturevalue({2: "two_processes", 3: "three_processes", 4: "four_processes"}[count])
+    for rank in range(count):
+        results = json.loads((folder / f"evaluate-{count}-{rank}.json").read_text())
+        for size in map(str, worker.SIZES):
+            assert results[size][1:] == alone[size][1:]
+            assert results[size][2] == int(size)
+            assert results[size][0] == pytest.approx(alone[size][0], rel=1e-6)
+
+
+def test_four_processes_leave_one_run_one_line_an_event_and_one_wandb_run(four_processes: Path) -> None:
+    folders = [path for path in (four_processes / "whole").iterdir() if not path.is_symlink()]
+    assert len(folders) == 1
+    assert [line["step"] for line in metrics_of(folders[0])] == [5, 10, 10, 15, 20, 20]
+    assert len(list(folders[0].glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    config = TrainConfig.load(folders[0] / "config.yaml")
+    assert (config.batch_size, config.global_batch_size) == (5, 20)
+
+
+def test_only_the_main_process_prints(four_processes: Path) -> None:
+    output = (four_processes / "output").read_text()
+    runs = len(worker.CASES) + 1
+    assert output.count("Recipe tutorial\n") == output.count("Test accuracy") == runs
+    assert output.count("launched    4 processes, each with 1 CPU thread\n") == runs
+    assert "20 images (5 a process)" in output
+
+
+def test_data_is_prepared_once_by_the_first_process_of_the_machine(three_processes: Path) -> None:
+    assert (three_processes / "output").read_text().count("Downloading mnist into") == 1
+    requests = Counter((three_processes / "requests").read_text().split())
+    assert requests.keys() == {f"/{file}.gz" for file in FILES}
+    assert max(requests.values()) <= 2  # torchvision looks for redirections, then fetches
+    assert state_of(three_processes / "downloaded" / "latest")["status"] == "finished"
+
+
+def test_a_process_that_raises_ends_the_job_within_ten_seconds_with_its_error(three_processes: Path) -> None:
+    assert float((three_processes / "seconds").read_text()) < 10
+    errors = (three_processes / "errors").read_text()
+    assert "ValueError: raised on purpose" in errors
+    root_cause = errors[errors.index("Root Cause") :]  # torchrun's summary, the last on the screen
+    assert "rank      : 1" in root_cause
+    assert "ValueError: raised on purpose" in root_cause
+    assert state_of(three_processes / "runs" / "for-ever")["status"] in ("failed", "interrupted")
+    assert marked_processes(three_processes) == []
+
+
+# --- two machines: network namespaces joined by a pair of virtual cards
+
+
+class Host:
+    """A network namespace with a name, an address and /etc/hosts of its own; `launch` starts a process on it."""
+
+    def __init__(self, name: str, address: str, hosts: Path) -> None:
+        self.name, self.address = name, address
+        setup = f"hostname {name} && mount --bind {hosts} /etc/hosts && ip link set lo up && echo && exec sleep 1000"
+        self.holder = subprocess.Popen(
+            ["unshare", "--net", "--uts", "--mount", "sh", "-c", setup], stdout=subprocess.PIPE
+        )
+        assert self.holder.stdout is not None
+        assert self.holder.stdout.readline() == b"\n"
+        self.card = f"card-{name}"
+
+    def shell(self, script: str) -> list[str]:
+        inside = f"cd {PROJECT_FOLDER} && {script}"
+        return ["nsenter", f"--target={self.holder.pid}", "--net", "--uts", "--mount", "sh", "-c", inside]
+
+    def launch(self, command: str, folder: Path) -> "subprocess.Popen[str]":
+        folder.mkdir()
+        output = (folder / "output").open("w")
+        script = self.shell(f"exec {command}")
+        return subprocess.Popen(script, env=environment(folder), stdout=output, stderr=output, text=True)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    """Two machines that know each other's names."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces and joining them needs root and iproute2")
+    names = tmp_path / "hosts"
+    names.write_text("127.0.0.1 localhost\n10.77.0.1 alpha\n10.77.0.2 beta\n")
+    alpha, beta = Host("alpha", "10.77.0.1", names), Host("beta", "10.77.0.2", names)
+    pair = f"ip link add card-alpha netns {alpha.holder.pid} type veth peer name card-beta netns {beta.holder.pid}"
+    subprocess.run(pair.split(), check=True)
+    for host in (alpha, beta):
+        script = f"ip addr add {host.address}/24 dev {host.card} && ip link set {host.card} up"
+        subprocess.run(host.shell(script), check=True)
+    yield alpha, beta
+    for host in (alpha, beta):
+        host.holder.kill()
+        host.holder.wait()
+
+
+def documented_commands(rendezvous: str) -> list[str]:
+    """The two lines of docs/distributed.md, with this test's address and script in them."""
+    page = (PROJECT_FOLDER / "docs" / "distributed.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"accelerate launch --config_file accelerate_configs/multi_node_cpu.yaml .* train.py", page)
+    wanted = [line for line in lines if ("--rdzv_backend c10d" in line) == (rendezvous == "c10d")]
+    assert len(wanted) == 2
+    python = f"{sys.executable} -m accelerate.commands.launch"
+    return [line.replace("accelerate launch", python).replace("10.0.0.1", "10.77.0.1") for line in wanted]
+
+
+@pytest.mark.parametrize(("rendezvous", "killed"), [("static", 0), ("c10d", 1)])
+def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other_ends(
+    rendezvous: str, killed: int, hosts: tuple[Host, Host], one_process: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / host.name for host in hosts]
+    launchers = []
+    for host, folder, command in zip(hosts, folders, documented_commands(rendezvous), strict=True):
+        script = command.replace("train.py", f"tests/worker.py {folder} train_few train_for_ever")
+        launchers.append(host.launch(script, folder))
+
+    def logged() -> bool:
+        return any(path.stat().st_size for folder in folders for path in folder.glob("runs/for-ever/metrics.jsonl"))
+
+    deadline = time.monotonic() + 120
+    while not logged():
+        assert time.monotonic() < deadline, [(folder / "output").read_text() for folder in folders]
+        assert all(it.poll() is None for it in launchers), [(folder / "output").read_text() for folder in folders]
+        time.sleep(0.2)
+    main = next(folder for folder in folders if (folder / "runs").exists())
+    for name in ("mlp-linear-4-float64", "cnn-cosine-1-float64"):
+        assert largest_difference(weights(one_process, name), weights(main, name)) < 1e-10
+    assert re.search(r"2 processes on 2 machines \((alpha|beta) 1, (alpha|beta) 1\)", (main / "output").read_text())
+
+    lost, left = hosts[killed], 1 - killed
+    subprocess.run(lost.shell(f"ip link set {lost.card} down"), check=True)  # first, so that it cannot say goodbye
+    for pid in marked_processes(folders[killed]):
+        psutil.Process(pid).kill()
+    started = time.monotonic()
+    code = launchers[left].wait(timeout=60)
+    assert time.monotonic() - started < 10 + 15  # --timeout-seconds, and what the launcher takes
+    assert code != 0
+    assert "lost the others of this job" in (folders[left] / "output").read_text()
+    launchers[killed].wait(timeout=10)
+    assert marked_processes(folders[0]) == marked_processes(folders[1]) == []
+
+
+# --- launches that would quietly do something else
+
+JOINED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "device"),
+    [
+        ({}, ("cpu", 0)),
+        ({}, ("cuda", 1)),
+        (JOINED, ("cpu", 0)),
+        (JOINED, ("cuda", 2)),
+        ({"WORLD_SIZE": "1"}, ("cuda", 4)),
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}, ("cpu", 0)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "MASTER_ADDR": "alpha"}, ("cpu", 0)),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}, ("cpu", 0)),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("cuda", 1)),
+    ],
+)
+def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str], device: tuple[str, int]) -> None:
+    check_environment(None, variables, *device)
+
+
+@pytest.mark.parametrize(
+    ("variables", "device", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            ("cpu", 0),
+            r"WORLD_SIZE=2 .* without RANK, MASTER_ADDR .*multi_cpu.yaml --num_proc.* 2 ",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ("cpu", 0), "without MASTER_ADDR they"),
+        ({**JOINED, "LOCAL_RANK": ""} | {}, ("mps", 1), "WORLD_SIZE=2: several .* Mac.*ACCELERATE_USE_CPU=true"),
+        ({k: v for k, v in JOINED.items() if k != "LOCAL_RANK"}, ("cuda", 2), "LOCAL_RANK .*multi_gpu.yaml"),
+        (JOINED, ("cuda", 1), "LOCAL_WORLD_SIZE=2: more processes on this machine than its 1 cuda"),
+        ({**JOINED, "RANK": "2"}, ("cpu", 0), "RANK=2: there are only WORLD_SIZE=2"),
+        ({**JOINED, "WORLD_SIZE": "two"}, ("cpu", 0), "WORLD_SIZE=two in the environment: must be a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ("cpu", 0), "SLURM_STEP_NUM_TASKS=4 .* 4 train.py"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
+            ("cuda", 4),
+            "OMPI_COMM_WORLD_SIZE=4 .*WORLD_SIZE",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, ("cpu", 0), "The launcher asks for FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("cuda", 8), "The launcher asks for DEEPSPEED"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("cpu", 0), "The launcher's mixed precision fp16: has no effect"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ("cuda", 1), "The launcher's mixed precision fp8: not supported"),
+    ],
+)
+def test_an_environment_that_does_not_fit_together_is_refused_with_the_way_out(
+    variables: dict[str, str], device: tuple[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
+        check_environment(None, variables, *device)
+
+
+def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher() -> None:
+    with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
+        check_environment("fp16", {}, "cpu", 0)
+    check_environment("bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "cpu", 0)
+
+
+def test_a_world_size_that_no_launcher_stands_behind_is_refused_before_anything_waits(launch: Launch) -> None:
+    done = launch("--trackers=none", command=("train.py",), WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: WORLD_SIZE=2")
+    assert launch_command(2, "cpu") in done.stderr
+
+
+HOSTILE = {
+    "precision": ({"distributed_type": "NO", "num_processes": 1, "mixed_precision": "fp16"}, "fp16: has no effect"),
+    "replicas": (
+        {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "mixed_precision": "bf16"},
+        "launched    2 processes, each with",
+    ),
+    "alone": ({"distributed_type": "MULTI_CPU", "num_processes": 2}, "launched    1 process with"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
+    config, expected = HOSTILE[name]
+    home = tmp_path / "home" / ".cache" / "huggingface" / "accelerate"
+    home.mkdir(parents=True)
+    (home / "default_config.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE"} | config))
+    small = ("--limit-train-images=200", "--limit-test-images=50", "--epochs=1", "--trackers=none")
+    done = launch(*small, f"--output-dir={tmp_path / 'runs'}", HF_HOME=str(tmp_path / "home/.cache/huggingface"))
+    refused = name == "precision"
+    assert (done.returncode != 0) == refused
+    assert expected in (done.stderr if refused else done.stdout)
+    assert (tmp_path / "runs").exists() != refused
+    assert ("precision   bf16" in done.stdout) == (name == "replicas")
+
+
+def test_wrong_usage_is_said_once_by_many_processes(launch: Launch, tmp_path: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=3", "train.py")
+    done = launch("--epochs=0", f"--output-dir={tmp_path}", command=command)
+    assert done.returncode != 0
+    before_summary = done.stderr[: done.stderr.index("ChildFailedError")]
+    assert before_summary.count("--epochs 0: must be a whole number of at least 1") == 1
+    assert "--epochs 0" in done.stderr[done.stderr.index("Root Cause") :]
+
+
+def test_the_configs_hold_no_rank_no_address_and_their_own_launch_command() -> None:
+    names = {path.name for path in CONFIGS.glob("*")}
+    assert names == {f"{name}.yaml" for name in "cpu multi_cpu single_gpu multi_gpu multi_node multi_node_cpu".split()}
+    for name in names:
+        text = (CONFIGS / name).read_text(encoding="utf-8")
+        head, body = text.split("\n\n", 1)
+        assert f"accelerate launch --config_file accelerate_configs/{name}" in head
+        assert "train.py" in head
+        assert not {"machine_rank", "main_process_ip", "num_machines"} & yaml.safe_load(text).keys()
+        assert all("# " in line for line in body.splitlines() if line)
+        load_config_from_file(str(CONFIGS / name))  # Accelerate's own reader: unknown keys are errors
+
+
+def test_a_lost_process_is_named_in_words_and_other_errors_pass() -> None:
+    with pytest.raises(UserError, match=r"lost the others .*--timeout-seconds 15"), waiting_for_others(15):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(UserError, match="lost the others"), waiting_for_others(15):
+        raise torch.distributed.DistNetworkError("The client socket has timed out")
+    with pytest.raises(RuntimeError, match="a bug"), waiting_for_others(15):
+        raise RuntimeError("a bug")
+
+
+def test_the_loopback_is_no_interface_towards_another_machine() -> None:
+    assert interface_towards("127.0.0.1") is None
+    assert interface_towards("no such host.") is None
+
+
+def test_the_global_batch_is_shared_out_or_refused_with_both_numbers() -> None:
+    shared = TrainConfig(global_batch_size=64).share_batch(4)
+    assert (shared.batch_size, shared.global_batch_size) == (16, 64)
+    assert shared.share_batch(2).batch_size == 32
+    shared = TrainConfig(batch_size=10).share_batch(3)
+    assert (shared.batch_size, shared.global_batch_size) == (10, 30)
+    with pytest.raises(ConfigError, match="--global-batch-size 64: does not divide by the 3 processes"):
+        TrainConfig(global_batch_size=64).share_batch(3)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_the_weights_have_the_same_names_and_nearly_the_same_values(
+    launch: Launch, tmp_path: Path
+) -> None:
+    small = ("--limit-train-images=1000", "--limit-test-images=100", "--epochs=2", "--trackers=none")
+    found: dict[str, Any] = {}
+    for name, options in (("plain", ()), ("compiled", ("--dynamo_backend=inductor",))):
+        for count in (1, 2):
+            config = str(CONFIGS / ("cpu.yaml" if count == 1 else "multi_cpu.yaml"))
+            command = ("-m", "accelerate.commands.launch", "--config_file", config, f"--num_processes={count}")
+            flags = (f"--output-dir={tmp_path / 'runs'}", f"--run-name={name}-{count}", "--global-batch-size=20")
+            done = launch(*small, *flags, command=(*command, *options, "train.py"))
+            assert done.returncode == 0, done.stderr
+            assert ("compiler    inductor" in done.stdout) == (name == "compiled")
+            found[f"{name}-{count}"] = weights(tmp_path, f"{name}-{count}")
+    for name in ("compiled-1", "compiled-2", "plain-2"):
+        assert largest_difference(found["plain-1"], found[name]) < 1e-3
+
+
+@pytest.mark.slow
+def test_bf16_trains_the_tutorials_recipe_to_within_a_point_of_float32(launch: Launch, tmp_path: Path) -> None:
+    accuracy = {}
+    for precision in ("no", "bf16"):
+        flags = (f"--mixed-precision={precision}", f"--output-dir={tmp_path}", f"--run-name={precision}")
+        done = launch(*flags, "--trackers=none", command=("train.py",))
+        assert done.returncode == 0, done.stderr
+        accuracy[precision] = metrics_of(tmp_path / precision)[-1]["test/accuracy"]
+    assert abs(accuracy["bf16"] - accuracy["no"]) < 0.01

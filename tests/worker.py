@@ -1,0 +1,171 @@
+"""What each process of a launched job does in tests/test_distributed.py, one task after the other:
+
+    torchrun --nproc-per-node 4 tests/worker.py <folder> train evaluate
+
+Each task leaves its results in <folder>. Tasks share one process group: only Accelerate's other state is made anew.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mnist.data
+import mnist.metrics
+import mnist.report
+import train
+from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
+from mnist.metrics import evaluate
+from mnist.models import build_model
+from mnist.optim import LOSSES
+
+GLOBAL_BATCH = 20
+CASES = {
+    f"{model}-{schedule}-{accumulation}-{dtype}": (model, schedule, accumulation, dtype)
+    for model in CHOICES["model"]
+    for schedule in (CHOICES["schedule"] if model == "mlp" else ("cosine", "one-cycle"))
+    for accumulation in (1, 4)
+    for dtype in (("float64", "float32") if schedule == "one-cycle" else ("float64",))
+}
+SIZES = (10_007, 1, 3)  # of test sets: a prime, and fewer than processes
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Without what takes time and is not looked at here: reading MNIST once more for each training, pictures."""
+    kept = mnist.data.load_dataset, mnist.report.draw_curves, mnist.report.draw_prediction, Accelerator.end_training
+    mnist.data.load_dataset = functools.cache(mnist.data.load_dataset)
+    mnist.report.draw_curves = mnist.report.draw_prediction = lambda *_, **__: None  # type: ignore[assignment]
+    Accelerator.end_training = lambda _: None  # it ends the process group, which serves all tasks
+    try:
+        yield
+    finally:
+        mnist.data.load_dataset, mnist.report.draw_curves, mnist.report.draw_prediction, Accelerator.end_training = kept
+        torch.set_default_dtype(torch.float32)
+
+
+def new_accelerate() -> None:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def train_case(folder: Path, name: str) -> None:
+    """30 optimizer steps on 107 images, in batches of 20 of all processes together."""
+    new_accelerate()
+    model, schedule, accumulation, dtype = CASES[name]
+    torch.set_default_dtype(getattr(torch, dtype))
+    config = TrainConfig(
+        run_name=name,
+        output_dir=str(folder / "runs"),
+        trackers="none",
+        log_every=5,
+        model=model,
+        schedule=schedule,
+        warmup_steps=0 if schedule == "constant" else 4,
+        gradient_accumulation_steps=accumulation,
+        batch_size=GLOBAL_BATCH // world_size(),
+        limit_train_images=107,
+        limit_test_images=53,
+        epochs=99,
+        max_steps=30,
+        timeout_seconds=10,
+    )
+    train.train(config)
+
+
+def train_all(folder: Path) -> None:
+    for name in CASES:
+        train_case(folder, name)
+
+
+def train_few(folder: Path) -> None:
+    for name in ("mlp-linear-4-float64", "cnn-cosine-1-float64"):
+        train_case(folder, name)
+
+
+def evaluate_all(folder: Path) -> None:
+    """Loss and count of correct images for test sets of several sizes; every process writes what it got."""
+    torch.set_default_dtype(torch.float32)
+    results = {}
+    for size in SIZES:
+        new_accelerate()
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+        images = mnist.data.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
+        torch.manual_seed(1)
+        batches = mnist.data.build_batches(images, batch_size=500 * world_size(), num_processes=world_size())
+        model, batches = accelerator.prepare(build_model("cnn", 10), batches)
+        result = evaluate(model, batches, LOSSES["nll"], accelerator)
+        results[size] = [result.loss, result.correct, result.images]
+    rank = os.environ.get("RANK", "0")
+    (folder / f"evaluate-{world_size()}-{rank}.json").write_text(json.dumps(results))
+
+
+def log_to_wandb(folder: Path) -> None:
+    """A run with all that is on by default, pictures apart."""
+    new_accelerate()
+    torch.set_default_dtype(torch.float32)
+    settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "global_batch_size": 20}
+    train.train(TrainConfig(output_dir=str(folder / "whole"), epochs=2, log_every=5, **settings))
+
+
+def download(folder: Path) -> None:
+    """Load a data set that no process has, from the mirror that the test serves."""
+    import torchvision
+
+    new_accelerate()
+    mnist.data.load_dataset.cache_clear()  # type: ignore[attr-defined]
+    torchvision.datasets.MNIST.mirrors = [os.environ["MIRROR"]]
+    settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "max_steps": 1, "trackers": "none"}
+    train.train(TrainConfig(data_dir=str(folder / "data"), output_dir=str(folder / "downloaded"), **settings))
+
+
+def train_for_ever(folder: Path) -> None:
+    """Through main(), until something outside ends it."""
+    new_accelerate()
+    torch.set_default_dtype(torch.float32)
+    sys.argv[1:] = ["--epochs=100000", "--log-every=10", "--limit-train-images=1000", "--limit-test-images=10"]
+    sys.argv += ["--trackers=none", "--timeout-seconds=10", f"--output-dir={folder / 'runs'}", "--run-name=for-ever"]
+    sys.exit(train.main())
+
+
+def fail_on_rank_1(folder: Path) -> None:
+    """Train through main(); the process of rank 1 raises at its tenth batch."""
+    add, count = mnist.metrics.TrainingLoss.add, 0
+
+    def add_or_raise(self: mnist.metrics.TrainingLoss, loss: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == 10 and os.environ["RANK"] == "1":
+            (folder / "failed-at").write_text(str(time.time()))
+            raise ValueError("raised on purpose")
+        add(self, loss)
+
+    mnist.metrics.TrainingLoss.add = add_or_raise  # type: ignore[method-assign]
+    train_for_ever(folder)
+
+
+TASKS: dict[str, Callable[[Path], None]] = {
+    task.__name__: task
+    for task in (train_all, train_few, evaluate_all, log_to_wandb, download, train_for_ever, fail_on_rank_1)
+}
+
+if __name__ == "__main__":
+    with quick():
+        for task in sys.argv[2:]:
+            TASKS[task](Path(sys.argv[1]))
