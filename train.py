@@ -27,7 +27,8 @@ def train(config: TrainConfig) -> None:
     from mnist.checkpoint import ModelConfig, save_model
     from mnist.data import build_batches, in_sample, load_dataset
     from mnist.distributed import check_launch, describe_processes, distributed_settings, waiting_for_others
-    from mnist.hardware import choose_threads, device_name
+    from mnist.gradients import share_gradients
+    from mnist.hardware import device_name, keep_freed_memory, share_cores
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
@@ -81,12 +82,14 @@ def train(config: TrainConfig) -> None:
     steps_per_epoch = -(-len(train_batches) // config.gradient_accumulation_steps)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     model = build_model(config.model, len(data.class_names))
-    choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
+    keep_freed_memory()
+    share_cores(model, scale_pixels(data.train.images[: config.batch_size]), accelerator.device)
     loss_function = LOSSES[config.loss]
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
     model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
+    share_gradients(model, accelerator)
 
     # --- run: a folder of its own, a header on the terminal, trackers
     run = Run.open(config, accelerator)

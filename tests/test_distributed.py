@@ -28,6 +28,7 @@ from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.data import FILES
 from mnist.distributed import check_environment, interface_towards, launch_command, waiting_for_others
 from mnist.errors import ConfigError, UserError
+from mnist.gradients import SHARED_MEMORY
 from tests import worker
 from tests.conftest import Launch, metrics_of, state_of
 
@@ -103,7 +104,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes get that `accelerate launch` started."""
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
-    done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *TASKS), folder)
+    tasks = (*TASKS, "train_without_shared_memory")
+    done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -150,6 +152,15 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
         assert alone.keys() == together.keys()
         for key in alone.keys() - {"epoch_seconds", "images_per_second"}:
             assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+
+
+def test_where_shared_memory_is_too_small_gradients_go_through_gloo_and_nothing_is_left_in_it(
+    two_processes: Path, one_process: Path
+) -> None:
+    assert (two_processes / "limited").read_text() == "True False"
+    for name in worker.FEW:
+        assert largest_difference(weights(one_process, name), weights(two_processes / "gloo", name)) < 1e-10
+    assert list(SHARED_MEMORY.glob("gradients-*")) == []
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -277,7 +288,7 @@ def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other
         assert all(it.poll() is None for it in launchers), [(folder / "output").read_text() for folder in folders]
         time.sleep(0.2)
     main = next(folder for folder in folders if (folder / "runs").exists())
-    for name in ("mlp-linear-4-float64", "cnn-cosine-1-float64"):
+    for name in worker.FEW:
         assert largest_difference(weights(one_process, name), weights(main, name)) < 1e-10
     assert re.search(r"2 processes on 2 machines \((alpha|beta) 1, (alpha|beta) 1\)", (main / "output").read_text())
 

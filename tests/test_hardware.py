@@ -1,29 +1,36 @@
-"""Threads and names of devices."""
+"""Cores, memory and names of devices."""
 
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mnist.hardware import choose_threads, device_name
+from mnist import hardware
+from mnist.hardware import device_name, share_cores
 from mnist.models import CNN, Net
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine of four cores; torch's own number is put back afterwards."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(hardware, "CORES", [0, 1, 2, 3])
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
     yield
     torch.set_num_threads(threads)
 
 
 def test_a_small_batch_of_a_small_network_stays_on_one_thread_and_a_large_one_is_shared() -> None:
-    assert choose_threads(Net(), torch.zeros(10, 1, 28, 28)) == 1
-    assert choose_threads(Net(), torch.zeros(256, 1, 28, 28)) == 4
-    assert choose_threads(CNN(), torch.zeros(10, 1, 28, 28)) == 4 == torch.get_num_threads()
+    assert share_cores(Net(), torch.zeros(10, 1, 28, 28), CPU) == 1
+    assert share_cores(Net(), torch.zeros(256, 1, 28, 28), CPU) == 4
+    assert share_cores(CNN(), torch.zeros(10, 1, 28, 28), CPU) == 4 == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(2, 2), (3, 1), (8, 1)])
@@ -31,7 +38,34 @@ def test_processes_of_one_machine_share_its_cores(
     processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert choose_threads(CNN(), torch.zeros(64, 1, 28, 28)) == threads
+    assert share_cores(CNN(), torch.zeros(64, 1, 28, 28), CPU) == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
+def test_each_process_keeps_to_cores_of_its_own_unless_there_are_too_few_or_it_trains_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(cores))
+    for processes, rank, device in ((2, 0, "cpu"), (2, 1, "cpu"), (3, 2, "cpu"), (8, 5, "cpu"), (2, 1, "cuda")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        share_cores(Net(), torch.zeros(1, 1, 28, 28), torch.device(device))
+    assert kept == [[0, 1], [2, 3], [2]]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
+def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
+    script = (
+        "import resource, torch; from mnist.hardware import keep_freed_memory; assert keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for step in range(30):\n"
+        "    if step == 10: before = faults()\n"
+        "    tensors = [torch.ones(1_000_000) for _ in range(8)]; del tensors\n"
+        "print(faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 7_812  # the pages of one step
 
 
 def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were() -> None:
@@ -39,7 +73,7 @@ def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were(
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    choose_threads(model, torch.rand(2, 1, 4, 4, generator=torch.Generator()))
+    share_cores(model, torch.rand(2, 1, 4, 4, generator=torch.Generator()), CPU)
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert int(model[0].num_batches_tracked) == 0  # type: ignore[arg-type]

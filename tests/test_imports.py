@@ -15,6 +15,7 @@ ALLOWED = {
     "optim": set(),
     "metrics": set(),
     "hardware": set(),
+    "gradients": set(),
     "distributed": {"errors"},
     "terminal": {"config"},
     "report": set(),

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from accelerate.utils import DataLoaderConfiguration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist.data
+import mnist.gradients
 import mnist.metrics
 import mnist.report
 import train
@@ -39,6 +41,7 @@ CASES = {
     for accumulation in (1, 4)
     for dtype in (("float64", "float32") if schedule == "one-cycle" else ("float64",))
 }
+FEW = ("mlp-linear-4-float64", "cnn-cosine-1-float64")
 SIZES = (10_007, 1, 3)  # of test sets: a prime, and fewer than processes
 
 
@@ -95,8 +98,25 @@ def train_all(folder: Path) -> None:
 
 
 def train_few(folder: Path) -> None:
-    for name in ("mlp-linear-4-float64", "cnn-cosine-1-float64"):
+    for name in FEW:
         train_case(folder, name)
+
+
+def train_without_shared_memory(folder: Path) -> None:
+    """As where shared memory is full: no file of more than a kilobyte can be made there."""
+    make, limits = mnist.gradients.shared_tensor, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def make_limited(*arguments: Any) -> torch.Tensor | None:
+        enough = make(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        too_little = make(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (folder / "limited").write_text(f"{enough is not None} {too_little is not None}")
+        return too_little
+
+    mnist.gradients.shared_tensor = make_limited  # type: ignore[assignment]
+    train_few(folder / "gloo")
+    mnist.gradients.shared_tensor = make
 
 
 def evaluate_all(folder: Path) -> None:
@@ -162,7 +182,16 @@ def fail_on_rank_1(folder: Path) -> None:
 
 TASKS: dict[str, Callable[[Path], None]] = {
     task.__name__: task
-    for task in (train_all, train_few, evaluate_all, log_to_wandb, download, train_for_ever, fail_on_rank_1)
+    for task in (
+        train_all,
+        train_few,
+        train_without_shared_memory,
+        evaluate_all,
+        log_to_wandb,
+        download,
+        train_for_ever,
+        fail_on_rank_1,
+    )
 }
 
 if __name__ == "__main__":

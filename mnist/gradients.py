@@ -1,0 +1,90 @@
+"""Gradients averaged over processes of one machine through memory that all of them see, where they train on its CPU.
+
+    model = accelerator.prepare(model)
+    share_gradients(model, accelerator)        # changes nothing for one process, on GPUs and between machines
+
+Through gloo the gradients go over the network's loopback, copied by the kernel and by gloo's threads, which take the
+cores from the training. `python benchmarks/scaling.py` shows what is left of that (docs/distributed.md).
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
+
+SHARED_MEMORY = Path("/dev/shm")  # Linux's folder of files that are memory
+
+
+def share_gradients(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let the DistributedDataParallel that is in `model` average in shared memory where that can be done."""
+    world_size = os.environ.get("WORLD_SIZE")
+    on_one_machine = accelerator.num_processes > 1 and world_size == os.environ.get("LOCAL_WORLD_SIZE")
+    if on_one_machine and accelerator.device.type == "cpu" and SHARED_MEMORY.is_dir():
+        model.register_comm_hook(None, SharedMean().hook)  # type: ignore[operator]
+
+
+class SharedMean:
+    """Averages buckets of gradients: each process writes into a row of its own, waits for all, takes the mean of all.
+
+    The rows are added in the order of the ranks, so all processes get the same to the bit. There are two tables, used
+    in turn: a process that is a step ahead writes where the others no longer read. They wait for each other by a sum
+    of one number through gloo, which notices a lost process and keeps to --timeout-seconds.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, torch.dtype], Tensor | None] = {}  # by length of a row and type
+        self.turn = 0
+        self.arrived = torch.zeros(1)
+
+    def hook(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """What DistributedDataParallel calls with gradients, flat, that are ready; they come back averaged."""
+        gradients = bucket.buffer()
+        key = len(gradients), gradients.dtype
+        if key not in self.tables:
+            self.tables[key] = shared_tensor((2, dist.get_world_size(), len(gradients)), gradients.dtype)
+        tables = self.tables[key]
+        if tables is None:  # as in containers with 64 MiB of shared memory: DistributedDataParallel's own way
+            return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+        rows = tables[self.turn]  # [processes, length]
+        self.turn = 1 - self.turn
+        rows[dist.get_rank()].copy_(gradients)
+        waiting = dist.all_reduce(self.arrived, async_op=True)
+        while not waiting.is_completed():
+            os.sched_yield()  # asleep it would wake up late: 2 to 5 % of a step of the CNN
+        waiting.wait()  # raises what went wrong
+        average: Future[Tensor] = Future()
+        average.set_result(torch.mean(rows, 0, out=gradients))
+        return average
+
+
+def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor in memory that all processes of the machine see; None, for all, where there is not enough of it.
+
+    All processes must call it. The file behind it has lost its name when it returns, and so goes with the processes,
+    however they end.
+    """
+    size = torch.Size(shape).numel()
+    name: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        descriptor, path = tempfile.mkstemp(prefix="gradients-", dir=SHARED_MEMORY)
+        try:
+            os.posix_fallocate(descriptor, 0, size * dtype.itemsize)  # else what is missing would kill at first use
+            name[0] = path
+        except OSError:
+            os.unlink(path)
+        finally:
+            os.close(descriptor)
+    dist.broadcast_object_list(name)
+    if name[0] is None:
+        return None
+    tensor = torch.from_file(name[0], shared=True, size=size, dtype=dtype).view(shape)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.unlink(name[0])
+    return tensor
