@@ -25,10 +25,10 @@ def train(config: TrainConfig) -> None:
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist.checkpoint import ModelConfig, save_model
-    from mnist.data import build_batches, in_sample, load_dataset
-    from mnist.distributed import check_launch, describe_processes, distributed_settings, waiting_for_others
+    from mnist.data import build_batches, load_dataset, measured_splits
+    from mnist.distributed import check_launch, describe_launch, distributed_settings, waiting_for_others
     from mnist.gradients import share_gradients
-    from mnist.hardware import device_name, keep_freed_memory, share_cores
+    from mnist.hardware import keep_freed_memory, share_cores
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> None:
         log_with=list(config.tracker_names) or None,
         kwargs_handlers=distributed_settings(config.timeout_seconds, config.gradient_accumulation_steps),
     )
-    config = config.share_batch(accelerator.num_processes)
+    processes = accelerator.num_processes
+    config = config.share_batch(processes)
     set_seed(config.seed)
 
     # --- data: images in memory, in batches for training and, as they lie, for measuring
@@ -64,18 +65,15 @@ def train(config: TrainConfig) -> None:
         )
     train_batches = build_batches(
         data.train,
-        batch_size=config.batch_size * accelerator.num_processes,
+        batch_size=config.batch_size * processes,
         shuffle=True,
         seed=config.seed,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
+        num_processes=processes,
     )
-    measured = {"train": in_sample(data.train, data.test, config.seed), "val": data.validation, "test": data.test}
-    processes = accelerator.num_processes
     measured_batches = {
         part: accelerator.prepare(build_batches(split, batch_size=500 * processes, num_processes=processes))
-        for part, split in measured.items()
-        if split is not None
+        for part, split in measured_splits(data, config.seed).items()
     }
 
     # --- model, loss, optimizer, schedule
@@ -93,13 +91,7 @@ def train(config: TrainConfig) -> None:
 
     # --- run: a folder of its own, a header on the terminal, trackers
     run = Run.open(config, accelerator)
-    resolved = {
-        "device": device_name(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "processes": describe_processes(accelerator),
-        "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
+    resolved = describe_launch(accelerator) | {
         "train_images": len(data.train),
         "test_images": len(data.test),
         "parameters": count_parameters(model),

@@ -332,12 +332,15 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def in_sample(train: Split, test: Split, seed: int) -> Split:
-    """The training images on which in-sample figures are taken: all, or as many as the test set has.
+def measured_splits(data: ImageData, seed: int) -> dict[str, Split]:
+    """What loss and accuracy are taken on: "train", in sample, "val" where it was cut off, and "test".
 
-    All where they are at most twice as many as the test images; otherwise a sample fixed by the seed.
+    In sample are all training images where they are at most twice as many as the test images; otherwise a sample as
+    large as the test set, fixed by the seed.
     """
-    if len(train) <= 2 * len(test):
-        return train
-    chosen = np.random.default_rng([seed, 0]).choice(len(train), len(test), replace=False)
-    return train.take(torch.from_numpy(np.sort(chosen)))
+    train, count = data.train, len(data.test)
+    if len(train) > 2 * count:
+        chosen = np.random.default_rng([seed, 0]).choice(len(train), count, replace=False)
+        train = train.take(torch.from_numpy(np.sort(chosen)))
+    splits = {"train": train, "val": data.validation, "test": data.test}
+    return {part: split for part, split in splits.items() if split is not None}

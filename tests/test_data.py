@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from mnist.config import PROJECT_FOLDER
-from mnist.data import FILES, SOURCES, ImageData, Split, build_batches, in_sample, load_dataset, read_idx
+from mnist.data import FILES, SOURCES, ImageData, Split, build_batches, load_dataset, measured_splits, read_idx
 from mnist.errors import ConfigError, UserError
 
 RAW = PROJECT_FOLDER / "data" / "MNIST" / "raw"
@@ -225,7 +225,11 @@ def test_a_batch_larger_than_the_training_images_is_refused() -> None:
 
 def test_in_sample_figures_are_taken_on_all_training_images_or_a_fixed_sample() -> None:
     few, many, test = numbered(20), numbered(1000), numbered(10)
-    assert in_sample(few, test, seed=0) is few
-    sample = in_sample(many, test, seed=0)
-    assert len(set(sample.labels.tolist())) == 10
-    assert torch.equal(sample.labels, in_sample(many, test, seed=0).labels)
+    splits = measured_splits(ImageData("few", ("0",), few, None, test), seed=0)
+    assert list(splits) == ["train", "test"]
+    assert splits["train"] is few
+    data = ImageData("many", ("0",), many, few, test)
+    splits = measured_splits(data, seed=0)
+    assert list(splits) == ["train", "val", "test"]
+    assert len(set(splits["train"].labels.tolist())) == 10
+    assert torch.equal(splits["train"].labels, measured_splits(data, seed=0)["train"].labels)

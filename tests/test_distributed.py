@@ -399,6 +399,16 @@ def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, l
     assert ("precision   bf16" in done.stdout) == (name == "replicas")
 
 
+def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch, tmp_path: Path) -> None:
+    small = ("--limit-train-images=300", "--limit-test-images=50", "--epochs=1", "--trackers=none", "--model=cnn")
+    commands = {"plain": ("train.py",), "torchrun": (*TORCHRUN[1:], "1", "train.py")}
+    for name, command in commands.items():
+        done = launch(*small, f"--output-dir={tmp_path / 'runs'}", f"--run-name={name}", command=command)
+        assert done.returncode == 0, done.stderr
+        assert "launched    1 process with" in done.stdout
+    assert largest_difference(weights(tmp_path, "plain"), weights(tmp_path, "torchrun")) == 0
+
+
 def test_wrong_usage_is_said_once_by_many_processes(launch: Launch, tmp_path: Path) -> None:
     command = ("-m", "torch.distributed.run", "--nproc-per-node=3", "train.py")
     done = launch("--epochs=0", f"--output-dir={tmp_path}", command=command)

@@ -16,7 +16,7 @@ ALLOWED = {
     "metrics": set(),
     "hardware": set(),
     "gradients": set(),
-    "distributed": {"errors"},
+    "distributed": {"errors", "hardware"},
     "terminal": {"config"},
     "report": set(),
     "data": {"transforms", "errors"},
