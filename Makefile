@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format bench
+.PHONY: train test test-slow lint format bench bench-scaling
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -20,3 +20,6 @@ format:
 
 bench: ## one epoch beside plain PyTorch and the tutorial's own way, interleaved
 	python benchmarks/epoch.py
+
+bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many that do not wait for each other
+	python benchmarks/scaling.py

@@ -26,9 +26,15 @@ def train(config: TrainConfig) -> None:
 
     from mnist.checkpoint import ModelConfig, save_model
     from mnist.data import build_batches, load_dataset, measured_splits
-    from mnist.distributed import check_launch, describe_launch, distributed_settings, waiting_for_others
+    from mnist.distributed import (
+        check_launch,
+        describe_launch,
+        distributed_settings,
+        joined_processes,
+        waiting_for_others,
+    )
     from mnist.gradients import share_gradients
-    from mnist.hardware import keep_freed_memory, share_cores
+    from mnist.hardware import choose_threads, keep_freed_memory, keep_to_own_cores
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
@@ -50,7 +56,7 @@ def train(config: TrainConfig) -> None:
         log_with=list(config.tracker_names) or None,
         kwargs_handlers=distributed_settings(config.timeout_seconds, config.gradient_accumulation_steps),
     )
-    processes = accelerator.num_processes
+    processes = joined_processes(accelerator)
     config = config.share_batch(processes)
     set_seed(config.seed)
 
@@ -81,7 +87,7 @@ def train(config: TrainConfig) -> None:
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     model = build_model(config.model, len(data.class_names))
     keep_freed_memory()
-    share_cores(model, scale_pixels(data.train.images[: config.batch_size]), accelerator.device)
+    choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
     loss_function = LOSSES[config.loss]
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
@@ -114,6 +120,7 @@ def train(config: TrainConfig) -> None:
             total_steps=total_steps,
         )
 
+        keep_to_own_cores(accelerator.device)
         for epoch in range(1, config.epochs + 1):
             # --- loop
             train_batches.set_epoch(epoch)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mnist.data import FILES, load_dataset  # noqa: E402
-from mnist.hardware import device_name, share_cores  # noqa: E402
+from mnist.hardware import choose_threads, device_name  # noqa: E402
 from mnist.models import Net  # noqa: E402
 
 
@@ -125,9 +125,7 @@ def timed(name: str, *arguments: Path | int | None) -> tuple[Result, float]:
     if name == "ours":  # starts a process itself
         return train_ours(*arguments), time.perf_counter() - started  # type: ignore[arg-type]
     fresh, batch = multiprocessing.get_context("spawn"), torch.zeros(10, 1, 28, 28)
-    with ProcessPoolExecutor(
-        1, fresh, share_cores, (Net(), batch, torch.device("cpu"))
-    ) as pool:  # as many threads as train.py
+    with ProcessPoolExecutor(1, fresh, choose_threads, (Net(), batch)) as pool:  # as many threads as train.py
         result = pool.submit(CONTESTANTS[name], *arguments).result()  # type: ignore[arg-type]
     return result, time.perf_counter() - started
 

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,14 +254,20 @@ def parse_flags(
         sections.append((title, section, dataclasses.field(default_factory=section)))
     nested: Any = dataclasses.make_dataclass("Settings", sections, frozen=True)
     booleans = [name for name, kind in types.items() if kind is bool]
-    parsed = tyro.cli(
-        nested,
-        prog="train.py",
-        description=(inspect.getdoc(cls) or ""),
-        args=spell_booleans(arguments, booleans),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-        console_outputs=os.environ.get("RANK", "0") == "0",  # of many processes, the first says what is wrong
-    )
+    speaks = os.environ.get("RANK", "0") == "0"  # of many processes, the first says what is wrong
+    try:
+        parsed = tyro.cli(
+            nested,
+            prog="train.py",
+            description=(inspect.getdoc(cls) or ""),
+            args=spell_booleans(arguments, booleans),
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            console_outputs=speaks,
+        )
+    except SystemExit:
+        if not speaks:
+            time.sleep(2)  # the launcher ends all processes as soon as one has ended
+        raise
     values = {k: v for section in vars(parsed).values() for k, v in vars(section).items()}
     return dataclasses.replace(defaults, **values)
 

@@ -308,7 +308,8 @@ def build_batches(
     if shuffle and batch_size > len(split):
         over = f" x {num_processes} processes" if num_processes > 1 else ""
         raise ConfigError(
-            f"--batch-size {batch_size // num_processes}{over}: larger than the {len(split):,} training images."
+            f"--batch-size {batch_size // num_processes}{over}, --global-batch-size {batch_size}: larger than the"
+            f" {len(split):,} training images."
         )
     if not shuffle:
         batch_size = min(batch_size, -(-len(split) // num_processes) * num_processes)

@@ -66,18 +66,25 @@ def check_environment(
     if variable is None:
         return
     size = _whole_number(variable, environment)
+    on_cpu = device_type == "cpu"
+    mpi = [name for name in RANK_OF if on_cpu and name in environment and name.startswith(("PMI", "OMPI", "MV2"))]
+    for name in mpi:  # on a CPU Accelerate takes these first
+        if _whole_number(name, environment) != size:
+            raise ConfigError(
+                f"{variable}={size}, but {name}={environment[name]}: two launchers, and Accelerate would take the"
+                f" second's number. Start train.py by one of them, or unset {name} and {RANK_OF[name]}."
+            )
     if size == 1:
         return
-    on_cpu = device_type == "cpu"
-    by_mpi = on_cpu and variable not in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # Accelerate reads MPI's on a CPU only
+    by_mpi = variable in mpi
     rank_variable = RANK_OF[variable] if by_mpi else "RANK"
     needed = [*(() if by_mpi else ("WORLD_SIZE",)), rank_variable, *(() if on_cpu else ("LOCAL_RANK",)), "MASTER_ADDR"]
     missing = [name for name in needed if name not in environment]
     if missing:
         raise ConfigError(
             f"{variable}={size} says that this is one of {size} processes, but without {', '.join(missing)} they would"
-            f" not train together. Let a launcher start them,\n  {launch_command(size, device_type)}\nor set"
-            " WORLD_SIZE=1 to train in this one alone."
+            f" not train together. Let a launcher start them,\n  {launch_command(size, device_type)}\nor"
+            f" {f'unset {variable}' if by_mpi else 'set WORLD_SIZE=1'} to train in this one alone."
         )
     rank = _whole_number(rank_variable, environment)
     if rank >= size:
@@ -87,13 +94,26 @@ def check_environment(
             f"{variable}={size}: several processes cannot share the GPU of a Mac. Train in one, or on the CPU:\n"
             f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
         )
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if not on_cpu and local_size > device_count:
-        raise ConfigError(
-            f"LOCAL_WORLD_SIZE={local_size}: more processes on this machine than its {device_count} {device_type}"
-            f" device(s). Launch at most {device_count}, or on the CPU:\n"
-            f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
-        )
+    if on_cpu:
+        return
+    for name, most in (("LOCAL_WORLD_SIZE", device_count), ("LOCAL_RANK", device_count - 1)):
+        if name in environment and _whole_number(name, environment) > most:
+            raise ConfigError(
+                f"{name}={environment[name]}: more processes on this machine than its {device_count} {device_type}"
+                f" device(s). Launch at most {device_count}, or on the CPU:\n"
+                f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
+            )
+
+
+def joined_processes(accelerator: Accelerator) -> int:
+    """The number of processes that train together; ConfigError where the launcher started another number."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes > 1 or started == "1":
+        return int(accelerator.num_processes)
+    raise ConfigError(
+        f"WORLD_SIZE={started}, but Accelerate joins no processes on the device {accelerator.device}: each would train"
+        f" alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
+    )
 
 
 def _check_precision(mixed_precision: str | None, environment: Mapping[str, str], device_type: str) -> None:
@@ -126,7 +146,7 @@ def distributed_settings(timeout_seconds: int, gradient_accumulation_steps: int)
     Gradients are views into the buckets that are averaged over the processes, which saves a copy of each. A static
     graph saves a search for unused parameters, but torch forbids it where a backward pass is not followed by an
     average. Between machines gloo is told by which interface to go, in GLOO_SOCKET_IFNAME, unless the user did. A
-    process that is alone is told so: for its LOCAL_RANK Accelerate would wrap the model, a third of the tutorial's speed.
+    process that is alone is told so: Accelerate would wrap its model, which takes a third of the speed.
     """
     if os.environ.get("WORLD_SIZE") == "1":
         os.environ.pop("LOCAL_RANK", None)
@@ -187,7 +207,8 @@ def waiting_for_others(timeout_seconds: int) -> Iterator[None]:
             rank = os.environ.get("RANK", "0")
             raise UserError(
                 f"Process {rank} lost the others of this job: one of them failed or was killed, its machine or the"
-                f" network is gone, or it took longer than --timeout-seconds {timeout_seconds}. The first error on the"
-                f" screen, or on another machine's, says which. (torch: {str(error).splitlines()[0]})"
+                " network is gone, the address or port where they were to meet is wrong or taken, or it took longer"
+                f" than --timeout-seconds {timeout_seconds}. The first error on the screen, or on another machine's,"
+                f" says which. (torch: {str(error).splitlines()[0]})"
             ) from error
         raise

@@ -66,20 +66,11 @@ class SharedMean:
 def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """A tensor in memory that all processes of the machine see; None, for all, where there is not enough of it.
 
-    All processes must call it. The file behind it has lost its name when it returns, and so goes with the processes,
-    however they end.
+    All processes must call it. The file behind it loses its name as soon as all have it, and so the memory is free when
+    they end, however they do.
     """
     size = torch.Size(shape).numel()
-    name: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        descriptor, path = tempfile.mkstemp(prefix="gradients-", dir=SHARED_MEMORY)
-        try:
-            os.posix_fallocate(descriptor, 0, size * dtype.itemsize)  # else what is missing would kill at first use
-            name[0] = path
-        except OSError:
-            os.unlink(path)
-        finally:
-            os.close(descriptor)
+    name = [reserve(size * dtype.itemsize) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(name)
     if name[0] is None:
         return None
@@ -88,3 +79,19 @@ def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     if dist.get_rank() == 0:
         os.unlink(name[0])
     return tensor
+
+
+def reserve(size: int) -> str | None:
+    """The path of a new file of `size` bytes in shared memory; None where it cannot be made."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="gradients-", dir=SHARED_MEMORY)
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(descriptor, 0, size)  # else what is missing would kill the process that first touches it
+    except OSError:
+        os.unlink(path)
+        return None
+    finally:
+        os.close(descriptor)
+    return path

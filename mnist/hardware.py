@@ -14,32 +14,42 @@ CORES = sorted(os.sched_getaffinity(0)) if CAN_CHOOSE_CORES else list(range(os.c
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def share_cores(model: nn.Module, batch: Tensor, device: torch.device) -> int:
-    """Choose the cores of this process and how many threads torch has for `model` on a CPU; returns that number.
+def choose_threads(model: nn.Module, batch: Tensor) -> int:
+    """Set, and return, the number of threads that torch uses for `model` on the CPU; `batch` is one of its inputs.
 
-    The job's processes on this machine share its cores evenly, where launchers give each of them one thread and plain
-    `python` gives all. Where there are several and they train on the CPU, each keeps to cores of its own: one that
-    wakes up on a core where another is busy holds up all of them (two with the CNN on two cores: 8 % of their speed).
+    It is this process's share of the cores, where launchers would give it one and plain `python` all of them.
 
-    A forward pass of `batch` of less than ten million operations stays on one thread: waiting for another costs more
-    than it saves (an MLP 784-64-64-64-10 on two cores: 580 us a step against 690 with batches of 10, 870 against 730
-    with 128), and beside another busy process two threads took 4 to 30 ms for a step that takes one 0.8 ms.
+    A forward pass of less than ten million operations stays on one thread: waiting for another costs more than it saves
+    (an MLP 784-64-64-64-10 on two cores: 580 us a step against 690 with batches of 10, 870 against 730 with 128), and
+    beside another busy process two threads took 4 to 30 ms for a step that takes one 0.8 ms.
     """
     from torch.utils.flop_counter import FlopCounterMode
-
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, len(CORES) // processes)
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device.type == "cpu" and local_rank is not None and 1 < processes <= len(CORES) and CAN_CHOOSE_CORES:
-        os.sched_setaffinity(0, CORES[int(local_rank) * share :][:share])
 
     training = model.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(batch)
     model.train(training)
+    share = max(1, len(CORES) // processes_here())
     threads = share if counter.get_total_flops() >= FLOPS_WORTH_SHARING else 1
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_to_own_cores(device: torch.device) -> None:
+    """Let the thread that trains run on this process's share of the cores only, where several train on the CPU.
+
+    One that wakes up on a core where another is busy holds up all of them: two processes with the CNN on two cores lost
+    8 % of their speed by it. Threads and processes that are started later inherit it, so trackers come first.
+    """
+    processes, local_rank = processes_here(), os.environ.get("LOCAL_RANK")
+    if device.type == "cpu" and local_rank is not None and 1 < processes <= len(CORES) and CAN_CHOOSE_CORES:
+        share = len(CORES) // processes
+        os.sched_setaffinity(0, CORES[int(local_rank) * share :][:share])
+
+
+def processes_here() -> int:
+    """How many processes of the job the launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> bool:

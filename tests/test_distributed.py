@@ -104,9 +104,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes get that `accelerate launch` started."""
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
-    tasks = (*TASKS, "train_without_shared_memory")
+    tasks, before = (*TASKS, "train_without_shared_memory"), set(SHARED_MEMORY.iterdir())
     done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
+    (folder / "left in shared memory").write_text(str(set(SHARED_MEMORY.iterdir()) - before))
     return folder
 
 
@@ -128,7 +129,7 @@ def three_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mirror() as (address, requests):
         done = run((*TORCHRUN, "3", "tests/worker.py", str(folder), *tasks), folder, MIRROR=address)
     (folder / "requests").write_text("\n".join(requests))
-    (folder / "seconds").write_text(str(time.time() - float((folder / "failed-at").read_text())))
+    (folder / "seconds").write_text(str(time.time() - float((folder / "reached").read_text())))
     (folder / "output").write_text(done.stdout)
     (folder / "errors").write_text(done.stderr)
     assert done.returncode != 0
@@ -160,7 +161,7 @@ def test_where_shared_memory_is_too_small_gradients_go_through_gloo_and_nothing_
     assert (two_processes / "limited").read_text() == "True False"
     for name in worker.FEW:
         assert largest_difference(weights(one_process, name), weights(two_processes / "gloo", name)) < 1e-10
-    assert list(SHARED_MEMORY.glob("gradients-*")) == []
+    assert (two_processes / "left in shared memory").read_text() == "set()"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -241,13 +242,18 @@ class Host:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    """Two machines that know each other's names."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("making network namespaces and joining them needs root and iproute2")
-    names = tmp_path / "hosts"
-    names.write_text("127.0.0.1 localhost\n10.77.0.1 alpha\n10.77.0.2 beta\n")
-    alpha, beta = Host("alpha", "10.77.0.1", names), Host("beta", "10.77.0.2", names)
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host]]:
+    """Two machines, with names as the rendezvous that is the parameter needs them."""
+    allowed = subprocess.run("unshare --net --uts --mount true".split(), capture_output=True, text=True, check=False)
+    if allowed.returncode != 0 or shutil.which("ip") is None:
+        pytest.skip(f"making network namespaces and joining them needs root and iproute2 {allowed.stderr}")
+    addresses = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
+    for name in addresses:
+        # c10d needs names that lead to the other machine; by default Debian's and Ubuntu's own leads to itself
+        known = addresses if request.param == "c10d" else {name: "127.0.1.1"}
+        lines = [f"{address} {known_name}" for known_name, address in ({"localhost": "127.0.0.1"} | known).items()]
+        (tmp_path / f"hosts-{name}").write_text("\n".join(lines) + "\n")
+    alpha, beta = (Host(name, address, tmp_path / f"hosts-{name}") for name, address in addresses.items())
     pair = f"ip link add card-alpha netns {alpha.holder.pid} type veth peer name card-beta netns {beta.holder.pid}"
     subprocess.run(pair.split(), check=True)
     for host in (alpha, beta):
@@ -269,7 +275,9 @@ def documented_commands(rendezvous: str) -> list[str]:
     return [line.replace("accelerate launch", python).replace("10.0.0.1", "10.77.0.1") for line in wanted]
 
 
-@pytest.mark.parametrize(("rendezvous", "killed"), [("static", 0), ("c10d", 1)])
+@pytest.mark.parametrize(
+    ("hosts", "rendezvous", "killed"), [("static", "static", 0), ("c10d", "c10d", 1)], indirect=["hosts"]
+)
 def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other_ends(
     rendezvous: str, killed: int, hosts: tuple[Host, Host], one_process: Path, tmp_path: Path
 ) -> None:
@@ -298,7 +306,7 @@ def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other
         psutil.Process(pid).kill()
     started = time.monotonic()
     code = launchers[left].wait(timeout=60)
-    assert time.monotonic() - started < 10 + 15  # --timeout-seconds, and what the launcher takes
+    assert time.monotonic() - started < 8 + 15  # --timeout-seconds, and what the launcher takes
     assert code != 0
     assert "lost the others of this job" in (folders[left] / "output").read_text()
     launchers[killed].wait(timeout=10)
@@ -343,6 +351,9 @@ def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str]
         ({**JOINED, "RANK": "2"}, ("cpu", 0), "RANK=2: there are only WORLD_SIZE=2"),
         ({**JOINED, "WORLD_SIZE": "two"}, ("cpu", 0), "WORLD_SIZE=two in the environment: must be a whole number"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ("cpu", 0), "SLURM_STEP_NUM_TASKS=4 .* 4 train.py"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, ("cpu", 0), "or unset OMPI_COMM_WORLD_SIZE to"),
+        ({"WORLD_SIZE": "1", "PMI_SIZE": "4"}, ("cpu", 0), "WORLD_SIZE=1, but PMI_SIZE=4: .* unset PMI_SIZE and PMI_R"),
+        ({**JOINED, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "1"}, ("cuda", 2), "LOCAL_RANK=2: more processes"),
         (
             {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
             ("cuda", 4),
@@ -411,11 +422,11 @@ def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch,
 
 def test_wrong_usage_is_said_once_by_many_processes(launch: Launch, tmp_path: Path) -> None:
     command = ("-m", "torch.distributed.run", "--nproc-per-node=3", "train.py")
-    done = launch("--epochs=0", f"--output-dir={tmp_path}", command=command)
-    assert done.returncode != 0
-    before_summary = done.stderr[: done.stderr.index("ChildFailedError")]
-    assert before_summary.count("--epochs 0: must be a whole number of at least 1") == 1
-    assert "--epochs 0" in done.stderr[done.stderr.index("Root Cause") :]
+    for flag, message in (("--epochs=0", "--epochs 0: must be a whole number of at least 1"), ("--epocs=3", "--epocs")):
+        done = launch(flag, f"--output-dir={tmp_path}", command=command)
+        assert done.returncode != 0
+        before_summary = done.stderr[: done.stderr.index("ChildFailedError")]
+        assert before_summary.count(message) == 1
 
 
 def test_the_configs_hold_no_rank_no_address_and_their_own_launch_command() -> None:
@@ -472,6 +483,16 @@ def test_compiled_by_inductor_the_weights_have_the_same_names_and_nearly_the_sam
             found[f"{name}-{count}"] = weights(tmp_path, f"{name}-{count}")
     for name in ("compiled-1", "compiled-2", "plain-2"):
         assert largest_difference(found["plain-1"], found[name]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_process_that_answers_no_more_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    done = run((*TORCHRUN, "2", "tests/worker.py", str(tmp_path), "hang_on_rank_1"), tmp_path)
+    assert done.returncode != 0
+    stopped, ended = float((tmp_path / "reached").read_text()), time.time()
+    assert 8 <= ended - stopped < 8 + 30 + 10  # --timeout-seconds, torchrun's patience with the other, and its own end
+    assert "Process 0 lost the others" in done.stderr
+    assert marked_processes(tmp_path) == []
 
 
 @pytest.mark.slow

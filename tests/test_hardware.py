@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from mnist import hardware
-from mnist.hardware import device_name, share_cores
+from mnist.hardware import choose_threads, device_name, keep_to_own_cores
 from mnist.models import CNN, Net
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +26,9 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_small_batch_of_a_small_network_stays_on_one_thread_and_a_large_one_is_shared() -> None:
-    assert share_cores(Net(), torch.zeros(10, 1, 28, 28), CPU) == 1
-    assert share_cores(Net(), torch.zeros(256, 1, 28, 28), CPU) == 4
-    assert share_cores(CNN(), torch.zeros(10, 1, 28, 28), CPU) == 4 == torch.get_num_threads()
+    assert choose_threads(Net(), torch.zeros(10, 1, 28, 28)) == 1
+    assert choose_threads(Net(), torch.zeros(256, 1, 28, 28)) == 4
+    assert choose_threads(CNN(), torch.zeros(10, 1, 28, 28)) == 4 == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(2, 2), (3, 1), (8, 1)])
@@ -38,7 +36,7 @@ def test_processes_of_one_machine_share_its_cores(
     processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert share_cores(CNN(), torch.zeros(64, 1, 28, 28), CPU) == threads
+    assert choose_threads(CNN(), torch.zeros(64, 1, 28, 28)) == threads
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
@@ -50,7 +48,7 @@ def test_each_process_keeps_to_cores_of_its_own_unless_there_are_too_few_or_it_t
     for processes, rank, device in ((2, 0, "cpu"), (2, 1, "cpu"), (3, 2, "cpu"), (8, 5, "cpu"), (2, 1, "cuda")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        share_cores(Net(), torch.zeros(1, 1, 28, 28), torch.device(device))
+        keep_to_own_cores(torch.device(device))
     assert kept == [[0, 1], [2, 3], [2]]
 
 
@@ -73,7 +71,7 @@ def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were(
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    share_cores(model, torch.rand(2, 1, 4, 4, generator=torch.Generator()), CPU)
+    choose_threads(model, torch.rand(2, 1, 4, 4, generator=torch.Generator()))
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert int(model[0].num_batches_tracked) == 0  # type: ignore[arg-type]
