@@ -306,10 +306,9 @@ def build_batches(
     Raises ConfigError for a training batch larger than the data.
     """
     if shuffle and batch_size > len(split):
-        over = f" x {num_processes} processes" if num_processes > 1 else ""
+        share = f"--batch-size {batch_size // num_processes} x {num_processes} process{'es' * (num_processes > 1)}"
         raise ConfigError(
-            f"--batch-size {batch_size // num_processes}{over}, --global-batch-size {batch_size}: larger than the"
-            f" {len(split):,} training images."
+            f"--global-batch-size {batch_size} ({share}): larger than the {len(split):,} training images."
         )
     if not shuffle:
         batch_size = min(batch_size, -(-len(split) // num_processes) * num_processes)

@@ -220,7 +220,7 @@ def test_the_weights_of_each_optimizer_step_make_a_mean_over_its_true_number_of_
 def test_a_batch_larger_than_the_training_images_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match="--batch-size 60 x 2 processes, --global-batch-size 120: larger than the 100",
+        match=r"--global-batch-size 120 \(--batch-size 60 x 2 processes\): larger than the 100",
     ):
         build_batches(numbered(100), batch_size=120, shuffle=True, num_processes=2)
     assert len(build_batches(numbered(100), batch_size=500)) == 1  # in evaluation it is filled up

@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_and_nothing_of_i
 def test_under_the_launcher_our_message_comes_first(launch: Launch, tmp_path: Path) -> None:
     done = launch("--trackers=none", f"--output-dir={tmp_path / 'runs'}", "--batch-size=70000")
     assert done.returncode == 1
-    ours = done.stderr.index("--batch-size 70000: larger than the 60,000 training images.")
+    ours = done.stderr.index("(--batch-size 70000 x 1 process): larger than the 60,000 training images.")
     assert ours < done.stderr.index("CalledProcessError")
     assert not (tmp_path / "runs").exists()
 
