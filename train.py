@@ -13,7 +13,7 @@ import dataclasses
 import sys
 
 from mnist.config import TrainConfig, parse_command_line
-from mnist.errors import UserError, report_failure
+from mnist.errors import UserError, end_process, report_failure
 from mnist.recipes import RECIPES
 
 
@@ -182,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

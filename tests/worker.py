@@ -31,6 +31,7 @@ import mnist.metrics
 import mnist.report
 import train
 from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
+from mnist.errors import end_process
 from mnist.metrics import evaluate
 from mnist.models import build_model
 from mnist.optim import LOSSES
@@ -170,7 +171,7 @@ def train_for_ever(folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
     sys.argv[1:] = ["--epochs=100000", "--log-every=10", "--limit-train-images=1000", "--limit-test-images=10"]
     sys.argv += ["--trackers=none", "--timeout-seconds=8", f"--output-dir={folder / 'runs'}", "--run-name=for-ever"]
-    sys.exit(train.main())
+    end_process(train.main())
 
 
 def on_rank_1(folder: Path, action: Callable[[], None]) -> None:
@@ -219,3 +220,4 @@ if __name__ == "__main__":
     with quick():
         for task in sys.argv[2:]:
             TASKS[task](Path(sys.argv[1]))
+    end_process(0)
