@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format bench bench-scaling
+.PHONY: train test test-slow lint format bench bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -23,3 +23,6 @@ bench: ## one epoch beside plain PyTorch and the tutorial's own way, interleaved
 
 bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many that do not wait for each other
 	python benchmarks/scaling.py
+
+soak: ## ten minutes of kills and resumes, compared with an undisturbed run
+	python benchmarks/soak.py --minutes 10

@@ -12,120 +12,124 @@ the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on 
 import dataclasses
 import sys
 
-from mnist.config import TrainConfig, parse_command_line
+from mnist.config import TrainConfig, given_settings, parse_command_line
 from mnist.errors import UserError, end_process, report_failure
 from mnist.recipes import RECIPES
 
 
-def train(config: TrainConfig) -> None:
-    """One run, from its settings to a folder with its metrics, its model and its pictures."""
+def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
+    """One run, from its settings to a folder with its metrics, its model and its pictures.
+
+    `given` are the settings that the command line names: a run that is resumed keeps its own.
+    """
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
-    from mnist.checkpoint import ModelConfig, save_model
+    from mnist.checkpoint import Checkpoints, ModelConfig, save_model
     from mnist.data import build_batches, load_dataset, measured_splits
     from mnist.distributed import (
-        check_launch,
+        check_precision,
         describe_launch,
         distributed_settings,
-        joined_processes,
+        join_processes,
         waiting_for_others,
     )
     from mnist.gradients import share_gradients
     from mnist.hardware import choose_threads, keep_freed_memory, keep_to_own_cores
+    from mnist.interruption import Interruption
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
     from mnist.progress import Progress
     from mnist.report import draw_curves, draw_prediction
-    from mnist.run import Run
+    from mnist.run import Run, find_run
     from mnist.terminal import Terminal
     from mnist.tracking import Tracking
     from mnist.transforms import scale_pixels
 
-    # --- accelerator: the processes and devices that the launcher gave us
+    # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
+    joined = join_processes(config.timeout_seconds)
+    config = find_run(config, given).share_batch(joined.num_processes)
+    check_precision(config.mixed_precision, joined.device.type)
     accelerator = Accelerator(
-        cpu=check_launch(config.mixed_precision) == "cpu",
+        cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
         # as a plugin, for the number alone would give way to a variable of the environment
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=list(config.tracker_names) or None,
-        kwargs_handlers=distributed_settings(config.timeout_seconds, config.gradient_accumulation_steps),
+        kwargs_handlers=distributed_settings(config.gradient_accumulation_steps),
     )
-    processes = joined_processes(accelerator)
-    config = config.share_batch(processes)
+    processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
 
     # --- data: images in memory, in batches for training and, as they lie, for measuring
     with accelerator.local_main_process_first():
-        data = load_dataset(
-            config.dataset,
-            config.data_dir,
-            limit_train_images=config.limit_train_images,
-            limit_test_images=config.limit_test_images,
-            validation_size=config.validation_size,
-        )
-    train_batches = build_batches(
-        data.train,
-        batch_size=config.batch_size * processes,
-        shuffle=True,
-        seed=config.seed,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_processes=processes,
-    )
+        limits = config.limit_train_images, config.limit_test_images, config.validation_size
+        data = load_dataset(config.dataset, config.data_dir, *limits)
+    accumulated = config.gradient_accumulation_steps
+    train_batches = build_batches(data.train, batch_size, processes, shuffle=True, seed=config.seed, window=accumulated)
     measured_batches = {
-        part: accelerator.prepare(build_batches(split, batch_size=500 * processes, num_processes=processes))
+        part: accelerator.prepare(build_batches(split, 500 * processes, processes))
         for part, split in measured_splits(data, config.seed).items()
     }
 
     # --- model, loss, optimizer, schedule
-    steps_per_epoch = -(-len(train_batches) // config.gradient_accumulation_steps)
+    steps_per_epoch = -(-len(train_batches) // accumulated)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    model = build_model(config.model, len(data.class_names))
+    net = model = build_model(config.model, len(data.class_names))
     keep_freed_memory()
     choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
-    loss_function = LOSSES[config.loss]
+    description, loss_function = ModelConfig.of(config.model, data), LOSSES[config.loss]
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
     model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
     share_gradients(model, accelerator)
 
-    # --- run: a folder of its own, a header on the terminal, trackers
-    run = Run.open(config, accelerator)
-    resolved = describe_launch(accelerator) | {
+    # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
+    run = Run.open(config)
+    launch = describe_launch(accelerator)
+    resolved = launch | {
         "train_images": len(data.train),
         "test_images": len(data.test),
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(net),
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
     terminal = Terminal(accelerator.is_main_process, config.epochs)
     terminal.header(config, resolved, run.folder, data.notes)
-    settings = dataclasses.asdict(config) | resolved
-    tracking = Tracking(accelerator, run.folder, settings, config.tracker_names)
-    with run, tracking, waiting_for_others(config.timeout_seconds):
+    tracking = Tracking(accelerator, run.folder, run.id, dataclasses.asdict(config) | resolved, config.tracker_names)
+    interruption = Interruption(accelerator, at_once=run.note)
+    progress = Progress(
+        accelerator, terminal, tracking.log, config.log_every, batch_size, images=len(data.train), steps=total_steps
+    )
+    checkpoints = Checkpoints(
+        run.folder / "checkpoints",
+        accelerator,
+        interruption,
+        progress,
+        net,
+        optimizer,
+        {"scheduler": scheduler, "tracking": tracking},
+        every=config.checkpoint_every,
+        essence=config.essence,
+        launch=launch,
+        saved=run.note,
+    )
+    with run, interruption, tracking, checkpoints, waiting_for_others(config.timeout_seconds):
         terminal.row("trackers", tracking.description)
-        progress = Progress(
-            accelerator,
-            terminal,
-            tracking.log,
-            log_every=config.log_every,
-            images_per_epoch=len(data.train),
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-        )
-
+        for note in checkpoints.resume():
+            terminal.row("resumed", note)
         keep_to_own_cores(accelerator.device)
-        for epoch in range(1, config.epochs + 1):
+        for epoch in progress.epochs():
             # --- loop
             train_batches.set_epoch(epoch)
-            progress.start_epoch(epoch)
-            for X, y, weight in train_batches:  # [B, 1, 28, 28] in [0, 1], [B], [B]: what each image counts
+            progress.start_epoch()
+            for X, y, weight in progress.rest(train_batches):  # [B, 1, 28, 28] in [0, 1], [B], [B]: what each counts
                 optimizer.zero_grad()  # does nothing inside a window of accumulated batches
                 with accelerator.accumulate(model):
                     output = model(X)  # [B, classes] log-probabilities
@@ -136,45 +140,56 @@ def train(config: TrainConfig) -> None:
                     optimizer.step()
                     scheduler.step()
                 progress.update(loss)  # fetches the loss from the device every --log-every steps only
+                checkpoints.after_step()  # saves one every --checkpoint-every steps, or because of a signal
                 if progress.finished:
                     break
 
             # --- in sample and out of sample, with the same weights
             values = progress.end_epoch() | {"learning_rate": scheduler.get_last_lr()[0]}
             for part, batches in measured_batches.items():
-                result = evaluate(model, batches, loss_function, accelerator)
+                result = evaluate(model, batches, loss_function, accelerator, before_batch=interruption.check)
                 values[f"{part}/loss"] = progress.finite(result.loss, f"{part} loss")
                 values[f"{part}/accuracy"] = result.accuracy
             tracking.log(values)
             terminal.epoch_line(values)
-            run.progress(progress.step, epoch)
-            if progress.finished:
-                break
+            if progress.end_evaluation(values) and accelerator.is_main_process:
+                save_model(net, run.folder / "best", description)
+            checkpoints.after_epoch()
 
         # --- what is left behind: the model, its curves, a test image beside the network's answer
         if accelerator.is_main_process:
-            net = accelerator.unwrap_model(model, keep_torch_compile=False).eval()
-            save_model(net, run.folder / "model", ModelConfig.of(config.model, data))
+            save_model(net, run.folder / "model", description)
             draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", title=run.folder.name)
             image, label = data.test.images[0], data.test.labels[0]
             with torch.no_grad():
-                probabilities = net(scale_pixels(image[None]).to(accelerator.device))[0].exp().cpu()  # [classes]
+                probabilities = net.eval()(scale_pixels(image[None]).to(accelerator.device))[0].exp().cpu()  # [classes]
             draw_prediction(image, label, probabilities, data.class_names, run.folder / "prediction.png")
             terminal.draw(image, label, probabilities, data.class_names)
-    terminal.result(run.folder, values, tracking.warning, tracking.sync_command)
+    terminal.result(run.folder, progress.results, tracking.warning, tracking.sync_command)
     accelerator.end_training()
 
 
 def main() -> int:
-    """Train as the command line says; the exit code is 0, 1 for a run that failed and 2 for wrong usage."""
+    """Train as the command line says.
+
+    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage; 143, 130 or 75 after SIGTERM, SIGINT, SIGUSR1.
+    """
+    from mnist.interruption import Interrupted, end_at_once, follow_launcher
+
+    follow_launcher()
+    end_at_once()
     try:
         config = parse_command_line(RECIPES)
         from mnist.distributed import waiting_for_others
 
         with waiting_for_others(config.timeout_seconds):
-            train(config)
+            train(config, given_settings())
     except KeyboardInterrupt:
         return 130
+    except Interrupted as interrupted:
+        if interrupted.message:  # on the main process
+            print(f"\n{interrupted.message}", flush=True)
+        return interrupted.exit_code
     except Exception as error:
         report_failure(error)
         return error.exit_code if isinstance(error, UserError) else 1

@@ -1,21 +1,41 @@
-"""The trained model as something others can load: weights as safetensors beside a config.json that rebuilds it.
+"""A run in files: the trained model as something others can load, and the checkpoints from which a run goes on.
 
 save_model(model, folder / "model", ModelConfig("mlp", ("0", "1", ...), (28, 28)))
 model, config = load_model(folder / "model")
+
+with Checkpoints(run.folder / "checkpoints", ...) as checkpoints:
+    notes = checkpoints.resume()               # the newest whole one, if there is any
+    checkpoints.after_step()                   # saves every N steps; Interrupted, after a signal, saves as it leaves
+
+A checkpoint is a folder of safetensors and JSON, so that no file of it can hold code. It is written under another name,
+flushed and renamed, and only then is an older one removed; its manifest tells a whole one from one that is damaged.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-import shutil
+import random
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
 
-from torch import nn
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from mnist.data import ImageData
-from mnist.errors import UserError
+from mnist.distributed import on_main_process
+from mnist.errors import ConfigError, UserError
+from mnist.interruption import Interrupted, Interruption
 from mnist.models import build_model, non_finite_parameters
+from mnist.progress import Progress
+from mnist.storage import new_folder, remove_folder, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -39,28 +59,10 @@ def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
 
     Raises UserError for weights that are not finite: nothing is written then.
     """
-    from safetensors.torch import save_file
-
-    broken = non_finite_parameters(model)
-    if broken:
-        raise UserError(
-            f"The weights {', '.join(broken)} hold NaN or infinity: not saved. Try a lower --learning-rate."
-        )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir()
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    (temporary / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+    check_finite(model)
+    with new_folder(folder) as temporary:
+        save_tensors(weights_of(model), temporary / "model.safetensors")
+        save_json(dataclasses.asdict(config), temporary / "config.json")
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
@@ -85,3 +87,289 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     model = build_model(config.architecture, len(config.class_names))
     model.load_state_dict(weights)
     return model.eval(), config
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise UserError, with their names, for weights that hold NaN or infinity."""
+    if broken := non_finite_parameters(model):
+        raise UserError(
+            f"The weights {', '.join(broken)} hold NaN or infinity: not saved. Try a lower --learning-rate."
+        )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+
+
+def save_json(values: Any, path: Path) -> None:
+    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class Stateful(Protocol):
+    """What says in a dict of plain values where it is, and goes on from there."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class RandomState:
+    """All random generators of a process that training may draw from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values; torch's states, bytes, in hexadecimal."""
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "torch": bytes(torch.get_rng_state().tolist()).hex(),
+        }
+        if self.device.type != "cpu":
+            device_state = torch.get_device_module(self.device).get_rng_state()
+            state[self.device.type] = bytes(device_state.tolist()).hex()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set all of them; that of a device only where the state is from such a device."""
+        version, keys, gauss = state["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(_bytes_tensor(state["torch"]))
+        if self.device.type in state:
+            torch.get_device_module(self.device).set_rng_state(_bytes_tensor(state[self.device.type]))
+
+
+def _bytes_tensor(hexadecimal: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(hexadecimal)), dtype=torch.uint8)
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was written; says in which way."""
+
+
+class Checkpoints:
+    """The last three states of a run, from each of which it goes on as if nothing had happened."""
+
+    KEPT = 3
+    SHARE_OF_TIME = 0.05  # that they may cost, where the user has not said how often
+    SAME_TO_THE_BIT = ("torch", "device", "num_processes", "threads", "precision", "compiler")
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        interruption: Interruption,
+        progress: Progress,
+        net: nn.Module,
+        optimizer: Stateful,
+        parts: Mapping[str, Stateful],
+        *,
+        every: int | None,
+        essence: Mapping[str, Any],
+        launch: Mapping[str, Any],
+        saved: Callable[..., None],
+    ) -> None:
+        """`net` is the model as it was built; `parts` are what else has a state that is the same on all processes.
+
+        `essence` must be equal for a checkpoint to be loaded; where `launch` differs the result will in its last
+        digits. `saved(step=..., epoch=..., checkpoint=...)` is told where the run is, and the step of its last one.
+        """
+        self.folder = folder
+        self.accelerator = accelerator
+        self.interruption = interruption
+        self.progress = progress
+        self.net = net
+        self.optimizer = optimizer
+        self.parts: dict[str, Stateful] = {"progress": progress, **parts}
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+        self.own: dict[str, Stateful] = {
+            "loss": progress.loss,
+            "random": RandomState(accelerator.device),
+        }  # of each process
+        self.every = every
+        self.essence = dict(essence)
+        self.launch = {name: launch[name] for name in self.SAME_TO_THE_BIT}
+        self.saved = saved
+        self.cost = 0.0  # seconds that the last one took
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Interrupted):  # on all processes at the same step
+            self.save()
+
+    def after_step(self) -> None:
+        """At the end of an optimizer step: save, if it is time for it; Interrupted, if a signal asks for it."""
+        if self.accelerator.sync_gradients:
+            if self.every is not None and self.progress.step % self.every == 0:
+                self.save()
+            self.interruption.after_step()
+
+    def after_epoch(self) -> None:
+        """Save the last state of a run, and those between two epochs as far as they cost little of its time."""
+        due = self.progress.finished
+        if self.every is None and not due:
+            waited = time.monotonic() - self.saved_at
+            due = on_main_process(lambda: self.cost <= self.SHARE_OF_TIME * (waited + self.cost))
+        if due:
+            self.save()
+        else:
+            self.saved(**self.progress.position)
+
+    # --- writing
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment; all processes must call it, between two optimizer steps."""
+        started = time.monotonic()
+        ranks = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
+        if self.accelerator.is_main_process:
+            folder = self.folder / f"step-{self.progress.step:010}{'-evaluated' if self.progress.evaluated else ''}"
+            if not folder.exists():
+                self._write(folder, ranks)
+                for old in self._folders()[self.KEPT :]:
+                    remove_folder(old)
+            self.saved(**self.progress.position, checkpoint=self.progress.step)
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - started
+
+    def _write(self, folder: Path, ranks: list[dict[str, Any]]) -> None:
+        check_finite(self.net)
+        tensors, optimizer = flatten(self.optimizer.state_dict())
+        state = {
+            "essence": self.essence,
+            "launch": self.launch,
+            "optimizer": optimizer,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "ranks": ranks,
+        }
+        with new_folder(folder) as temporary:
+            save_tensors(weights_of(self.net), temporary / "model.safetensors")
+            save_tensors(tensors, temporary / "optimizer.safetensors")
+            save_json(state, temporary / "state.json")
+            files = {path.name: path.read_bytes() for path in temporary.iterdir()}
+            save_json({name: fingerprint(content) for name, content in files.items()}, temporary / "manifest.json")
+
+    def _folders(self) -> list[Path]:
+        """Those that are there, the newest first."""
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    # --- reading
+
+    def resume(self) -> list[str]:
+        """Load the newest whole checkpoint, if there is one; all processes must call it. Returns what to tell.
+
+        Raises UserError where there are checkpoints, but none is whole; ConfigError for one of another run's.
+        """
+        found = on_main_process(self._newest_whole)
+        if found is None:
+            return []
+        name, files, notes = found
+        return [*notes, *self._load(name, files)]
+
+    def _newest_whole(self) -> tuple[str, dict[str, bytes], list[str]] | None:
+        remove_leftovers(self.folder)
+        notes: list[str] = []
+        for folder in self._folders():
+            try:
+                return folder.name, read_whole(folder), notes
+            except DamagedError as error:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                notes.append(f"{folder} is damaged ({error}): set aside as {aside.name}")
+                remove_folder(aside)
+                folder.rename(aside)
+        if any(self.folder.glob("damaged-*")):
+            raise UserError(
+                "\n".join(notes) + f"\n{self.folder}: none of the checkpoints is whole, so this run cannot go on."
+                " Restore one from a backup, or start again under another --run-name."
+            )
+        return None
+
+    def _load(self, name: str, files: Mapping[str, bytes]) -> list[str]:
+        from safetensors.torch import load
+
+        state = json.loads(files["state.json"])
+        for setting, there in state["essence"].items():
+            here = self.essence.get(setting)
+            if here != there:
+                raise ConfigError(
+                    f"{self.folder / name}: was saved with {setting} {there}, but this run has {here}."
+                    " It can only go on with what it began with."
+                )
+        self.net.load_state_dict(load(files["model.safetensors"]))
+        self.optimizer.load_state_dict(unflatten(load(files["optimizer.safetensors"]), state["optimizer"]))
+        for key, part in self.parts.items():
+            if key in state:
+                part.load_state_dict(state[key])
+        ranks, rank = state["ranks"], self.accelerator.process_index
+        for key, own in self.own.items():
+            own.load_state_dict(ranks[rank % len(ranks)][key])
+        changed = [
+            f"{key} was {there}, is {self.launch.get(key)}"
+            for key, there in state["launch"].items()
+            if there != self.launch.get(key)
+        ]
+        notes = [f"goes on from {name}, epoch {self.progress.epoch}, batch {self.progress.batch:,}"]
+        if changed:
+            notes.append(f"no longer the same to the bit: {'; '.join(changed)}")
+        return notes
+
+
+def read_whole(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, if each has the length and the checksum of the manifest; otherwise DamagedError."""
+    from safetensors.torch import load
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files = {name: (folder / name).read_bytes() for name in manifest}
+        for name, content in files.items():
+            if fingerprint(content) != manifest[name]:
+                raise DamagedError(f"{name} is not what was written")
+        json.loads(files["state.json"])
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            load(files[name])
+    except FileNotFoundError as error:
+        raise DamagedError(f"{Path(error.filename).name} is missing") from error
+    except DamagedError:
+        raise
+    except Exception as error:  # whatever a parser says of what is not its format
+        raise DamagedError(f"{type(error).__name__}: {error}") from error
+    return files
+
+
+def fingerprint(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an optimizer as tensors by name ("3.exp_avg" of the parameter 3) and the rest as plain values."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain[f"{index}.{name}"] = value
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def unflatten(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` was given."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["state"]}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}

@@ -4,7 +4,7 @@ python train.py --help
 python train.py --recipe cnn --learning-rate 0.01 --epochs 2
 
 config = TrainConfig(epochs=2)          # ConfigError (a ValueError) for what cannot be
-config.save("config.yaml"); config == TrainConfig.load("config.yaml")
+Path("config.yaml").write_text(config.to_yaml()); config == TrainConfig.load("config.yaml")
 """
 
 import argparse
@@ -18,7 +18,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -36,6 +36,12 @@ CHOICES = {
 }
 """What may be named; data, models, optim and tracking hold what the names stand for."""
 
+MAY_CHANGE = {"epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "timeout_seconds"}
+"""Settings that a run may go on with otherwise than it began: they change how long it is and what it says, no step."""
+
+SURROUNDINGS = {"recipe", "run_name", "output_dir", "data_dir", "resume", "batch_size", "mixed_precision"}
+"""Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
+
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +57,12 @@ class TrainConfig:
 
     output_dir: str = "runs"
     """Folder in which the run's folder is made."""
+
+    resume: str | None = None
+    """Go on with the run in this folder; `auto`: with the one called --run-name, or start it where there is none."""
+
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; by default one an epoch, if that costs at most 5 % of the time."""
 
     trackers: str = "wandb"
     """Where the metrics go besides metrics.jsonl, separated by commas."""
@@ -124,7 +136,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("log_every", "epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
             self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("limit_train_images", "limit_test_images", "max_steps", "global_batch_size"):
+        for name in ("limit_train_images", "limit_test_images", "max_steps", "global_batch_size", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("validation_size", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
@@ -153,32 +165,74 @@ class TrainConfig:
         names = [name.strip() for name in self.trackers.split(",")]
         return tuple(dict.fromkeys(name for name in names if name != "none"))
 
-    def share_batch(self, num_processes: int) -> "TrainConfig":
-        """The settings with both batch sizes in them: a process's share, and that of all processes.
+    @property
+    def essence(self) -> dict[str, Any]:
+        """What a checkpoint and the run that it is loaded into must have in common."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in MAY_CHANGE | SURROUNDINGS
+        }
 
-        Raises ConfigError for a --global-batch-size that does not divide by their number.
+    def resumed(self, asked: "TrainConfig", given: Collection[str], folder: Path) -> "TrainConfig":
+        """These settings, of the run in `folder`, with what the command line `asked` may change of them.
+
+        `given` are the settings that the command line names. Raises ConfigError for one that may not change and
+        differs, with both values.
+        """
+        for name in given:
+            there, here = getattr(self, name), getattr(asked, name)
+            if name == "output_dir":
+                there, here = folder.resolve().parent, Path(here).resolve()
+            if name == "run_name":
+                there = folder.resolve().name
+            if name not in MAY_CHANGE | {"resume"} and here != there:
+                raise ConfigError(
+                    f"{flag(name)} {here}: the run in {folder} has {there}, and goes on with that. Leave the flag away,"
+                    f" or start another run. What may change: {', '.join(sorted(map(flag, MAY_CHANGE)))}."
+                )
+        changes = {name: getattr(asked, name) for name in MAY_CHANGE & set(given)}
+        return dataclasses.replace(
+            self, **changes, output_dir=str(folder.parent), run_name=folder.name, resume=str(folder)
+        )
+
+    def share_batch(self, num_processes: int) -> "TrainConfig":
+        """The settings with both batch sizes in them: a process's share, rounded up, and that of all processes.
+
+        Raises ConfigError for a --global-batch-size that does not divide by their number. A run that is resumed,
+        perhaps by as many processes as are left, keeps its own all the same.
         """
         whole = self.global_batch_size or self.batch_size * num_processes
-        if whole % num_processes:
-            above = (whole // num_processes + 1) * num_processes
+        share = -(-whole // num_processes)
+        if share * num_processes != whole and self.resume is None:
             raise ConfigError(
-                f"--global-batch-size {whole}: does not divide by the {num_processes} processes of this job; {above}"
-                " would."
+                f"--global-batch-size {whole}: does not divide by the {num_processes} processes of this job;"
+                f" {share * num_processes} would."
             )
-        return dataclasses.replace(self, batch_size=whole // num_processes, global_batch_size=whole)
+        return dataclasses.replace(self, batch_size=share, global_batch_size=whole)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write every setting as YAML."""
+    @property
+    def shared_batch_size(self) -> int:
+        """Images that all processes together take at a time, after `share_batch`."""
+        assert self.global_batch_size is not None
+        return self.global_batch_size
+
+    def to_yaml(self) -> str:
+        """Every setting, as `load` reads it."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        settings = dataclasses.asdict(self) | {"resume": None}  # the file is what is resumed
+        return yaml.safe_dump(settings, sort_keys=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TrainConfig":
-        """Read what `save` wrote; ConfigError for settings that do not exist or cannot be."""
+        """Read a file of what `to_yaml` gave; ConfigError for settings that do not exist or cannot be."""
         import yaml
 
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: no YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: holds no settings.")
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; was it written by another version?")
@@ -186,7 +240,7 @@ class TrainConfig:
 
 
 HELP_GROUPS = {
-    "run": "recipe run_name output_dir trackers log_every seed",
+    "run": "recipe run_name output_dir resume checkpoint_every trackers log_every seed",
     "data": "dataset data_dir limit_train_images limit_test_images validation_size",
     "model": "model loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
@@ -226,6 +280,13 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     choices = CHOICES | {"recipe": tuple(recipes)}
     config: TrainConfig = parse_flags(recipes[recipe], HELP_GROUPS, choices, arguments)
     return config
+
+
+def given_settings(arguments: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of the settings that a command line names, as opposed to those that have their default."""
+    words = sys.argv[1:] if arguments is None else arguments
+    names = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    return frozenset(names & {field.name for field in dataclasses.fields(TrainConfig)})
 
 
 def parse_flags(

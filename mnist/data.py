@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -107,7 +108,6 @@ SOURCES = {
 def load_dataset(
     name: str,
     data_dir: str | Path,
-    *,
     limit_train_images: int | None = None,
     limit_test_images: int | None = None,
     validation_size: int = 0,
@@ -217,17 +217,27 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     batch. In training it is such that an optimizer step takes the mean over its true number of images, also in the
     last, shorter window of accumulated batches: 1 / images of the step, times the two factors that others divide by,
     gradient_accumulation_steps (accelerator.backward) and num_processes (DistributedDataParallel). In evaluation
-    (`mean_over_batches=None`) it is 1. The last batch is filled up to the full size, so that all processes get the
-    same number of images and all batches have one shape, with images of weight 0.
+    (`mean_over_batches=None`) it is 1. The last batch is filled up to the full size, and every batch to a `size` that
+    the processes can share, with images of weight 0: so all get the same number of images, and all batches have one
+    shape.
     """
 
     READ_AHEAD = 1024  # images prepared with one operation: an epoch of the tutorial took a twelfth less time by it
 
     def __init__(
-        self, split: Split, *, batch_size: int, shuffle: bool, seed: int, mean_over_batches: int | None, scale: float
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        size: int,
+        shuffle: bool,
+        seed: int,
+        mean_over_batches: int | None,
+        scale: float,
     ) -> None:
         self.split = split
         self.batch_size = batch_size  # of all processes together
+        self.size = size  # with what fills it up
         self.shuffle = shuffle
         self.seed = seed
         position = torch.arange(self.num_batches * batch_size)
@@ -237,6 +247,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             start = position // window * window
             self.weight = scale / (start + window).clamp(max=len(split)).sub(start).to(self.weight.dtype)
         self.weight[len(split) :] = 0
+        self.weight = self._fill_up(self.weight)
         self.epoch = -1
         self.set_epoch(0)
 
@@ -247,13 +258,18 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.split)
 
+    def _fill_up(self, values: Tensor) -> Tensor:
+        """[batches * batch_size] -> [batches * size], with zeros at the end of each batch."""
+        return F.pad(values.view(-1, self.batch_size), (0, self.size - self.batch_size)).flatten()
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch, a function of the seed and the epoch alone."""
         if epoch == self.epoch:  # Accelerate calls once more at the start of every pass
             return
         self.epoch, count = epoch, len(self.split)
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        self.order = torch.from_numpy(np.resize(order, self.num_batches * self.batch_size))  # filled from its start
+        order = np.resize(order, self.num_batches * self.batch_size)  # filled from its start
+        self.order = self._fill_up(torch.from_numpy(order))
         self.ready: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __getitems__(self, positions: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,9 +279,13 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.ready.pop(positions)
 
     def _read_ahead(self, positions: range) -> None:
-        size, stride = len(positions), self.batch_size
+        # Always the same batches together, wherever an epoch is entered: the last digit of a sum may depend on where in
+        # memory a batch lies (torch.dot's does), and a run that is resumed must not differ from one that is not.
+        size, stride = len(positions), self.size
         count = max(1, self.READ_AHEAD // size)
-        parts = [range(start, start + size) for start in range(positions.start, len(self.order), stride)[:count]]
+        batch, offset = divmod(positions.start, stride)
+        first = batch // count * count * stride + offset
+        parts = [range(start, start + size) for start in range(first, len(self.order), stride)[:count]]
         places = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # [batches, B]
         images, labels = self.split.take(self.order[places])
         batches = zip(scale_pixels(images).unbind(), labels.unbind(), self.weight[places].unbind(), strict=True)
@@ -290,19 +310,13 @@ class PositionBatches:
 
 
 def build_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    shuffle: bool = False,
-    seed: int = 0,
-    gradient_accumulation_steps: int = 1,
-    num_processes: int = 1,
+    split: Split, batch_size: int, num_processes: int = 1, *, shuffle: bool = False, seed: int = 0, window: int = 1
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
     """A DataLoader of (X, y, weight), to be prepared by Accelerate with split_batches=True.
 
     `batch_size` is that of all processes together. Shuffled batches are for training: their weights are for a mean
-    over each optimizer step; otherwise each image weighs 1, and a batch is no larger than the data need. `set_epoch`
-    chooses the order.
+    over each optimizer step, of `window` accumulated batches; otherwise each image weighs 1, and a batch is no larger
+    than the data need. `set_epoch` chooses the order.
     Raises ConfigError for a training batch larger than the data.
     """
     if shuffle and batch_size > len(split):
@@ -311,18 +325,20 @@ def build_batches(
             f"--global-batch-size {batch_size} ({share}): larger than the {len(split):,} training images."
         )
     if not shuffle:
-        batch_size = min(batch_size, -(-len(split) // num_processes) * num_processes)
+        batch_size = min(batch_size, len(split))
+    size = -(-batch_size // num_processes) * num_processes
     dataset = BatchDataset(
         split,
         batch_size=batch_size,
+        size=size,
         shuffle=shuffle,
         seed=seed,
-        mean_over_batches=gradient_accumulation_steps if shuffle else None,
-        scale=float(gradient_accumulation_steps * num_processes),
+        mean_over_batches=window if shuffle else None,
+        scale=float(window * num_processes),
     )
     return DataLoader(
         dataset,
-        batch_sampler=PositionBatches(dataset.num_batches, batch_size),  # type: ignore[arg-type]
+        batch_sampler=PositionBatches(dataset.num_batches, size),  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else every epoch would draw from the global one
     )

@@ -1,6 +1,7 @@
 """What the launcher started, one process or many: checked before anything is built on it, and named when it breaks.
 
-    device_type = check_launch(config.mixed_precision)     # "cpu", "cuda"; ConfigError for what would go wrong
+    processes = join_processes(config.timeout_seconds)     # ConfigError for what would go wrong
+    answer = on_main_process(look_it_up)                   # on all of them
 
 Accelerate takes the environment at its word. Where that is incomplete it trains alone, or waits for ever, and says
 nothing: so what is refused here is what Accelerate 1.15 was seen to accept and then not do.
@@ -9,21 +10,22 @@ nothing: so what is refused here is what Accelerate 1.15 was seen to accept and 
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil  # of Accelerate's own requirements
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
     KwargsHandler,
+    broadcast_object_list,
     gather_object,
     parse_flag_from_env,
 )
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from mnist.errors import ConfigError, UserError
 from mnist.hardware import device_name
@@ -38,22 +40,64 @@ RANK_OF = {  # the variable in which each kind of launcher gives the number of p
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
-def check_launch(mixed_precision: str | None) -> str:
-    """The type of the device to train on, "cuda" or "cpu" for two.
+T = TypeVar("T")
 
-    Raises ConfigError where Accelerate would quietly do something else than the flags and the environment say.
+
+def join_processes(timeout_seconds: int) -> PartialState:
+    """Join the processes that the launcher has started, on the devices that torch sees or on the CPU.
+
+    Raises ConfigError where Accelerate would quietly do something else than the environment says.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
-        check_environment(mixed_precision, os.environ, "cpu", 0)
-        return "cpu"
-    check_environment(mixed_precision, os.environ, device.type, torch.accelerator.device_count())
-    return device.type
+    on_cpu = device is None or parse_flag_from_env("ACCELERATE_USE_CPU")
+    device_type = "cpu" if on_cpu or device is None else device.type
+    check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
+    if os.environ.get("WORLD_SIZE") == "1":
+        # one that is alone is told so: Accelerate would wrap its model, which takes a third of the speed
+        os.environ.pop("LOCAL_RANK", None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        # gloo is told by which interface to go, unless the user did
+        if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds), **_meeting_place(timeout_seconds))
+    started = os.environ.get("WORLD_SIZE", "1")
+    if state.num_processes == 1 and started != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={started}, but Accelerate joins no processes on the device {state.device}: each would train"
+            f" alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
+        )
+    return state
 
 
-def check_environment(
-    mixed_precision: str | None, environment: Mapping[str, str], device_type: str, device_count: int
-) -> None:
+def _meeting_place(timeout_seconds: int) -> dict[str, Any]:
+    """Where processes that torchrun has restarted on one machine meet, as arguments of init_process_group.
+
+    With its default, static, rendezvous they would find in its store the addresses of those that are gone, and wait for
+    them (torch 2.14; one restart in three). Between machines c10d makes a new store each time.
+    """
+    restarts, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    if restarts == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):
+        return {}
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = PrefixStore(f"restart-{restarts}", TCPStore(*address, timeout=timedelta(seconds=timeout_seconds)))
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(world_size)}
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """What `function` returns, or the error that it raises, on all processes; only the main one calls it."""
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer = [function(), None]
+        except (UserError, OSError) as error:
+            answer = [None, error]
+    result, failure = broadcast_object_list(answer)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+def check_environment(environment: Mapping[str, str], device_type: str, device_count: int) -> None:
     """Raise ConfigError for an environment that does not fit together on a machine with so many such devices."""
     for name in SHARDING:
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
@@ -61,7 +105,6 @@ def check_environment(
                 f"The launcher asks for {name} (its --config_file, or your default one): here each process holds the"
                 " whole model. Launch with one of accelerate_configs/."
             )
-    _check_precision(mixed_precision, environment, device_type)
     variable = next((name for name in RANK_OF if name in environment), None)
     if variable is None:
         return
@@ -105,19 +148,9 @@ def check_environment(
             )
 
 
-def joined_processes(accelerator: Accelerator) -> int:
-    """The number of processes that train together; ConfigError where the launcher started another number."""
-    started = os.environ.get("WORLD_SIZE", "1")
-    if accelerator.num_processes > 1 or started == "1":
-        return int(accelerator.num_processes)
-    raise ConfigError(
-        f"WORLD_SIZE={started}, but Accelerate joins no processes on the device {accelerator.device}: each would train"
-        f" alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
-    )
-
-
-def _check_precision(mixed_precision: str | None, environment: Mapping[str, str], device_type: str) -> None:
-    asked = mixed_precision or environment.get("ACCELERATE_MIXED_PRECISION", "no")
+def check_precision(mixed_precision: str | None, device_type: str) -> None:
+    """Raise ConfigError for a precision, of the flag or else of the launcher, that would have no effect."""
+    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):
         raise ConfigError(f"{origin} {asked}: not supported. Known: no, fp16, bf16.")
@@ -140,23 +173,14 @@ def launch_command(num_processes: int, device_type: str) -> str:
     return f"accelerate launch --config_file accelerate_configs/{name}.yaml --num_processes {num_processes} train.py"
 
 
-def distributed_settings(timeout_seconds: int, gradient_accumulation_steps: int) -> list[KwargsHandler]:
-    """Accelerate's settings of the process group and of DistributedDataParallel, tuned for a small model.
+def distributed_settings(gradient_accumulation_steps: int) -> list[KwargsHandler]:
+    """Accelerate's settings of DistributedDataParallel, tuned for a small model.
 
     Gradients are views into the buckets that are averaged over the processes, which saves a copy of each. A static
     graph saves a search for unused parameters, but torch forbids it where a backward pass is not followed by an
-    average. Between machines gloo is told by which interface to go, in GLOO_SOCKET_IFNAME, unless the user did. A
-    process that is alone is told so: Accelerate would wrap its model, which takes a third of the speed.
+    average.
     """
-    if os.environ.get("WORLD_SIZE") == "1":
-        os.environ.pop("LOCAL_RANK", None)
-    if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return [
-        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=gradient_accumulation_steps == 1),
-    ]
+    return [DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=gradient_accumulation_steps == 1)]
 
 
 def interface_towards(address: str) -> str | None:
@@ -178,6 +202,7 @@ def interface_towards(address: str) -> str | None:
 def describe_launch(accelerator: Accelerator) -> dict[str, Any]:
     """What training runs on, as the header and the run's config show it; all processes must call it."""
     return {
+        "torch": torch.__version__,
         "device": device_name(accelerator.device),
         "num_processes": accelerator.num_processes,
         "processes": describe_processes(accelerator),

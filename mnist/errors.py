@@ -4,6 +4,7 @@ Everything else that goes wrong is a bug or a broken machine, and keeps its trac
 """
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def end_process(exit_code: int) -> NoReturn:
     runs of two processes, an exit code of -6 after a run that had ended well (pytorch issue 190489).
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
+            stream.flush()
     os._exit(exit_code)

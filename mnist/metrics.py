@@ -5,7 +5,7 @@ print(result.loss, result.accuracy)
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +31,17 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
     accelerator: Accelerator,
+    before_batch: Callable[[], Any] = lambda: None,
 ) -> Result:
-    """Loss and accuracy over all batches of all processes; the weights of real images are 1, of padding 0."""
+    """Loss and accuracy over all batches of all processes; the weights of real images are 1, of padding 0.
+
+    `before_batch` is called before each; what it raises cuts the evaluation short.
+    """
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(3, dtype=exact, device=accelerator.device)  # loss, correct, images
     model.eval()
     for X, y, weight in batches:
+        before_batch()
         output = model(X)  # [B, classes]
         correct = (output.argmax(dim=1) == y).to(weight.dtype)
         sums += torch.stack([loss_function(output, y, weight), torch.dot(correct, weight), weight.sum()])
@@ -56,6 +61,15 @@ class TrainingLoss:
         self.accelerator = accelerator
         self.sum = torch.zeros((), device=accelerator.device)
         self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this process: the others have sums of their own."""
+        return {"sum": float(self.sum), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.sum.fill_(state["sum"])
+        self.steps = state["steps"]
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of one batch."""

@@ -1,27 +1,86 @@
 """The folder of a run: made once, never overwritten, with the settings and the state of the run in it.
 
-    with Run.create(config) as run:
-        run.progress(step=100, epoch=1)
+    config = find_run(config, given)              # --resume: the settings of the run that goes on
+    with Run.open(config, accelerator) as run:
+        run.note(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
 state.json is the truth for whatever watches the job: launchers turn every exit code into 1.
 """
 
+import contextlib
+import dataclasses
+import errno
 import json
 import os
-import signal
+import secrets
+import shlex
+import shutil
+import socket
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+import psutil
+from filelock import FileLock
 
-from mnist.config import TrainConfig
+from mnist.config import MAY_CHANGE, TrainConfig
+from mnist.distributed import on_main_process
 from mnist.errors import ConfigError, UserError
+from mnist.interruption import Interrupted, launcher_command
+from mnist.storage import lock_folder, remove_leftovers, storage_errors, temporary_name, write_file
+
+
+def find_run(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """The settings to train with: those of the run that is to go on, if there is one; all processes must call it.
+
+    That is what --resume names, or what torchrun has started before, when it has restarted these processes. `given`
+    are the settings that the command line names. Only the main process looks: the others may be on machines that do
+    not have the folder. Raises ConfigError where there is no such run, or a setting of it cannot be changed.
+    """
+    return on_main_process(lambda: _find(config, given))
+
+
+def _find(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    folder, parent = None, Path(config.output_dir)
+    if config.resume not in (None, "auto"):
+        folder = Path(str(config.resume)).resolve()
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"--resume {config.resume}: no run is there, for it has no config.yaml. Name the folder of one, as"
+                f" {parent / 'latest'}, or `auto` with --run-name."
+            )
+    elif config.resume == "auto" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        job = job_id()
+        if config.run_name is None and job is None:
+            raise ConfigError("--resume auto: needs --run-name NAME, by which the run is found again.")
+        folder = parent / config.run_name if config.run_name else _folder_of_job(parent, job)
+    if folder is None or not (folder / "config.yaml").is_file():
+        return dataclasses.replace(config, resume=None)
+    return TrainConfig.load(folder / "config.yaml").resumed(config, given, folder)
+
+
+def job_id() -> str | None:
+    """What all restarts of a torchrun job have in common: the id of its rendezvous, else the launcher's process."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id == "none":  # torchrun's default, the same for all jobs
+        launcher = psutil.Process(os.getppid())
+        return f"{socket.gethostname()}-{launcher.pid}-{launcher.create_time():.2f}"
+    return run_id
+
+
+def _folder_of_job(parent: Path, job: str | None) -> Path | None:
+    """The newest run that a job began before it was restarted."""
+    found = []
+    for path in parent.glob("*/state.json"):
+        with contextlib.suppress(OSError, ValueError):  # not a run's
+            if json.loads(path.read_text(encoding="utf-8")).get("job") == job:
+                found.append(path.parent.resolve())
+    return max(found, key=lambda folder: (folder / "config.yaml").stat().st_mtime, default=None)
 
 
 @dataclass
@@ -30,33 +89,39 @@ class Run:
 
     folder: Path = Path()
     writes: bool = False
-    state: dict[str, Any] = field(default_factory=lambda: {"status": "running", "step": 0, "epoch": 0, "error": None})
+    state: dict[str, Any] = field(default_factory=dict)
+    lock: FileLock | None = None
+    resume_command: str = ""
 
     @classmethod
-    def open(cls, config: TrainConfig, accelerator: Accelerator) -> "Run":
-        """Make a run on the main process, and tell its folder to the others; all of them must call it."""
-        run = cls.create(config) if accelerator.is_main_process else cls()
-        run.folder = Path(broadcast_object_list([str(run.folder)])[0])
-        return run
+    def open(cls, config: TrainConfig) -> "Run":
+        """Make a run, or take up the one that `find_run` has found; all processes must call it.
+
+        Raises ConfigError for a name that holds a run already, UserError for a folder that cannot be written or that
+        another job is using.
+        """
+        opened: list[Run] = []  # a lock cannot be sent
+
+        def open_here() -> Path:
+            opened.append(cls.reopen(config) if config.resume else cls.create(config))
+            return opened[0].folder
+
+        folder = on_main_process(open_here)
+        return opened[0] if opened else cls(folder)
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
-        """Make `<output_dir>/<run_name>/` with config.yaml, and let `<output_dir>/latest` point to it.
-
-        Raises ConfigError for a name that holds a run already, UserError for a folder that cannot be written.
-        """
+        """Make `<output_dir>/<run_name>/` with config.yaml, and let `<output_dir>/latest` point to it."""
         parent = Path(config.output_dir)
         name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            folder = _make_folder(parent, name, unique=config.run_name is None)
-            config.save(folder / "config.yaml")
-            _point_latest(parent, folder.name)
-            run = cls(folder, writes=True)
-            run.save_state()
+            run = cls(_make_folder(parent, name, config), writes=True)
+            run._take()
         except FileExistsError as error:
             raise ConfigError(
                 f"--run-name {name}: {parent / name} holds a run already, and nothing is overwritten. Choose another"
-                " name, or leave the flag away for one made from the time."
+                " name, leave the flag away for one made from the time, or go on with that run: --resume"
+                f" {shlex.quote(str(parent / name))}."
             ) from error
         except OSError as error:
             raise UserError(
@@ -64,60 +129,101 @@ class Run:
             ) from error
         return run
 
-    def save_state(self) -> None:
-        """Replace state.json in one step: a reader finds the old one or the new one, both whole."""
-        if self.writes:
-            self.state["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_atomically(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
+    @classmethod
+    def reopen(cls, config: TrainConfig) -> "Run":
+        """Take up the run in the folder `config.resume`, with what of its settings has changed."""
+        folder = Path(str(config.resume))
+        run = cls(folder, writes=True)
+        with storage_errors(folder, "try again"):
+            run._take()
+            saved = TrainConfig.load(folder / "config.yaml")
+            changed = {name: getattr(config, name) for name in MAY_CHANGE}
+            write_file(folder / "config.yaml", dataclasses.replace(saved, **changed).to_yaml())
+        return run
 
-    def progress(self, step: int, epoch: int) -> None:
-        """Note how far the run is."""
-        self.state |= {"step": step, "epoch": epoch}
-        self.save_state()
+    @property
+    def id(self) -> str:
+        """What tells this run from all others, the same whenever it is taken up again; only the main process has it."""
+        return str(self.state.get("id", ""))
+
+    def _take(self) -> None:
+        """Lock the folder, see where the run is, and say that it is running."""
+        path = self.folder / "state.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.lock = lock_folder(self.folder, f", process {before['process']}" if "process" in before else "")
+        remove_leftovers(self.folder)
+        self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | before
+        self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
+        _point_latest(self.folder)
+        process = f"{os.getpid()} on {socket.gethostname()}"
+        self.note(status="running", error=None, exit_code=None, job=job_id(), process=process)
+
+    def note(self, **values: Any) -> None:
+        """Replace state.json, with these values in it, in one step: a reader finds the old one or the new one."""
+        if self.writes:
+            self.state |= values | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            write_file(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
 
     def __enter__(self) -> "Run":
-        # SIGTERM ends a process without a word; as SystemExit it passes through __exit__
-        self._previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-        if error is None:
-            self.state["status"] = "finished"
-        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
-            self.state |= {"status": "interrupted", "error": kind.__name__ if kind else None}
-        else:
-            self.state |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        self.save_state()
+        status, reason, exit_code = "finished", None, 0
+        if isinstance(error, Interrupted):
+            status, reason, exit_code = "interrupted", error.signal, error.exit_code
+            if self.writes:
+                error.message = f"Interrupted by {error.signal}. To go on:\n{self.resume_command}"
+        elif error is not None:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            exit_code = error.exit_code if isinstance(error, UserError) else 1
+        with storage_errors(self.folder, f"go on: {self.resume_command}"):
+            try:
+                self.note(status=status, error=reason, exit_code=exit_code)
+            except OSError:
+                if error is None:
+                    raise
+            finally:
+                if self.lock is not None:
+                    self.lock.release()
+            if isinstance(error, OSError):
+                raise error
 
 
-def _make_folder(parent: Path, name: str, unique: bool) -> Path:
+def _script_command() -> list[str]:
+    """The command that started this process, up to the script."""
+    return launcher_command() or ["python", _as_typed(Path(sys.argv[0]))]
+
+
+def _as_typed(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path.absolute()) if relative.startswith("..") else relative
+
+
+def _make_folder(parent: Path, name: str, config: TrainConfig) -> Path:
+    """A new folder with config.yaml in it; where the name is only a proposal, a number is added if it is taken."""
     parent.mkdir(parents=True, exist_ok=True)
-    attempt = 1
-    while True:  # two jobs may start in the same second
-        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if not unique:
-                raise
-            attempt += 1
+    temporary = temporary_name(parent / name, "new")
+    temporary.mkdir()
+    try:
+        write_file(temporary / "config.yaml", config.to_yaml())
+        attempt = 1
+        while True:  # two jobs may start in the same second
+            folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                return temporary.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                if config.run_name is not None:
+                    raise FileExistsError(folder) from error
+                attempt += 1
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _point_latest(parent: Path, name: str) -> None:
-    link, temporary = parent / "latest", parent / f".latest.{os.getpid()}"
-    temporary.symlink_to(name)
-    os.replace(temporary, link)
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text under a temporary name beside `path`, flush it to the disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _point_latest(folder: Path) -> None:
+    link = temporary_name(folder.with_name("latest"), "new")
+    link.symlink_to(folder.name)
+    os.replace(link, folder.with_name("latest"))

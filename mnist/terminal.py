@@ -3,6 +3,7 @@
 On a terminal a progress bar moves; elsewhere (a file, a pipe, a scheduler's log) a plain line comes every ten seconds.
 """
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,11 @@ class Terminal:
     def print(self, text: str = "") -> None:
         """A line now, not when a buffer is full."""
         if self.prints:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # `| tee`, ended by the same Ctrl-C: a run outlives those who listen
+                self.prints = self.interactive = False
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """What is going to be trained, on what, how and into which folder."""

@@ -1,6 +1,6 @@
 """What is logged, under which key, to which trackers. The only module that knows W&B.
 
-    with Tracking(accelerator, run.folder, settings, ["wandb"]) as tracking:
+    with Tracking(accelerator, run.folder, "4f2a91c0", settings, ["wandb"]) as tracking:
         tracking.log({"step": 100, "epoch": 1, "train/loss": 0.5})
 
 Every line goes to metrics.jsonl first, flushed at once, then to the trackers that Accelerate was built with
@@ -28,10 +28,13 @@ class Tracking:
     """The metrics of one run, written by the main process; on the others it does nothing."""
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], names: Sequence[str]
+        self, accelerator: Accelerator, folder: Path, run_id: str, settings: Mapping[str, Any], names: Sequence[str]
     ) -> None:
+        """`run_id` is what a run that is resumed keeps."""
         self.accelerator = accelerator
         self.folder = folder
+        self.run_id = run_id
+        self.kept_bytes: int | None = 0  # of metrics.jsonl, until the first line of this process
         self.settings = dict(settings)
         self.names = names
         self.description = "none"
@@ -46,9 +49,28 @@ class Tracking:
                 self._start_wandb()
         return self
 
+    def state_dict(self) -> dict[str, Any]:
+        """How much of metrics.jsonl, by now on the disk, there is."""
+        if not self.accelerator.is_main_process:
+            return {}
+        self._cut()
+        os.fsync(self.file.fileno())
+        return {"metrics_bytes": self.file.tell()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; to be called before the first `log`."""
+        self.kept_bytes = state["metrics_bytes"]
+
+    def _cut(self) -> None:
+        """Before the first line: cut off what came after the point from which the run goes on, for it comes again."""
+        if self.kept_bytes is not None:
+            self.file.truncate(min(self.kept_bytes, self.file.seek(0, os.SEEK_END)))
+            self.kept_bytes = None
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Log one line of numbers, `step` and `epoch` among them. Never writes NaN or infinity: ValueError."""
         if self.accelerator.is_main_process:
+            self._cut()
             self.file.write(json.dumps(values, allow_nan=False) + "\n")
             self.file.flush()
             try:
@@ -100,6 +122,7 @@ class Tracking:
             self.accelerator.trackers.clear()
             mode, reason = "offline", "the server cannot be used"
             self.warning = f"W&B cannot be reached ({_first_line(error)}): this run is logged offline."
+            wandb.teardown()  # else the run's id would be in use
             self._init_wandb(mode)
 
         run = self.accelerator.get_tracker("wandb", unwrap=True)
@@ -111,7 +134,11 @@ class Tracking:
             return
         sync_folder = Path(os.path.relpath(run.settings.sync_dir))
         sync_folder = Path(run.settings.sync_dir) if ".." in sync_folder.parts else sync_folder
-        self.sync = f"wandb sync {shlex.quote(str(sync_folder))}"
+        all_of_run = f"{'offline-' * run.offline}run-*-{run.id}"
+        if len(list(sync_folder.parent.glob(all_of_run))) > 1:  # one for each time that the run was taken up
+            self.sync = f"wandb sync {shlex.quote(str(sync_folder.parent))}/{all_of_run}"
+        else:
+            self.sync = f"wandb sync {shlex.quote(str(sync_folder))}"
         if run.offline:
             self.description = f"wandb, offline{f' ({reason})' if reason else ''}"
             self.sync_command = self.sync
@@ -131,6 +158,8 @@ class Tracking:
         )
         keywords = {
             "mode": mode,
+            "id": os.environ.get("WANDB_RUN_ID") or self.run_id,
+            "resume": os.environ.get("WANDB_RESUME") or "allow",
             "name": os.environ.get("WANDB_NAME") or self.folder.name,
             "dir": os.environ.get("WANDB_DIR") or str(self.folder),
             "settings": settings,

@@ -18,6 +18,7 @@ from train import train
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 RunHere = Callable[..., Path]
+ResumeHere = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,19 @@ def run_here(tmp_path: Path, fresh_accelerate: None) -> RunHere:
         return tmp_path / "runs" / name
 
     return run
+
+
+@pytest.fixture
+def resume_here(fresh_accelerate: None) -> ResumeHere:
+    """Resume the run in a folder, in this process, with settings as a command line gives them."""
+
+    def resume(folder: Path, **settings: Any) -> Path:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train(TrainConfig(resume=str(folder), **settings), given=frozenset({"resume", *settings}))
+        return folder
+
+    return resume
 
 
 @pytest.fixture

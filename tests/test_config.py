@@ -17,7 +17,7 @@ from mnist.recipes import RECIPES
 from tests.conftest import Launch
 
 FLAGS = """
-    --recipe --run-name --output-dir --trackers --log-every --seed
+    --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --seed
     --dataset --data-dir --limit-train-images --limit-test-images --validation-size
     --model --loss
     --optimizer --learning-rate --weight-decay --schedule --warmup-steps --max-grad-norm
@@ -143,7 +143,7 @@ def test_wrong_usage_ends_with_2_and_a_message_without_traceback(arguments: list
 
 def test_settings_survive_their_file(tmp_path: Path) -> None:
     config = TrainConfig(recipe="cnn", max_grad_norm=0.5, run_name="x", learning_rate=1e-5)
-    config.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert TrainConfig.load(tmp_path / "config.yaml") == config
 
 

@@ -205,9 +205,7 @@ def test_iterating_draws_nothing_from_the_global_generator() -> None:
 def test_the_weights_of_each_optimizer_step_make_a_mean_over_its_true_number_of_images(
     count: int, windows: list[int]
 ) -> None:
-    batches = build_batches(
-        numbered(count), batch_size=10, shuffle=True, gradient_accumulation_steps=4, num_processes=3
-    )
+    batches = build_batches(numbered(count), batch_size=10, shuffle=True, window=4, num_processes=3)
     weights = [weight for _, _, weight in batches]
     for index, images in enumerate(windows):
         window = torch.cat(weights[4 * index : 4 * index + 4])

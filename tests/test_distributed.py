@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.data import FILES
-from mnist.distributed import check_environment, interface_towards, launch_command, waiting_for_others
+from mnist.distributed import check_environment, check_precision, interface_towards, launch_command, waiting_for_others
 from mnist.errors import ConfigError, UserError
 from mnist.gradients import SHARED_MEMORY
 from tests import worker
-from tests.conftest import Launch, metrics_of, state_of
+from tests.conftest import Launch, ResumeHere, RunHere, metrics_of, state_of
 
 CONFIGS = PROJECT_FOLDER / "accelerate_configs"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
@@ -93,6 +93,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with worker.quick():
         worker.train_all(folder)
         worker.evaluate_all(folder)
+        worker.begin_run(folder)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.set_num_threads(threads)
@@ -100,13 +101,15 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes get that `accelerate launch` started."""
+def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes get that `accelerate launch` started; their output lies in `output`."""
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
-    tasks, before = (*TASKS, "train_without_shared_memory"), set(SHARED_MEMORY.iterdir())
+    shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
+    tasks, before = (*TASKS, "train_without_shared_memory", "begin_run", "resume_run"), set(SHARED_MEMORY.iterdir())
     done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
+    (folder / "output").write_text(done.stdout)
     (folder / "left in shared memory").write_text(str(set(SHARED_MEMORY.iterdir()) - before))
     return folder
 
@@ -122,10 +125,11 @@ def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def three_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three processes get before one of them fails; `output`, `errors` and `seconds` are how that ends."""
     folder = tmp_path_factory.mktemp("three")
-    tasks = ("download", "evaluate_all", "fail_on_rank_1")
+    shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
+    tasks = ("download", "evaluate_all", "resume_run", "fail_on_rank_1")
     with mirror() as (address, requests):
         done = run((*TORCHRUN, "3", "tests/worker.py", str(folder), *tasks), folder, MIRROR=address)
     (folder / "requests").write_text("\n".join(requests))
@@ -176,6 +180,32 @@ def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
             assert results[size][1:] == alone[size][1:]
             assert results[size][2] == int(size)
             assert results[size][0] == pytest.approx(alone[size][0], rel=1e-6)
+
+
+def test_another_number_of_processes_goes_on_says_that_it_does_and_neither_repeats_nor_skips_images(
+    two_processes: Path,
+    three_processes: Path,
+    run_here: RunHere,
+    resume_here: ResumeHere,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run_here("whole", **worker.OTHER_NUMBER)
+    capsys.readouterr()
+    resume_here(two_processes / "runs" / "begun-by-2", max_steps=52)
+    here = capsys.readouterr().out
+    there = [(folder / "output").read_text() for folder in (two_processes, three_processes)]
+    for was, now, share, output, folder in (
+        (2, 1, 20, here, two_processes),
+        (1, 2, 10, there[0], two_processes),
+        (1, 3, 7, there[1], three_processes),  # 20 does not divide by 3
+    ):
+        assert f"no longer the same to the bit: num_processes was {was}, is {now}" in output
+        assert f"batch       20 images ({share} a process)" in output
+        # had an image been repeated or left out, the weights would be other ones
+        run = folder / "runs" / f"begun-by-{was}"
+        assert largest_difference(weights(whole.parent.parent, "whole"), weights(folder, run.name)) < 2e-4
+        newest = max((run / "checkpoints").glob("step-*"))
+        assert json.loads((newest / "state.json").read_text())["progress"]["images_seen"] == 2 * 507
 
 
 def test_four_processes_leave_one_run_one_line_an_event_and_one_wandb_run(four_processes: Path) -> None:
@@ -328,12 +358,11 @@ JOINED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE":
         ({"WORLD_SIZE": "1"}, ("cuda", 4)),
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}, ("cpu", 0)),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "MASTER_ADDR": "alpha"}, ("cpu", 0)),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}, ("cpu", 0)),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("cuda", 1)),
+        ({"ACCELERATE_USE_FSDP": "false"}, ("cpu", 0)),
     ],
 )
 def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str], device: tuple[str, int]) -> None:
-    check_environment(None, variables, *device)
+    check_environment(variables, *device)
 
 
 @pytest.mark.parametrize(
@@ -361,21 +390,26 @@ def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str]
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, ("cpu", 0), "The launcher asks for FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("cuda", 8), "The launcher asks for DEEPSPEED"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("cpu", 0), "The launcher's mixed precision fp16: has no effect"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ("cuda", 1), "The launcher's mixed precision fp8: not supported"),
     ],
 )
 def test_an_environment_that_does_not_fit_together_is_refused_with_the_way_out(
     variables: dict[str, str], device: tuple[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
-        check_environment(None, variables, *device)
+        check_environment(variables, *device)
 
 
-def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher() -> None:
+def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
-        check_environment("fp16", {}, "cpu", 0)
-    check_environment("bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "cpu", 0)
+        check_precision("fp16", "cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    check_precision("bf16", "cpu")
+    check_precision(None, "cuda")
+    with pytest.raises(ConfigError, match="The launcher's mixed precision fp16: has no effect"):
+        check_precision(None, "cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="The launcher's mixed precision fp8: not supported"):
+        check_precision(None, "cuda")
 
 
 def test_a_world_size_that_no_launcher_stands_behind_is_refused_before_anything_waits(launch: Launch) -> None:

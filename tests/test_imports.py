@@ -21,8 +21,10 @@ ALLOWED = {
     "report": set(),
     "data": {"transforms", "errors"},
     "progress": {"metrics", "errors"},
-    "checkpoint": {"data", "models", "errors"},
-    "run": {"config", "errors"},
+    "storage": {"errors"},
+    "interruption": set(),
+    "checkpoint": {"data", "distributed", "errors", "interruption", "models", "progress", "storage"},
+    "run": {"config", "distributed", "errors", "interruption", "storage"},
     "tracking": {"errors"},
 }
 

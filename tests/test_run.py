@@ -1,14 +1,18 @@
 """The folder of a run and its state."""
 
+import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mnist.config import TrainConfig
+from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, UserError
+from mnist.interruption import Interrupted
 from mnist.run import Run
 from tests.conftest import state_of
 
@@ -48,14 +52,9 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(place: str) -> None:
 
 def test_a_run_that_comes_to_its_end_is_finished(tmp_path: Path) -> None:
     with Run.create(config(tmp_path)) as run:
-        run.progress(step=12, epoch=3)
-        assert state_of(run.folder) | {"time": ""} == {
-            "status": "running",
-            "step": 12,
-            "epoch": 3,
-            "error": None,
-            "time": "",
-        }
+        run.note(step=12, epoch=3)
+        state = state_of(run.folder)
+        assert (state["status"], state["step"], state["epoch"], state["error"]) == ("running", 12, 3, None)
     assert state_of(run.folder)["status"] == "finished"
     assert state_of(run.folder)["step"] == 12
 
@@ -68,29 +67,55 @@ def test_a_run_that_raises_is_failed_with_its_error(tmp_path: Path) -> None:
     assert state_of(run.folder)["error"] == "RuntimeError: out of luck"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_gets_a_signal_is_interrupted(number: signal.Signals, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_run_that_is_interrupted_says_by_what_and_how_to_go_on(tmp_path: Path) -> None:
     run = Run.create(config(tmp_path))
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    with pytest.raises((KeyboardInterrupt, SystemExit)), run:
-        os.kill(os.getpid(), number)
-        signal.pause()
-    signal.signal(signal.SIGINT, interrupt)
-    assert state_of(run.folder)["status"] == "interrupted"
-    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(Interrupted) as interrupted, run:
+        raise Interrupted(signal.SIGTERM)
+    state = state_of(run.folder)
+    assert (state["status"], state["error"], state["exit_code"]) == ("interrupted", "SIGTERM", 143)
+    assert interrupted.value.message.endswith(f" --resume {run.folder}")
 
 
 def test_only_the_process_that_created_the_folder_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Run() as run:
-        run.progress(step=1, epoch=1)
+        run.note(step=1, epoch=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_state_is_whole_json_at_any_moment_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     run = Run.create(config(tmp_path))
     for step in range(20):
-        run.progress(step, epoch=1)
+        run.note(step=step, epoch=1)
         assert json.loads((run.folder / "state.json").read_text())["step"] == step
-    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "state.json"}
+    assert {path.name for path in run.folder.iterdir()} == {".lock", "config.yaml", "state.json"}
+
+
+def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leaves_no_lock(tmp_path: Path) -> None:
+    first = Run.create(config(tmp_path, "mine"))
+    again = dataclasses.replace(config(tmp_path, "mine"), resume=str(first.folder))
+    before = state_of(first.folder)
+    with pytest.raises(UserError, match=f"mine: another job is training in this folder, process {os.getpid()} on "):
+        Run.reopen(again)
+    assert state_of(first.folder) == before
+    script = (
+        f"from mnist.config import TrainConfig; from mnist.run import Run; import os, signal\n"
+        f"run = Run.create(TrainConfig(output_dir={str(tmp_path)!r}, run_name='killed'))\n"
+        f"os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_FOLDER, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert state_of(tmp_path / "killed")["status"] == "running"
+    Run.reopen(dataclasses.replace(again, output_dir=str(tmp_path), resume=str(tmp_path / "killed")))
+
+
+def test_a_run_that_is_taken_up_keeps_its_id_and_what_may_change_is_kept_in_its_settings(tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        (run.folder / ".model.new.123").mkdir()
+        (run.folder / ".state.json.new.123").write_text("half of it")
+    again = dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder), epochs=9, batch_size=77)
+    with Run.reopen(again) as taken_up:
+        assert taken_up.id == run.id
+        assert {path.name for path in run.folder.iterdir()} == {".lock", "config.yaml", "state.json"}
+    saved = TrainConfig.load(run.folder / "config.yaml")
+    assert (saved.epochs, saved.batch_size, saved.resume) == (9, 10, None)

@@ -93,7 +93,7 @@ folder.mkdir()
 accelerator = Accelerator(cpu=True, log_with=["wandb"])
 print("ready", flush=True)
 begun = time.monotonic()
-with Tracking(accelerator, folder, {"learning_rate": 0.5}, ["wandb"]) as tracking:
+with Tracking(accelerator, folder, "7f3e", {"learning_rate": 0.5}, ["wandb"]) as tracking:
     told = {"seconds_to_start": time.monotonic() - begun, "warning_at_start": tracking.warning}
     for step in range(1, 4):
         tracking.log({"step": step, "epoch": 1, "train/loss": 1 / step})
@@ -162,6 +162,7 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
         assert (command, Path(synced)) == (["wandb", "sync"], log.parent)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(launch: Launch, tmp_path: Path) -> None:
     with silent_server() as url:
         done = launch(*SMALL, f"--output-dir={tmp_path}", "--run-name=x", WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
@@ -237,7 +238,7 @@ def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_metrics_jsonl_takes_nothing_that_is_not_finite(value: float, tmp_path: Path, fresh_accelerate: None) -> None:
-    with Tracking(Accelerator(cpu=True), tmp_path, {}, []) as tracking:
+    with Tracking(Accelerator(cpu=True), tmp_path, "7f3e", {}, []) as tracking:
         tracking.log({"step": 1, "train/loss": 0.5})
         with pytest.raises(ValueError, match="not JSON compliant"):
             tracking.log({"step": 2, "train/loss": value})

@@ -43,6 +43,9 @@ def test_the_same_seed_gives_the_same_result_to_the_bit_and_another_seed_another
 def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHere) -> None:
     folder = run_here("whole", limit_train_images=1000, epochs=2, log_every=40, validation_size=100)
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "best",
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "state.json",

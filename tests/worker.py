@@ -37,12 +37,14 @@ from mnist.models import build_model
 from mnist.optim import LOSSES
 
 GLOBAL_BATCH = 20
+SCHEDULES = [(schedule, number) for number, schedule in enumerate(CHOICES["schedule"])]
 CASES = {
-    f"{model}-{schedule}-{accumulation}-{dtype}": (model, schedule, accumulation, dtype)
-    for model in CHOICES["model"]
-    for schedule in CHOICES["schedule"]
-    for accumulation in (1, 4)
-    for dtype in (("float64", "float32") if schedule == "one-cycle" else ("float64",))
+    "-".join(map(str, case)): case
+    for case in (
+        *(("mlp", schedule, accumulation, "float64") for schedule, _ in SCHEDULES for accumulation in (1, 4)),
+        *(("cnn", schedule, (1, 4)[number % 2], "float64") for schedule, number in SCHEDULES),
+        *((model, "one-cycle", accumulation, "float32") for model in CHOICES["model"] for accumulation in (1, 4)),
+    )
 }
 FEW = ("mlp-linear-4-float64", "cnn-cosine-1-float64")
 SIZES = (10_007, 1, 3)  # of test sets: a prime, and fewer than processes
@@ -146,6 +148,33 @@ def evaluate_all(folder: Path) -> None:
     (folder / f"evaluate-{world_size()}-{rank}.json").write_text(json.dumps(results))
 
 
+OTHER_NUMBER: dict[str, Any] = {
+    "limit_train_images": 507,
+    "limit_test_images": 100,
+    "epochs": 2,
+    "seed": 3,
+    "trackers": "none",
+    "global_batch_size": 20,
+}
+MIDDLE = 35  # steps, in the second epoch
+
+
+def begin_run(folder: Path) -> None:
+    """A run that this number of processes begins, for another number to resume it."""
+    new_accelerate()
+    torch.set_default_dtype(torch.float32)
+    run = f"begun-by-{world_size()}"
+    train.train(TrainConfig(max_steps=MIDDLE, output_dir=str(folder / "runs"), run_name=run, **OTHER_NUMBER))
+
+
+def resume_run(folder: Path) -> None:
+    """Resume the run that one process has begun."""
+    new_accelerate()
+    torch.set_default_dtype(torch.float32)
+    begun = folder / "runs" / "begun-by-1"
+    train.train(TrainConfig(resume=str(begun), max_steps=52), given=frozenset({"max_steps"}))
+
+
 def log_to_wandb(folder: Path) -> None:
     """A run with all that is on by default, pictures apart."""
     new_accelerate()
@@ -208,6 +237,8 @@ TASKS: dict[str, Callable[[Path], None]] = {
         train_few,
         train_without_shared_memory,
         evaluate_all,
+        begin_run,
+        resume_run,
         log_to_wandb,
         download,
         train_for_ever,

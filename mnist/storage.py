@@ -1,0 +1,116 @@
+"""Writes such that whoever reads, or is killed while writing, finds the old or the new, whole; and one writer a folder.
+
+write_file(folder / "state.json", "{}")
+with new_folder(folder / "model") as temporary: ...      # gets its name when it is on the disk
+with storage_errors("runs/x", "how to go on"): ...       # a full disk is a UserError
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from mnist.errors import UserError
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def temporary_name(path: Path, word: str) -> Path:
+    """A hidden name beside `path`, of this process's own; `remove_leftovers` knows it."""
+    return path.with_name(f".{path.name}.{word}.{os.getpid()}")
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text under another name beside `path`, flush it to the disk, rename."""
+    temporary = temporary_name(path, "new")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder under another name to write files into; when they are on the disk it takes the place of `folder`.
+
+    If writing fails nothing is left of it, and the old one stays.
+    """
+    temporary, old = temporary_name(folder, "new"), temporary_name(folder, "old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it exists, such that it is there whole or not at all."""
+    if folder.exists():
+        doomed = temporary_name(folder, "old")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from `folder` what processes have left that were killed while they wrote. For the owner of its lock."""
+    for word in ("new", "old"):
+        for path in folder.glob(f".*.{word}.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock_folder(folder: Path, holder: str) -> FileLock:
+    """Take the lock on a folder, held until it is released or this process ends, however it does.
+
+    Raises UserError where another process has it; `holder` says who that may be.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: another job is training in this folder{holder}. Wait for it or end it, or choose another"
+            " --run-name."
+        ) from error
+    return lock
+
+
+@contextlib.contextmanager
+def storage_errors(place: Path, way_on: str) -> Iterator[None]:
+    """A full or read-only disk as a UserError with the way on; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in STORAGE_ERRORS:
+            where = f" ({error.filename})" if error.filename else ""
+            raise UserError(
+                f"{place}: cannot be written any more: {error.strerror}{where}. What was saved before is whole. Make"
+                f" room or mend it, then {way_on}"
+            ) from error
+        raise

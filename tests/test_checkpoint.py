@@ -1,0 +1,335 @@
+"""Checkpoints: whole or not there, the newest whole one is used, nothing in them can run."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mnist import report, storage
+from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, load_model, unflatten
+from mnist.config import TrainConfig
+from mnist.errors import ConfigError, UserError
+from mnist.storage import new_folder, remove_leftovers
+from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not looked at here, and they take as long as the rest."""
+    for name in ("draw_curves", "draw_prediction"):
+        monkeypatch.setattr(report, name, lambda *_, **__: None)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def end_of(folder: Path) -> tuple[Any, ...]:
+    """All that a run has come to, times aside."""
+    newest = checkpoints_of(folder)[-1]
+    state = json.loads((newest / "state.json").read_text())
+    del state["essence"], state["launch"], state["progress"]["seconds"], state["tracking"]
+    for values in (state["progress"]["results"], lines := metrics_of(folder)):
+        for line in [values] if isinstance(values, dict) else lines:
+            line.pop("epoch_seconds", None)
+            line.pop("images_per_second", None)
+    files = ["model.safetensors", "optimizer.safetensors"]
+    sums = [hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in files]
+    model = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return state, sums, model, lines
+
+
+def test_every_n_steps_and_at_the_end_a_checkpoint_is_written_and_three_are_kept(run_here: RunHere) -> None:
+    folder = run_here("x", checkpoint_every=4, max_steps=14)
+    assert [path.name for path in checkpoints_of(folder)] == [
+        "step-0000000008",
+        "step-0000000012",
+        "step-0000000014-evaluated",
+    ]
+    assert state_of(folder)["checkpoint"] == 14
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentieth_of_the_time(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_here("cheap", epochs=3, limit_train_images=3000)
+    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (300, 600, 900)]
+    flush = storage.flush
+
+    def flush_slowly(path: Path) -> None:
+        time.sleep(0.1)
+        flush(path)
+
+    monkeypatch.setattr(storage, "flush", flush_slowly)
+    folder = run_here("dear", epochs=3)
+    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (20, 60)]
+
+
+def test_progress_is_read_from_the_checkpoint_not_from_its_name(run_here: RunHere, resume_here: ResumeHere) -> None:
+    folder = run_here("x", checkpoint_every=7, max_steps=7, epochs=9)
+    (newest,) = checkpoints_of(folder)[-1:]
+    state = json.loads((newest / "state.json").read_text())["progress"]
+    assert (state["step"], state["epoch"], state["batch"], state["images_seen"]) == (7, 1, 7, 70)
+    for path in checkpoints_of(folder)[:-1]:
+        shutil.rmtree(path)
+    newest.rename(newest.with_name("step-0000009999"))
+    resume_here(folder, max_steps=9)
+    assert metrics_of(folder)[-1]["step"] == 9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "cnn", "optimizer": "sgd", "schedule": "one-cycle", "gradient_accumulation_steps": 3},
+        {"optimizer": "radam", "schedule": "cosine", "warmup_steps": 5, "validation_size": 50, "loss": "mse"},
+        {"mixed_precision": "bf16", "optimizer": "adamw", "weight_decay": 0.1, "max_grad_norm": 1.0},
+    ],
+)
+def test_from_any_checkpoint_a_run_comes_to_the_same_end_to_the_bit(
+    settings: dict[str, Any], run_here: RunHere, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "KEPT", 100)
+    settings |= {"epochs": 2, "limit_train_images": 207, "checkpoint_every": 2, "log_every": 3}
+    whole = run_here("whole", **settings)
+    expected = end_of(whole)
+    for number in range(0, len(checkpoints_of(whole)), 4):
+        folder = whole.with_name(f"cut-{number}")
+        shutil.copytree(whole, folder)
+        for path in checkpoints_of(folder)[number + 1 :]:  # as if killed before it was written
+            shutil.rmtree(path)
+        resume_here(folder)
+        for mine, theirs in zip(end_of(folder), expected, strict=True):
+            assert mine == theirs
+
+
+@pytest.fixture
+def begun(run_here: RunHere) -> Path:
+    """A run that was killed in its first epoch, with three checkpoints."""
+    folder = run_here("begun", checkpoint_every=3, max_steps=12)
+    shutil.rmtree(checkpoints_of(folder)[-1])
+    assert len(checkpoints_of(folder)) == 2
+    return folder
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit in the weights": lambda folder: flip(folder / "model.safetensors"),
+    "a flipped bit in the optimizer": lambda folder: flip(folder / "optimizer.safetensors"),
+    "a flipped bit in the manifest": lambda folder: flip(folder / "manifest.json"),
+    "a truncated file": lambda folder: os.truncate(folder / "optimizer.safetensors", 1000),
+    "an empty file": lambda folder: os.truncate(folder / "state.json", 0),
+    "a missing file": lambda folder: (folder / "model.safetensors").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "an empty folder": empty,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_reported_set_aside_and_the_one_before_it_is_used(
+    damage: str, begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, newest = checkpoints_of(begun)
+    DAMAGES[damage](newest)
+    resume_here(begun)
+    output = capsys.readouterr().out
+    assert f"{newest} is damaged (" in output
+    assert f"goes on from {before.name}" in output
+    assert (begun / "checkpoints" / f"damaged-{newest.name}").is_dir()
+    assert state_of(begun)["step"] == 12
+
+
+def test_where_no_checkpoint_is_whole_it_is_an_error_and_no_fresh_start(begun: Path, resume_here: ResumeHere) -> None:
+    metrics = metrics_of(begun)
+    for path in checkpoints_of(begun):
+        flip(path / "model.safetensors")
+    for _ in range(2):  # nor at the next try
+        with pytest.raises(UserError, match="checkpoints: none of the checkpoints is whole"):
+            resume_here(begun)
+        assert metrics_of(begun) == metrics
+        assert state_of(begun)["status"] == "failed"
+
+
+class Payload:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.made,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_hostile_pickle_in_any_file_is_refused_and_nothing_of_it_runs(
+    name: str, form: str, begun: Path, resume_here: ResumeHere, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    for folder in checkpoints_of(begun):
+        payload = folder / name
+        if form == "pickle":
+            payload.write_bytes(pickle.dumps(Payload(made)))
+        else:
+            torch.save(Payload(made), payload)
+        if name != "manifest.json":  # the attacker does it well
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest[name] = fingerprint(payload.read_bytes())
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="none of the checkpoints is whole"):
+        resume_here(begun)
+    assert not made.exists()
+    pickle.loads(pickle.dumps(Payload(made)))
+    assert made.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "cnn"}, "--model cnn: the run in .* has mlp"),
+        ({"dataset": "kmnist"}, "--dataset kmnist: the run in .* has mnist"),
+        ({"batch_size": 20}, "--batch-size 20: the run in .* has 10"),
+        ({"learning_rate": 0.5}, "--learning-rate 0.5: the run in .* has 0.001"),
+        ({"seed": 3}, "--seed 3: the run in .* has 0"),
+        ({"run_name": "other"}, "--run-name other: the run in .* has begun"),
+    ],
+)
+def test_other_settings_than_the_runs_own_are_refused_with_both_values(
+    settings: dict[str, Any], message: str, begun: Path, resume_here: ResumeHere
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resume_here(begun, **settings)
+    with pytest.raises(ConfigError, match=message):
+        resume_here(begun / ".." / "begun", **settings)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_field_and_both_values(
+    begun: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    other = run_here("other", model="cnn", checkpoint_every=3, max_steps=3)
+    for path in checkpoints_of(other):
+        shutil.rmtree(path)
+    shutil.copytree(checkpoints_of(begun)[-1], other / "checkpoints" / "step-0000000009")
+    with pytest.raises(ConfigError, match="step-0000000009: was saved with model mlp, but this run has cnn"):
+        resume_here(other, max_steps=20)
+
+
+def test_what_may_change_changes(begun: Path, resume_here: ResumeHere) -> None:
+    resume_here(begun, max_steps=30, epochs=2, log_every=5, checkpoint_every=11, trackers="none")
+    assert state_of(begun)["step"] == 30
+    assert [line["step"] for line in metrics_of(begun)] == [15, 20, 20, 25, 30, 30]
+    saved = TrainConfig.load(begun / "config.yaml")
+    assert (saved.max_steps, saved.epochs, saved.checkpoint_every) == (30, 2, 11)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is_and_goes_on_with_more_epochs(
+    run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    folder = run_here("x", epochs=1)
+    lines = metrics_of(folder)
+    resume_here(folder)
+    assert metrics_of(folder) == lines
+    assert state_of(folder)["status"] == "finished"
+    resume_here(folder, epochs=2)
+    longer, whole = metrics_of(folder), metrics_of(run_here("whole", epochs=2))
+    assert [line["step"] for line in longer] == [20, 40]
+    assert longer[-1]["test/loss"] == whole[-1]["test/loss"]
+
+
+def test_a_run_that_has_no_checkpoint_yet_begins_again_in_its_folder(
+    run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    folder = run_here("x")
+    lines = metrics_of(folder)
+    shutil.rmtree(folder / "checkpoints")
+    resume_here(folder)
+    assert [line["test/loss"] for line in metrics_of(folder)] == [line["test/loss"] for line in lines]
+
+
+@pytest.mark.parametrize("validation_size", [0, 100])
+def test_the_best_weights_by_validation_loss_are_kept_where_there_is_a_validation_split(
+    validation_size: int, run_here: RunHere
+) -> None:
+    settings = {"limit_train_images": 300, "epochs": 8, "learning_rate": 0.02}
+    folder = run_here("x", validation_size=validation_size, **settings)
+    assert (folder / "best").exists() == bool(validation_size)
+    if validation_size:
+        losses = [line["val/loss"] for line in metrics_of(folder) if "val/loss" in line]
+        best = losses.index(min(losses)) + 1
+        assert best < len(losses)  # it overfits
+        shorter = run_here("shorter", validation_size=validation_size, **settings | {"epochs": best})
+        best_weights = (folder / "best" / "model.safetensors").read_bytes()
+        assert best_weights == (shorter / "model" / "model.safetensors").read_bytes()
+        assert best_weights != (folder / "model" / "model.safetensors").read_bytes()
+        load_model(folder / "best")
+
+
+def test_a_replacement_is_whole_or_the_old_one_stays_and_nothing_else_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with new_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(OSError, match="full"), new_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
+        raise OSError(errno.ENOSPC, "full")
+    assert (folder / "a").read_text() == "old"
+    with new_folder(folder) as temporary:
+        (temporary / "b").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [folder]
+    (tmp_path / ".model.new.99").mkdir()
+    (tmp_path / ".state.json.old.99").touch()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_all_random_generators_go_on_where_they_were() -> None:
+    state = RandomState(torch.device("cpu"))
+    kept = json.loads(json.dumps(state.state_dict()))
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), float(np.random.normal()), float(torch.randn(())), random.random()]
+
+    first = draw()
+    assert draw() != first
+    state.load_state_dict(kept)
+    assert draw() == first
+
+
+def test_the_state_of_every_optimizer_survives_json_and_safetensors() -> None:
+    for build in (torch.optim.Adam, torch.optim.RAdam, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)):
+        parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(2))]
+        optimizer = build(parameters, lr=0.1)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        tensors, rest = flatten(optimizer.state_dict())
+        again = unflatten(tensors, json.loads(json.dumps(rest)))
+        state = optimizer.state_dict()
+        assert again["state"].keys() == state["state"].keys()
+        for index, values in state["state"].items():
+            assert again["state"][index].keys() == values.keys()
+            assert all(
+                torch.equal(torch.as_tensor(again["state"][index][k]), torch.as_tensor(values[k])) for k in values
+            )
