@@ -9,6 +9,7 @@ Read it from top to bottom: accelerator, data, model, run, loop, and what is lef
 the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on many of them and on many machines.
 """
 
+import contextlib
 import dataclasses
 import sys
 
@@ -27,15 +28,9 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
+    from mnist import distributed
     from mnist.checkpoint import Checkpoints, ModelConfig, save_model
     from mnist.data import build_batches, load_dataset, measured_splits
-    from mnist.distributed import (
-        check_precision,
-        describe_launch,
-        distributed_settings,
-        join_processes,
-        waiting_for_others,
-    )
     from mnist.gradients import share_gradients
     from mnist.hardware import choose_threads, keep_freed_memory, keep_to_own_cores
     from mnist.interruption import Interruption
@@ -50,9 +45,9 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.transforms import scale_pixels
 
     # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
-    joined = join_processes(config.timeout_seconds)
+    joined = distributed.join_processes(config.timeout_seconds)
     config = find_run(config, given).share_batch(joined.num_processes)
-    check_precision(config.mixed_precision, joined.device.type)
+    distributed.check_precision(config.mixed_precision, joined.device.type)
     accelerator = Accelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
@@ -61,7 +56,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=list(config.tracker_names) or None,
-        kwargs_handlers=distributed_settings(config.gradient_accumulation_steps),
+        kwargs_handlers=distributed.accelerate_settings(config.gradient_accumulation_steps),
     )
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
@@ -92,7 +87,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config)
-    launch = describe_launch(accelerator)
+    launch = distributed.describe_launch(accelerator)
     resolved = launch | {
         "train_images": len(data.train),
         "test_images": len(data.test),
@@ -118,9 +113,10 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         every=config.checkpoint_every,
         essence=config.essence,
         launch=launch,
+        last=run.state.get("checkpoint"),
         saved=run.note,
     )
-    with run, interruption, tracking, checkpoints, waiting_for_others(config.timeout_seconds):
+    with interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
         terminal.row("trackers", tracking.description)
         for note in checkpoints.resume():
             terminal.row("resumed", note)
@@ -187,8 +183,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as interrupted:
-        if interrupted.message:  # on the main process
-            print(f"\n{interrupted.message}", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `| tee`, ended by the same Ctrl-C
+            print(interrupted.message, end="", flush=True)
         return interrupted.exit_code
     except Exception as error:
         report_failure(error)

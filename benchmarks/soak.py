@@ -11,6 +11,7 @@ metrics.jsonl. Ends with 1 where they differ.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -87,17 +88,26 @@ def finish(job: "subprocess.Popen[bytes]") -> None:
         raise SystemExit(f"{shlex.join(map(str, job.args))} failed:\n{errors.decode()}")  # type: ignore[arg-type]
 
 
+def descendants(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
 def strike(job: "subprocess.Popen[bytes]") -> str:
     """End a job from outside; by what."""
     if random.random() < 1 / 3:
         job.terminate()
         name = signal.SIGTERM.name
     else:
-        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-        for member in family:
-            member.suspend()  # so that none sees another die
-        for member in family:
-            member.kill()
+        family: dict[int, psutil.Process] = {}
+        while new := [it for it in descendants(job.pid) if it.pid not in family]:
+            for member in new:  # first stopped, so that none sees another die or starts one more
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.suspend()
+                family[member.pid] = member
+        for member in family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         name = signal.SIGKILL.name
     job.communicate()
     return name
@@ -133,16 +143,22 @@ def main() -> None:
             while True:
                 job = start(arguments.processes, runs, flags)
                 resumed += hits.total() > 0
+                began = time.time()
                 try:
                     job.wait(random.uniform(0, start_up + training / 4) if time.monotonic() < deadline else None)
                     finish(job)
                     break
                 except subprocess.TimeoutExpired:
-                    hits[strike(job)] += 1
+                    by = strike(job)
+                    hits[by] += 1
                 done = max((line["step"] for line in lines_of(runs / name)), default=0)
                 newest = checkpoint_of(runs / name)
                 kept = json.loads((newest / "state.json").read_text())["progress"]["step"] if newest else 0
                 lost, most = lost + max(0, done - kept), max(most, done - kept)
+                state = runs / name / "state.json"
+                trained = state.is_file() and state.stat().st_mtime > began
+                if by == "SIGTERM" and trained and done > kept:
+                    different.append(f"{name}: SIGTERM left no checkpoint of step {done}")
             finished += 1
             strikes += hits
             there, here = end_of(runs / "undisturbed"), end_of(runs / name)

@@ -175,12 +175,14 @@ class Checkpoints:
         every: int | None,
         essence: Mapping[str, Any],
         launch: Mapping[str, Any],
+        last: int | None,
         saved: Callable[..., None],
     ) -> None:
         """`net` is the model as it was built; `parts` are what else has a state that is the same on all processes.
 
         `essence` must be equal for a checkpoint to be loaded; where `launch` differs the result will in its last
-        digits. `saved(step=..., epoch=..., checkpoint=...)` is told where the run is, and the step of its last one.
+        digits. `last` is the step of the newest checkpoint that the run knows of; `saved(step=..., epoch=...,
+        checkpoint=...)` is told of the next.
         """
         self.folder = folder
         self.accelerator = accelerator
@@ -191,13 +193,12 @@ class Checkpoints:
         self.parts: dict[str, Stateful] = {"progress": progress, **parts}
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
-        self.own: dict[str, Stateful] = {
-            "loss": progress.loss,
-            "random": RandomState(accelerator.device),
-        }  # of each process
+        # what each process has for itself
+        self.own: dict[str, Stateful] = {"loss": progress.loss, "random": RandomState(accelerator.device)}
         self.every = every
         self.essence = dict(essence)
         self.launch = {name: launch[name] for name in self.SAME_TO_THE_BIT}
+        self.last = last
         self.saved = saved
         self.cost = 0.0  # seconds that the last one took
         self.saved_at = time.monotonic()
@@ -290,10 +291,13 @@ class Checkpoints:
                 notes.append(f"{folder} is damaged ({error}): set aside as {aside.name}")
                 remove_folder(aside)
                 folder.rename(aside)
-        if any(self.folder.glob("damaged-*")):
+        if self.last is not None or any(self.folder.glob("damaged-*")):
+            written = "" if self.last is None else f" One of step {self.last} was written."
             raise UserError(
-                "\n".join(notes) + f"\n{self.folder}: none of the checkpoints is whole, so this run cannot go on."
-                " Restore one from a backup, or start again under another --run-name."
+                "\n".join(
+                    [*notes, f"{self.folder}: none of the checkpoints is whole, so this run cannot go on.{written}"]
+                )
+                + " Restore it from a backup, or start again under another --run-name."
             )
         return None
 
@@ -340,9 +344,9 @@ def read_whole(folder: Path) -> dict[str, bytes]:
         json.loads(files["state.json"])
         for name in ("model.safetensors", "optimizer.safetensors"):
             load(files[name])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DamagedError(f"{Path(error.filename).name} is missing") from error
-    except DamagedError:
+    except (DamagedError, OSError, MemoryError):  # the latter two say nothing of the file
         raise
     except Exception as error:  # whatever a parser says of what is not its format
         raise DamagedError(f"{type(error).__name__}: {error}") from error

@@ -36,10 +36,10 @@ CHOICES = {
 }
 """What may be named; data, models, optim and tracking hold what the names stand for."""
 
-MAY_CHANGE = {"epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "timeout_seconds"}
-"""Settings that a run may go on with otherwise than it began: they change how long it is and what it says, no step."""
+MAY_CHANGE = {"epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "data_dir", "timeout_seconds"}
+"""Settings that a run may go on with otherwise than it began: how long it is, what it says, where things are."""
 
-SURROUNDINGS = {"recipe", "run_name", "output_dir", "data_dir", "resume", "batch_size", "mixed_precision"}
+SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
 """Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
@@ -189,7 +189,8 @@ class TrainConfig:
                     f"{flag(name)} {here}: the run in {folder} has {there}, and goes on with that. Leave the flag away,"
                     f" or start another run. What may change: {', '.join(sorted(map(flag, MAY_CHANGE)))}."
                 )
-        changes = {name: getattr(asked, name) for name in MAY_CHANGE & set(given)}
+        # what was asked for is in effect: the processes have met by now
+        changes = {name: getattr(asked, name) for name in (MAY_CHANGE & set(given)) | {"timeout_seconds"}}
         return dataclasses.replace(
             self, **changes, output_dir=str(folder.parent), run_name=folder.name, resume=str(folder)
         )

@@ -72,8 +72,8 @@ def join_processes(timeout_seconds: int) -> PartialState:
 def _meeting_place(timeout_seconds: int) -> dict[str, Any]:
     """Where processes that torchrun has restarted on one machine meet, as arguments of init_process_group.
 
-    With its default, static, rendezvous they would find in its store the addresses of those that are gone, and wait for
-    them (torch 2.14; one restart in three). Between machines c10d makes a new store each time.
+    It gives them the store of those before, with the addresses in it of processes that are gone; they waited for them
+    in one of three restarts (torch 2.14). Launchers of several machines need not have the same count of restarts.
     """
     restarts, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
     if restarts == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):
@@ -173,7 +173,7 @@ def launch_command(num_processes: int, device_type: str) -> str:
     return f"accelerate launch --config_file accelerate_configs/{name}.yaml --num_processes {num_processes} train.py"
 
 
-def distributed_settings(gradient_accumulation_steps: int) -> list[KwargsHandler]:
+def accelerate_settings(gradient_accumulation_steps: int) -> list[KwargsHandler]:
     """Accelerate's settings of DistributedDataParallel, tuned for a small model.
 
     Gradients are views into the buckets that are averaged over the processes, which saves a copy of each. A static

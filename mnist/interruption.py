@@ -2,7 +2,7 @@
 
     follow_launcher()                              # who kills only the launcher ends this process too
     end_at_once()                                  # at a signal, as long as there is nothing to lose
-    with Interruption(accelerator) as interruption:
+    with Interruption(accelerator, at_once) as interruption:
         for ...:
             interruption.after_step()              # raises Interrupted once a process of the job has got a signal
 
@@ -59,7 +59,7 @@ class Interruption:
     SECONDS_BETWEEN_AGREEMENTS = 0.5
 
     def __init__(self, accelerator: "Accelerator", at_once: Callable[..., None]) -> None:
-        """`at_once(status=..., error=...)` is called before a second Ctrl-C ends this process."""
+        """`at_once(status=..., error=..., exit_code=...)` is called before a second Ctrl-C ends this process."""
         self.device = accelerator.device
         self.alone = accelerator.num_processes == 1
         self.at_once = at_once
@@ -86,7 +86,8 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            # launchers send more signals while a process is on its way out
+            signal.signal(number, signal.SIG_IGN if isinstance(error, Interrupted) else handler)
         signal.set_wakeup_fd(self.previous_wakeup)
         self.wakeup.close()  # ends the thread
 
@@ -99,8 +100,10 @@ class Interruption:
             self.number = self.number or number
             if number == signal.SIGINT:
                 if interrupted_at is not None and time.monotonic() - interrupted_at > 1:
-                    self.at_once(status="interrupted", error="a second SIGINT")
-                    os._exit(EXIT_CODES[signal.SIGINT])
+                    try:
+                        self.at_once(status="interrupted", error="a second SIGINT", exit_code=EXIT_CODES[number])
+                    finally:
+                        os._exit(EXIT_CODES[number])
                 interrupted_at = interrupted_at or time.monotonic()
         reader.close()
 
@@ -111,9 +114,9 @@ class Interruption:
             if self.number:
                 raise Interrupted(self.number)
         elif self.steps >= self.interval:
-            seconds = self.check()
-            wished = self.interval * self.SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)
-            self.interval, self.steps = max(1, min(int(wished), 2 * self.interval)), 0
+            steps, seconds = self.steps, self.check()
+            wished = steps * self.SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)
+            self.interval = max(1, min(int(wished), 2 * self.interval))
 
     def check(self) -> float:
         """Raise Interrupted, on all processes, where one of them has got a signal; all of them must call it.
@@ -122,7 +125,7 @@ class Interruption:
         """
         now = time.monotonic()
         number, seconds = float(self.number), now - self.agreed_at
-        self.agreed_at = now
+        self.agreed_at, self.steps = now, 0
         if not self.alone:
             import torch
 
@@ -135,9 +138,10 @@ class Interruption:
 
 
 def end_at_once() -> None:
-    """Before training: let SIGUSR1 end this process with its exit code; the other signals do by themselves."""
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_CODES[signal.SIGUSR1]))
+    """Before training: let a signal end this process with its exit code, where it does not by itself."""
+    by_itself = {signal.SIGINT} if os.getpid() == 1 else {signal.SIGINT, signal.SIGTERM}  # a container's first process
+    for number in EXIT_CODES.keys() - by_itself:
+        signal.signal(number, lambda number, _: os._exit(EXIT_CODES[number]))
 
 
 def launcher_command() -> list[str] | None:

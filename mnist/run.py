@@ -1,7 +1,7 @@
 """The folder of a run: made once, never overwritten, with the settings and the state of the run in it.
 
     config = find_run(config, given)              # --resume: the settings of the run that goes on
-    with Run.open(config, accelerator) as run:
+    with Run.open(config) as run:
         run.note(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
@@ -54,33 +54,33 @@ def _find(config: TrainConfig, given: Collection[str]) -> TrainConfig:
                 f"--resume {config.resume}: no run is there, for it has no config.yaml. Name the folder of one, as"
                 f" {parent / 'latest'}, or `auto` with --run-name."
             )
-    elif config.resume == "auto" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        job = job_id()
-        if config.run_name is None and job is None:
+    elif config.resume == "auto":
+        if config.run_name is None:
             raise ConfigError("--resume auto: needs --run-name NAME, by which the run is found again.")
-        folder = parent / config.run_name if config.run_name else _folder_of_job(parent, job)
+        folder = parent / config.run_name
+    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        folder = _folder_of_job(parent)
     if folder is None or not (folder / "config.yaml").is_file():
         return dataclasses.replace(config, resume=None)
     return TrainConfig.load(folder / "config.yaml").resumed(config, given, folder)
 
 
 def job_id() -> str | None:
-    """What all restarts of a torchrun job have in common: the id of its rendezvous, else the launcher's process."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id == "none":  # torchrun's default, the same for all jobs
-        launcher = psutil.Process(os.getppid())
-        return f"{socket.gethostname()}-{launcher.pid}-{launcher.create_time():.2f}"
-    return run_id
+    """What all restarts of a torchrun job have in common, and no other job: its rendezvous and its launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    launcher = psutil.Process(os.getppid())
+    place = f"{socket.gethostname()}, process {launcher.pid} since {launcher.create_time():.2f}"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} on {place}"
 
 
-def _folder_of_job(parent: Path, job: str | None) -> Path | None:
-    """The newest run that a job began before it was restarted."""
-    found = []
+def _folder_of_job(parent: Path) -> Path | None:
+    """The run that this job began before it was restarted."""
     for path in parent.glob("*/state.json"):
-        with contextlib.suppress(OSError, ValueError):  # not a run's
-            if json.loads(path.read_text(encoding="utf-8")).get("job") == job:
-                found.append(path.parent.resolve())
-    return max(found, key=lambda folder: (folder / "config.yaml").stat().st_mtime, default=None)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a run's
+            if json.loads(path.read_text(encoding="utf-8")).get("job") == job_id():
+                return path.parent.resolve()
+    return None
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Run:
         if isinstance(error, Interrupted):
             status, reason, exit_code = "interrupted", error.signal, error.exit_code
             if self.writes:
-                error.message = f"Interrupted by {error.signal}. To go on:\n{self.resume_command}"
+                error.message = f"\nInterrupted by {error.signal}. To go on:\n{self.resume_command}\n"
         elif error is not None:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             exit_code = error.exit_code if isinstance(error, UserError) else 1

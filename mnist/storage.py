@@ -1,4 +1,4 @@
-"""Writes such that whoever reads, or is killed while writing, finds the old or the new, whole; and one writer a folder.
+"""Writes such that a process that is killed, or has no disk left, leaves the old or the new, whole; locks on folders.
 
 write_file(folder / "state.json", "{}")
 with new_folder(folder / "model") as temporary: ...      # gets its name when it is on the disk
@@ -8,6 +8,7 @@ with storage_errors("runs/x", "how to go on"): ...       # a full disk is a User
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EA
 
 
 def temporary_name(path: Path, word: str) -> Path:
-    """A hidden name beside `path`, of this process's own; `remove_leftovers` knows it."""
-    return path.with_name(f".{path.name}.{word}.{os.getpid()}")
+    """A hidden name beside `path` that nobody else has: "new" on its way to `path`, "old" or "gone" from there."""
+    return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
 
 
 def write_file(path: Path, content: str) -> None:
@@ -73,14 +74,17 @@ def flush(path: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder, if it exists, such that it is there whole or not at all."""
     if folder.exists():
-        doomed = temporary_name(folder, "old")
+        doomed = temporary_name(folder, "gone")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder` what processes have left that were killed while they wrote. For the owner of its lock."""
-    for word in ("new", "old"):
+    """Tidy up what processes that were killed while they wrote have left in `folder`. For the owner of its lock."""
+    for path in folder.glob(".*.old.*"):  # taken away, but nothing put in its place
+        if not (place := path.with_name(path.name[1:].rpartition(".old.")[0])).exists():
+            path.rename(place)
+    for word in ("new", "old", "gone"):
         for path in folder.glob(f".*.{word}.*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -65,6 +65,7 @@ class Tracking:
         """Before the first line: cut off what came after the point from which the run goes on, for it comes again."""
         if self.kept_bytes is not None:
             self.file.truncate(min(self.kept_bytes, self.file.seek(0, os.SEEK_END)))
+            self.file.seek(0, os.SEEK_END)
             self.kept_bytes = None
 
     def log(self, values: Mapping[str, Any]) -> None:

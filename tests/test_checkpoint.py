@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from mnist import report, storage
 from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, load_model, unflatten
 from mnist.config import TrainConfig
 from mnist.errors import ConfigError, UserError
-from mnist.storage import new_folder, remove_leftovers
+from mnist.storage import new_folder, remove_folder, remove_leftovers, write_file
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
 
@@ -64,9 +65,11 @@ def test_every_n_steps_and_at_the_end_a_checkpoint_is_written_and_three_are_kept
 def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentieth_of_the_time(
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run_here("cheap", epochs=3, limit_train_images=3000)
-    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (300, 600, 900)]
     flush = storage.flush
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "flush", lambda path: None)  # a quick disk
+        folder = run_here("cheap", epochs=3, limit_train_images=3000)
+    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (300, 600, 900)]
 
     def flush_slowly(path: Path) -> None:
         time.sleep(0.1)
@@ -263,8 +266,47 @@ def test_a_run_that_has_no_checkpoint_yet_begins_again_in_its_folder(
     folder = run_here("x")
     lines = metrics_of(folder)
     shutil.rmtree(folder / "checkpoints")
+    (folder / "state.json").write_text(json.dumps(state_of(folder) | {"checkpoint": None}))  # as if killed before it
     resume_here(folder)
     assert [line["test/loss"] for line in metrics_of(folder)] == [line["test/loss"] for line in lines]
+
+
+def test_checkpoints_that_are_gone_are_an_error_and_no_fresh_start(begun: Path, resume_here: ResumeHere) -> None:
+    metrics = metrics_of(begun)
+    shutil.rmtree(begun / "checkpoints")  # a disk that is not mounted
+    with pytest.raises(UserError, match=r"none of the checkpoints is whole, .* One of step 12 was written"):
+        resume_here(begun)
+    assert metrics_of(begun) == metrics
+
+
+def test_a_disk_that_cannot_be_read_for_a_moment_damages_no_checkpoint(
+    begun: Path, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "optimizer.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    before = checkpoints_of(begun)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        with pytest.raises((OSError, UserError), match="Input/output error"):
+            resume_here(begun)
+    assert checkpoints_of(begun) == before
+    resume_here(begun)
+
+
+def test_a_checkpoint_right_after_a_resume_knows_how_many_lines_there_are(
+    run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    folder = run_here("x", checkpoint_every=5, max_steps=19, log_every=4)
+    for path in checkpoints_of(folder)[1:]:  # 10 is left; lines of 12, 16 and 19 come after it
+        shutil.rmtree(path)
+    resume_here(folder, checkpoint_every=1, max_steps=11)
+    resume_here(folder, max_steps=19)
+    assert [line["step"] for line in metrics_of(folder)] == [4, 8, 11, 12, 16, 19]
 
 
 @pytest.mark.parametrize("validation_size", [0, 100])
@@ -297,10 +339,60 @@ def test_a_replacement_is_whole_or_the_old_one_stays_and_nothing_else_is_left(tm
         (temporary / "b").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["b"]
     assert list(tmp_path.iterdir()) == [folder]
-    (tmp_path / ".model.new.99").mkdir()
-    (tmp_path / ".state.json.old.99").touch()
-    remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [folder]
+
+
+def die_at(deadly: int) -> None:
+    """End this process at its call of that number of all that change the disk or wait for it."""
+    calls = itertools.count(1)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **keywords: os._exit(9) if next(calls) == deadly else function(*args, **keywords)
+
+    for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def test_a_process_that_is_killed_between_any_two_writes_leaves_the_old_or_the_new_whole(tmp_path: Path) -> None:
+    def write(path: Path, content: str) -> None:
+        with new_folder(path) as temporary:
+            for name in ("a", "b"):
+                (temporary / name).write_text(content)
+
+    def work(folder: Path) -> None:
+        write(folder / "model", "new")  # in place of an old one
+        write_file(folder / "state", "new")
+        write(folder / "step-2", "new")
+        remove_folder(folder / "step-1")  # only when the newer one is there
+
+    outcomes = set()
+    for deadly in itertools.count(1):
+        folder = tmp_path / str(deadly)
+        folder.mkdir()
+        write(folder / "model", "old")
+        write(folder / "step-1", "old")
+        write_file(folder / "state", "old")
+        child = os.fork()
+        if child == 0:
+            die_at(deadly)
+            work(folder)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        remove_leftovers(folder)
+        assert not list(folder.glob(".*"))
+        kept = {path.name for path in folder.iterdir()}
+        assert kept >= {"model", "state"}
+        assert kept & {"step-1", "step-2"}
+        whole = {}
+        for name in kept - {"state"}:
+            contents = {path.read_text() for path in (folder / name).iterdir()}
+            assert len(contents) == 1
+            assert len(list((folder / name).iterdir())) == 2
+            whole[name] = contents.pop()
+        outcomes.add((whole["model"], (folder / "state").read_text(), *sorted(kept)))
+        if code == 0:
+            break
+    assert deadly > 20
+    assert len(outcomes) >= 5  # from nothing done to all done
 
 
 def test_all_random_generators_go_on_where_they_were() -> None:

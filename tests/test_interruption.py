@@ -72,6 +72,11 @@ def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
         job.end()
 
 
+def caught(status: str) -> int:
+    """The set of signals that a process has handlers for, from its /proc/<pid>/status."""
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), 16)
+
+
 def gone(processes: list[psutil.Process], seconds: float) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
@@ -155,6 +160,21 @@ def test_ctrl_c_on_the_whole_process_group_under_the_launcher_leaves_a_whole_che
     assert "accelerate launch train.py --resume" in job.output.read_text()
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_ends_with_a_checkpoint_and_its_exit_code(tmp_path: Path) -> None:
+    command = shlex.join([*PLAIN, *LONG, f"--output-dir={tmp_path / 'runs'}"])
+    script = f"set -o pipefail; {command} 2> {tmp_path / 'errors'} | cat > /dev/null"
+    shell = subprocess.Popen(["bash", "-c", script], cwd=PROJECT_FOLDER, start_new_session=True)
+    folder = tmp_path / "runs" / "x"
+    while not ((folder / "metrics.jsonl").exists() and metrics_of(folder)):
+        time.sleep(0.05)
+    children = psutil.Process(shell.pid).children()
+    for child in sorted(children, key=lambda it: it.name() != "cat"):  # first the reader
+        child.send_signal(signal.SIGINT)
+    assert shell.wait(timeout=20) == 130
+    assert (tmp_path / "errors").read_text() == ""
+    assert state_of(folder)["exit_code"] == 130
+
+
 @pytest.mark.parametrize("job", [(TORCHRUN, "--timeout-seconds=60")], indirect=True)
 def test_a_second_ctrl_c_more_than_a_second_later_stops_at_once_even_a_process_that_waits_for_another(job: Job) -> None:
     first, second = job.workers()
@@ -192,7 +212,9 @@ def test_a_run_that_a_shell_started_in_the_background_survives_the_shell(tmp_pat
 def test_during_start_up_a_signal_ends_the_process_at_once_and_leaves_no_folder(tmp_path: Path) -> None:
     for number, codes in ((signal.SIGTERM, (143, -15)), (signal.SIGINT, (130, -2)), (signal.SIGUSR1, (75,))):
         job = Job(tmp_path, PLAIN)
-        time.sleep(1)  # torch takes longer to load
+        status = Path(f"/proc/{job.process.pid}/status")
+        while not caught(status.read_text()) >> signal.SIGUSR1 - 1 & 1:  # then torch is still to be loaded
+            time.sleep(0.01)
         job.process.send_signal(number)
         assert job.process.wait(timeout=5) in codes
         assert not job.folder.exists()

@@ -13,7 +13,7 @@ import pytest
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.interruption import Interrupted
-from mnist.run import Run
+from mnist.run import Run, find_run
 from tests.conftest import state_of
 
 
@@ -73,7 +73,7 @@ def test_a_run_that_is_interrupted_says_by_what_and_how_to_go_on(tmp_path: Path)
         raise Interrupted(signal.SIGTERM)
     state = state_of(run.folder)
     assert (state["status"], state["error"], state["exit_code"]) == ("interrupted", "SIGTERM", 143)
-    assert interrupted.value.message.endswith(f" --resume {run.folder}")
+    assert interrupted.value.message.endswith(f" --resume {run.folder}\n")
 
 
 def test_only_the_process_that_created_the_folder_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +111,39 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leave
 
 def test_a_run_that_is_taken_up_keeps_its_id_and_what_may_change_is_kept_in_its_settings(tmp_path: Path) -> None:
     with Run.create(config(tmp_path, "mine")) as run:
-        (run.folder / ".model.new.123").mkdir()
-        (run.folder / ".state.json.new.123").write_text("half of it")
+        (run.folder / ".model.new.12ab").mkdir()
+        (run.folder / ".state.json.new.12ab").write_text("half of it")
     again = dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder), epochs=9, batch_size=77)
     with Run.reopen(again) as taken_up:
         assert taken_up.id == run.id
         assert {path.name for path in run.folder.iterdir()} == {".lock", "config.yaml", "state.json"}
     saved = TrainConfig.load(run.folder / "config.yaml")
     assert (saved.epochs, saved.batch_size, saved.resume) == (9, 10, None)
+
+
+def test_a_restart_by_torchrun_goes_on_with_what_this_job_began_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None
+) -> None:
+    with Run.create(config(tmp_path, "last-week")):
+        pass
+    for variable, value in (("TORCHELASTIC_RUN_ID", "none"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(variable, value)
+    again = config(tmp_path, "last-week")
+    assert find_run(again, ()).resume is None  # so it is refused once more
+    with Run.create(config(tmp_path)) as run:
+        assert find_run(config(tmp_path), ()).resume == str(run.folder)
+        assert find_run(config(tmp_path, run.folder.name), ()).resume == str(run.folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert find_run(config(tmp_path), ()).resume is None
+
+
+def test_what_processes_with_the_same_number_have_left_behind_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as always in a container
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / ".mine.new.1").mkdir()
+    (runs / ".latest.new.1").symlink_to("mine")
+    with Run.create(config(tmp_path, "mine")) as run:
+        assert (runs / "latest").resolve() == run.folder
