@@ -149,10 +149,14 @@ class Run:
     def _take(self) -> None:
         """Lock the folder, see where the run is, and say that it is running."""
         path = self.folder / "state.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.lock = lock_folder(self.folder, f", process {before['process']}" if "process" in before else "")
+
+        def before() -> dict[str, Any]:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+        holder = before().get("process")
+        self.lock = lock_folder(self.folder, f", process {holder}" if holder else "")
         remove_leftovers(self.folder)
-        self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | before
+        self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | before()
         self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
         _point_latest(self.folder)
         process = f"{os.getpid()} on {socket.gethostname()}"

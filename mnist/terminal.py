@@ -110,6 +110,8 @@ class Terminal:
         """The figure that counts, where everything is, and what to do next."""
         self.print(f"\nTest accuracy {values['test/accuracy']:.4f} after {values['step']:,} steps")
         self.row("model", f"{folder}/model/  (model.safetensors, config.json)")
+        if (folder / "best").exists():
+            self.row("best", f"{folder}/best/  (the weights with the lowest validation loss)")
         self.row("metrics", f"{folder}/metrics.jsonl")
         self.row("pictures", f"{folder}/curves.png, prediction.png")
         if warning:
