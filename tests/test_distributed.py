@@ -306,7 +306,9 @@ def documented_commands(rendezvous: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "rendezvous", "killed"), [("static", "static", 0), ("c10d", "c10d", 1)], indirect=["hosts"]
+    ("hosts", "rendezvous", "killed"),
+    [("static", "static", 0), pytest.param("c10d", "c10d", 1, marks=pytest.mark.slow)],
+    indirect=["hosts"],
 )
 def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other_ends(
     rendezvous: str, killed: int, hosts: tuple[Host, Host], one_process: Path, tmp_path: Path
@@ -429,7 +431,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", ["precision", "replicas", pytest.param("alone", marks=pytest.mark.slow)])
 def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
     config, expected = HOSTILE[name]
     home = tmp_path / "home" / ".cache" / "huggingface" / "accelerate"

@@ -22,6 +22,11 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--log-every=10", "--run-name=x")
 
 
+def hear_ctrl_c() -> None:
+    """As in a terminal; what a shell starts in the background, these tests perhaps, ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Job:
     """A run in a process group of its own, as a terminal makes one, ended with the test."""
 
@@ -36,7 +41,7 @@ class Job:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hear_ctrl_c,
             )
 
     def wait_until_it_trains(self) -> None:
@@ -163,14 +168,18 @@ def test_ctrl_c_on_the_whole_process_group_under_the_launcher_leaves_a_whole_che
 def test_ctrl_c_that_ends_the_reader_of_the_output_too_ends_with_a_checkpoint_and_its_exit_code(tmp_path: Path) -> None:
     command = shlex.join([*PLAIN, *LONG, f"--output-dir={tmp_path / 'runs'}"])
     script = f"set -o pipefail; {command} 2> {tmp_path / 'errors'} | cat > /dev/null"
-    shell = subprocess.Popen(["bash", "-c", script], cwd=PROJECT_FOLDER, start_new_session=True)
+    shell = subprocess.Popen(["bash", "-c", script], cwd=PROJECT_FOLDER, preexec_fn=hear_ctrl_c, start_new_session=True)
     folder = tmp_path / "runs" / "x"
     while not ((folder / "metrics.jsonl").exists() and metrics_of(folder)):
         time.sleep(0.05)
     children = psutil.Process(shell.pid).children()
-    for child in sorted(children, key=lambda it: it.name() != "cat"):  # first the reader
-        child.send_signal(signal.SIGINT)
-    assert shell.wait(timeout=20) == 130
+    try:
+        for child in sorted(children, key=lambda it: it.name() != "cat"):  # first the reader
+            child.send_signal(signal.SIGINT)
+        assert shell.wait(timeout=20) == 130
+    finally:
+        if shell.poll() is None:
+            os.killpg(shell.pid, signal.SIGKILL)
     assert (tmp_path / "errors").read_text() == ""
     assert state_of(folder)["exit_code"] == 130
 

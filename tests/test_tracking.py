@@ -208,6 +208,7 @@ def test_a_run_that_raises_is_marked_as_failed(tmp_path: Path) -> None:
     assert wandb_log.exit_code(log_of(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="/proc/nowhere"):  # root cannot write there either
         Path("/proc/nowhere").mkdir()
