@@ -47,8 +47,8 @@ def report_failure(error: Exception) -> None:
 def end_process(exit_code: int) -> NoReturn:
     """End this process after what was registered to be done at its exit, but without taking the interpreter down.
 
-    A thread of gloo's may still hold a tensor by then, and aborts the process when it lets go of it: seen in one of 27
-    runs of two processes, an exit code of -6 after a run that had ended well (pytorch issue 190489).
+    A thread of gloo's may still hold a tensor by then, and aborts the process when it lets go of it: seen
+    once, as an exit code of -6, and not again in 42 runs made for it (pytorch issue 190489 describes it).
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
