@@ -83,7 +83,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
     model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
-    share_gradients(model, accelerator)
+    share_gradients(model, accelerator, config.timeout_seconds)
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config)
