@@ -24,29 +24,32 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     `given` are the settings that the command line names: a run that is resumed keeps its own.
     """
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
-    import torch
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist import distributed
     from mnist.checkpoint import Checkpoints, ModelConfig, save_model
     from mnist.data import build_batches, load_dataset, measured_splits
+    from mnist.environment import describe_environment
+    from mnist.evaluation import MISTAKES, Evaluation
     from mnist.gradients import share_gradients
     from mnist.hardware import choose_threads, keep_freed_memory, keep_to_own_cores
     from mnist.interruption import Interruption
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
-    from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule
+    from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule, clip_gradients
+    from mnist.predict import predict
     from mnist.progress import Progress
-    from mnist.report import draw_curves, draw_prediction
+    from mnist.report import LiveReport
     from mnist.run import Run, find_run
     from mnist.terminal import Terminal
-    from mnist.tracking import Tracking
+    from mnist.tracking import Tracking, check_trackers
     from mnist.transforms import scale_pixels
 
     # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
     joined = distributed.join_processes(config.timeout_seconds)
     config = find_run(config, given).share_batch(joined.num_processes)
+    check_trackers(config.tracker_names)
     distributed.check_precision(config.mixed_precision, joined.device.type)
     accelerator = Accelerator(
         cpu=joined.device.type == "cpu",
@@ -55,7 +58,6 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=list(config.tracker_names) or None,
         kwargs_handlers=distributed.accelerate_settings(config.gradient_accumulation_steps),
     )
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
@@ -87,39 +89,32 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config)
-    launch = distributed.describe_launch(accelerator)
-    resolved = launch | {
+    environment = describe_environment(accelerator) | {
+        "dataset_md5": data.checksum,
         "train_images": len(data.train),
         "test_images": len(data.test),
         "parameters": count_parameters(net),
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
-    terminal = Terminal(accelerator.is_main_process, config.epochs)
-    terminal.header(config, resolved, run.folder, data.notes)
-    tracking = Tracking(accelerator, run.folder, run.id, dataclasses.asdict(config) | resolved, config.tracker_names)
+    run.describe(environment)
+    main = accelerator.is_main_process
+    terminal = Terminal(main, config.epochs)
+    terminal.header(config, environment, run.folder, data.notes)
+    settings = dataclasses.asdict(config) | environment
+    tracking = Tracking(main, run.folder, run.id, settings, config.tracker_names)
+    evaluation = Evaluation(run.folder, data.test, data.class_names)
+    report = LiveReport(run.folder)
     interruption = Interruption(accelerator, at_once=run.note)
     progress = Progress(
-        accelerator, terminal, tracking.log, config.log_every, batch_size, images=len(data.train), steps=total_steps
+        accelerator, terminal, tracking.log, scheduler, config.log_every, batch_size, len(data.train), total_steps
     )
-    checkpoints = Checkpoints(
-        run.folder / "checkpoints",
-        accelerator,
-        interruption,
-        progress,
-        net,
-        optimizer,
-        {"scheduler": scheduler, "tracking": tracking},
-        every=config.checkpoint_every,
-        essence=config.essence,
-        launch=launch,
-        last=run.state.get("checkpoint"),
-        saved=run.note,
-    )
+    parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
+    checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)
     with interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
-        terminal.row("trackers", tracking.description)
         for note in checkpoints.resume():
             terminal.row("resumed", note)
+        terminal.row("trackers", tracking.start(progress.step))
         keep_to_own_cores(accelerator.device)
         for epoch in progress.epochs():
             # --- loop
@@ -131,37 +126,36 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
                     output = model(X)  # [B, classes] log-probabilities
                     loss = loss_function(output, y, weight)
                     accelerator.backward(loss)
-                    if config.max_grad_norm and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    norm = clip_gradients(model, accelerator, config.max_grad_norm, measure=progress.logs_this_step)
                     optimizer.step()
                     scheduler.step()
-                progress.update(loss)  # fetches the loss from the device every --log-every steps only
+                progress.update(loss, norm)  # fetches the loss from the device every --log-every steps only
                 checkpoints.after_step()  # saves one every --checkpoint-every steps, or because of a signal
                 if progress.finished:
                     break
 
             # --- in sample and out of sample, with the same weights
-            values = progress.end_epoch() | {"learning_rate": scheduler.get_last_lr()[0]}
-            for part, batches in measured_batches.items():
-                result = evaluate(model, batches, loss_function, accelerator, before_batch=interruption.check)
-                values[f"{part}/loss"] = progress.finite(result.loss, f"{part} loss")
-                values[f"{part}/accuracy"] = result.accuracy
+            values = progress.end_epoch()
+            for part, batches in measured_batches.items():  # the last one is of the test images
+                result = evaluate(model, batches, loss_function, accelerator, interruption.check, MISTAKES)
+                values |= progress.finite(result.values(part, data.class_names))
+            values = progress.end_evaluation(values)
             tracking.log(values)
             terminal.epoch_line(values)
-            if progress.end_evaluation(values) and accelerator.is_main_process:
-                save_model(net, run.folder / "best", description)
+            if main:
+                evaluation.update(progress.position, result, predict(net, evaluation.images))
+                if progress.is_best:
+                    save_model(net, run.folder / "best", description)
+                report.after_epoch()
             checkpoints.after_epoch()
 
-        # --- what is left behind: the model, its curves, a test image beside the network's answer
-        if accelerator.is_main_process:
+        # --- what is left behind: the model, a report with its pictures, what W&B keeps of a run
+        if main:
             save_model(net, run.folder / "model", description)
-            draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png", title=run.folder.name)
-            image, label = data.test.images[0], data.test.labels[0]
-            with torch.no_grad():
-                probabilities = net.eval()(scale_pixels(image[None]).to(accelerator.device))[0].exp().cpu()  # [classes]
-            draw_prediction(image, label, probabilities, data.class_names, run.folder / "prediction.png")
-            terminal.draw(image, label, probabilities, data.class_names)
-    terminal.result(run.folder, progress.results, tracking.warning, tracking.sync_command)
+            report.write()
+            tracking.log_results(data)
+            terminal.draw(evaluation)
+    terminal.result(run.folder, progress.results, tracking.warnings, tracking.sync_command)
     accelerator.end_training()
 
 

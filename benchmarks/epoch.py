@@ -62,7 +62,7 @@ def train_ours(scratch: Path, seed: int, epochs: int, steps: int | None) -> Resu
     if done.returncode != 0 or threads is None:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
     lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
-    seconds = statistics.mean(line["epoch_seconds"] for line in lines if "epoch_seconds" in line)
+    seconds = statistics.mean(line["perf/epoch_seconds"] for line in lines if "perf/epoch_seconds" in line)
     return Result(seconds, lines[-1]["test/accuracy"], int(threads[1]))
 
 

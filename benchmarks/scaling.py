@@ -53,7 +53,7 @@ class Pair(NamedTuple):
 def images_per_second(folder: Path) -> float:
     """The mean over a run's epochs, but for the first and the last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    epochs = [float(line["images_per_second"]) for line in lines if "images_per_second" in line]
+    epochs = [float(line["perf/images_per_second"]) for line in lines if "perf/images_per_second" in line]
     return statistics.mean(epochs[1:-1])
 
 

@@ -3,7 +3,7 @@
 save_model(model, folder / "model", ModelConfig("mlp", ("0", "1", ...), (28, 28)))
 model, config = load_model(folder / "model")
 
-with Checkpoints(run.folder / "checkpoints", ...) as checkpoints:
+with Checkpoints(run, config, ...) as checkpoints:
     notes = checkpoints.resume()               # the newest whole one, if there is any
     checkpoints.after_step()                   # saves every N steps; Interrupted, after a signal, saves as it leaves
 
@@ -17,7 +17,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,12 +29,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from mnist.config import TrainConfig
 from mnist.data import ImageData
 from mnist.distributed import on_main_process
 from mnist.errors import ConfigError, UserError
 from mnist.interruption import Interrupted, Interruption
 from mnist.models import build_model, non_finite_parameters
 from mnist.progress import Progress
+from mnist.run import Run
 from mnist.storage import new_folder, remove_folder, remove_leftovers
 
 
@@ -164,27 +166,23 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        run: Run,
+        config: TrainConfig,
+        environment: Mapping[str, Any],
         accelerator: Accelerator,
         interruption: Interruption,
         progress: Progress,
         net: nn.Module,
         optimizer: Stateful,
         parts: Mapping[str, Stateful],
-        *,
-        every: int | None,
-        essence: Mapping[str, Any],
-        launch: Mapping[str, Any],
-        last: int | None,
-        saved: Callable[..., None],
     ) -> None:
         """`net` is the model as it was built; `parts` are what else has a state that is the same on all processes.
 
-        `essence` must be equal for a checkpoint to be loaded; where `launch` differs the result will in its last
-        digits. `last` is the step of the newest checkpoint that the run knows of; `saved(step=..., epoch=...,
-        checkpoint=...)` is told of the next.
+        A checkpoint of settings with another essence is not loaded; in another environment the result will differ in
+        its last digits.
         """
-        self.folder = folder
+        self.run = run
+        self.folder = run.folder / "checkpoints"
         self.accelerator = accelerator
         self.interruption = interruption
         self.progress = progress
@@ -195,11 +193,9 @@ class Checkpoints:
             self.parts["scaler"] = accelerator.scaler
         # what each process has for itself
         self.own: dict[str, Stateful] = {"loss": progress.loss, "random": RandomState(accelerator.device)}
-        self.every = every
-        self.essence = dict(essence)
-        self.launch = {name: launch[name] for name in self.SAME_TO_THE_BIT}
-        self.last = last
-        self.saved = saved
+        self.every = config.checkpoint_every
+        self.essence = config.essence
+        self.launch = {name: environment[name] for name in self.SAME_TO_THE_BIT}
         self.cost = 0.0  # seconds that the last one took
         self.saved_at = time.monotonic()
 
@@ -228,7 +224,7 @@ class Checkpoints:
         if due:
             self.save()
         else:
-            self.saved(**self.progress.position)
+            self.run.note(**self.progress.position)
 
     # --- writing
 
@@ -242,7 +238,7 @@ class Checkpoints:
                 self._write(folder, ranks)
                 for old in self._folders()[self.KEPT :]:
                     remove_folder(old)
-            self.saved(**self.progress.position, checkpoint=self.progress.step)
+            self.run.note(**self.progress.position, checkpoint=self.progress.step)
         self.saved_at = time.monotonic()
         self.cost = self.saved_at - started
 
@@ -291,8 +287,9 @@ class Checkpoints:
                 notes.append(f"{folder} is damaged ({error}): set aside as {aside.name}")
                 remove_folder(aside)
                 folder.rename(aside)
-        if self.last is not None or any(self.folder.glob("damaged-*")):
-            written = "" if self.last is None else f" One of step {self.last} was written."
+        last = self.run.state.get("checkpoint")
+        if last is not None or any(self.folder.glob("damaged-*")):
+            written = "" if last is None else f" One of step {last} was written."
             raise UserError(
                 "\n".join(
                     [*notes, f"{self.folder}: none of the checkpoints is whole, so this run cannot go on.{written}"]

@@ -31,7 +31,10 @@ CHOICES = {
     "loss": ("nll", "mse"),
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
-    "trackers": ("wandb", "none"),
+    "trackers": (
+        *("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
+        "none",
+    ),
     "mixed_precision": ("no", "fp16", "bf16"),
 }
 """What may be named; data, models, optim and tracking hold what the names stand for."""

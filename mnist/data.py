@@ -12,8 +12,8 @@ import gzip
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,12 @@ class ImageData:
     validation: Split | None
     test: Split
     notes: tuple[str, ...] = ()  # what a person should know about the files
+    files: Mapping[Path, str] = field(default_factory=dict)  # that it was read from, with their MD5 sums
+
+    @property
+    def checksum(self) -> str:
+        """One MD5 sum for all files."""
+        return hashlib.md5("".join(self.files.values()).encode(), usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ def load_dataset(
         file: source.md5[file] if name == "mnist" and path.suffix == ".gz" else None for file, path in paths.items()
     }
     images, labels, test_images, test_labels = (read_idx(path, strict[file]) for file, path in paths.items())
-    unverified = [path.name for file, path in paths.items() if not strict[file] and _md5(path) != source.md5[file]]
+    files = {path: _md5(path) for path in paths.values()}
+    unverified = [path.name for file, path in paths.items() if not strict[file] and files[path] != source.md5[file]]
     train = _split(folder, "train", images, labels, source.class_names)
     test = _split(folder, "t10k", test_images, test_labels, source.class_names)
     if validation_size >= len(train):
@@ -141,6 +148,7 @@ def load_dataset(
         validation=train.take(slice(rest, None)) if validation_size else None,
         test=test.take(slice(0, limit_test_images)),
         notes=(f"read, but not byte for byte as published: {', '.join(unverified)}",) if unverified else (),
+        files=files,
     )
 
 

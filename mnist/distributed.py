@@ -9,7 +9,6 @@ nothing: so what is refused here is what Accelerate 1.15 was seen to accept and 
 
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,18 +16,16 @@ from typing import Any, TypeVar
 
 import psutil  # of Accelerate's own requirements
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     KwargsHandler,
     broadcast_object_list,
-    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from mnist.errors import ConfigError, UserError
-from mnist.hardware import device_name
 
 RANK_OF = {  # the variable in which each kind of launcher gives the number of processes, and where it numbers them
     "WORLD_SIZE": "RANK",
@@ -197,29 +194,6 @@ def interface_towards(address: str) -> str | None:
         own = probe.getsockname()[0]
     names = [name for name, addresses in psutil.net_if_addrs().items() if own in [it.address for it in addresses]]
     return None if own.startswith("127.") or not names else names[0]
-
-
-def describe_launch(accelerator: Accelerator) -> dict[str, Any]:
-    """What training runs on, as the header and the run's config show it; all processes must call it."""
-    return {
-        "torch": torch.__version__,
-        "device": device_name(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "processes": describe_processes(accelerator),
-        "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
-    }
-
-
-def describe_processes(accelerator: Accelerator) -> str:
-    """`1 process`, `4 processes`, `4 processes on 2 machines (alpha 2, beta 2)`; all processes must call it."""
-    count = accelerator.num_processes
-    machines = Counter(gather_object([socket.gethostname()]))
-    words = "1 process" if count == 1 else f"{count} processes"
-    if len(machines) == 1:
-        return words
-    return f"{words} on {len(machines)} machines ({', '.join(f'{name} {n}' for name, n in machines.items())})"
 
 
 @contextmanager

@@ -26,6 +26,10 @@ class ConfigError(UserError, ValueError):
     exit_code = 2
 
 
+class DivergedError(UserError):
+    """The loss is no number any more."""
+
+
 def report_failure(error: Exception) -> None:
     """Show why this process ends, once for all processes that end for the same reason, and leave it for the launcher.
 

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,18 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has needed at most: of a CUDA device what torch had taken, otherwise of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device) -> str:

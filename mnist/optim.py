@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -70,6 +71,18 @@ class LeanOptimizer(AcceleratedOptimizer):
             super().step(closure)
         elif self.gradient_state.sync_gradients:
             self.optimizer.step(closure)
+
+
+def clip_gradients(
+    model: nn.Module, accelerator: Accelerator, max_norm: float | None, measure: bool = False
+) -> Tensor | None:
+    """Scale the gradient of an optimizer step down to the length `max_norm`; returns the length that it had.
+
+    None inside a window of accumulated batches, and where there is no `max_norm` unless it is to be measured.
+    """
+    if accelerator.sync_gradients and (max_norm is not None or measure):
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)  # type: ignore[no-any-return]
+    return None
 
 
 def schedule_factor(name: str, step: int, *, warmup_steps: int, total_steps: int) -> float:

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
-from mnist.errors import UserError
+from mnist.errors import DivergedError
+from mnist.hardware import peak_memory
 from mnist.metrics import TrainingLoss
 
 
@@ -33,6 +35,7 @@ class Progress:
         accelerator: Accelerator,
         display: Display,
         log: Callable[[dict[str, Any]], None],
+        scheduler: LRScheduler,
         log_every: int,
         batch_size: int,
         images: int,
@@ -42,6 +45,7 @@ class Progress:
         self.accelerator = accelerator
         self.display = display
         self.log = log
+        self.scheduler = scheduler
         self.log_every = log_every
         self.batch_size = batch_size
         self.images_per_epoch = images
@@ -54,6 +58,7 @@ class Progress:
         self.started: float | None = None  # when the clock was started, while it runs
         self.results: dict[str, Any] = {}  # of the last evaluation
         self.best: float | None = None  # validation loss
+        self.is_best = False  # whether the last evaluation's is
         self.loss = TrainingLoss(accelerator)
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,6 +87,11 @@ class Progress:
     def finished(self) -> bool:
         """Whether the last step of the run is done."""
         return self.step >= self.total_steps
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the optimizer step that is being made will be logged."""
+        return (self.step + 1) % self.log_every == 0
 
     @property
     def evaluated(self) -> bool:
@@ -113,7 +123,7 @@ class Progress:
         """Training images of all processes in this epoch so far."""
         return min(self.batch * self.batch_size, self.images_per_epoch)
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor, gradient_norm: Tensor | None) -> None:
         """Take note of one batch; at the end of an optimizer step, and every `log_every` of them, of that too."""
         self.batch += 1
         self.loss.add(loss)
@@ -121,39 +131,54 @@ class Progress:
             self.step += 1
             self.display.step()
             if self.step % self.log_every == 0:
-                value = self.finite(self.loss.read(), "training loss")
-                self.log({"step": self.step, "epoch": self.epoch, "train/loss": value})
-                self.display.report(value, self.images() / self.elapsed())
+                values = self.finite({"train/loss": self.loss.read()}) | self._learning(gradient_norm)
+                self.log({"step": self.step, "epoch": self.epoch, **values})
+                self.display.report(values["train/loss"], self.images() / self.elapsed())
+
+    def _learning(self, gradient_norm: Tensor | None = None) -> dict[str, float]:
+        """The learning rate of the next step, and the length of the last one's gradient before it was clipped."""
+        values = {"optim/learning_rate": float(self.scheduler.get_last_lr()[0])}
+        norm = math.nan if gradient_norm is None else float(gradient_norm)
+        if math.isfinite(norm):  # fp16 leaves a step out where it is infinite
+            values["optim/gradient_norm"] = norm
+        return values
 
     def end_epoch(self) -> dict[str, float]:
-        """Stop the clock; where the run is, and what the epoch's training took, evaluation not counted."""
+        """Stop the clock, start that of the evaluation; where the run is, and what the epoch's training took."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         self.seconds, self.started = self.elapsed(), None
         self.display.end_epoch()
+        self.evaluating_since = time.perf_counter()
         return {
             "step": self.step,
             "epoch": self.epoch,
-            "images_per_second": self.images() / self.seconds,
-            "epoch_seconds": self.seconds,
+            **self._learning(),
+            "perf/images_per_second": self.images() / self.seconds,
+            "perf/epoch_seconds": self.seconds,
+            "perf/peak_memory_mib": peak_memory(self.accelerator.device) / 2**20,
         }
 
-    def end_evaluation(self, results: dict[str, Any]) -> bool:
-        """Go on to the next epoch, if this one is over; whether these are the best weights by the validation loss."""
-        self.results = results
+    def end_evaluation(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The results, and how long they took to get; goes on to the next epoch, if this one is over.
+
+        `is_best` says whether these are the best weights by the validation loss.
+        """
+        self.results = results | {"perf/evaluation_seconds": time.perf_counter() - self.evaluating_since}
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
         loss = results.get("val/loss")
-        is_best = loss is not None and (self.best is None or loss < self.best)
-        if is_best:
+        self.is_best = loss is not None and (self.best is None or loss < self.best)
+        if self.is_best:
             self.best = loss
-        return is_best
+        return self.results
 
-    def finite(self, value: float, name: str) -> float:
-        """The value itself; UserError, naming the step, where it is NaN or infinite."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"The {name} is {value} at step {self.step} (epoch {self.epoch}): training has diverged. Nothing of it"
-                " is saved. Try a lower --learning-rate, --warmup-steps or --max-grad-norm 1."
-            )
-        return value
+    def finite(self, values: dict[str, float]) -> dict[str, float]:
+        """The values themselves; DivergedError, naming one and the step, where it is NaN or infinite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{name} is {value} at step {self.step} (epoch {self.epoch}): training has diverged. Nothing of it"
+                    " is saved. Try a lower --learning-rate, --warmup-steps or --max-grad-norm 1."
+                )
+        return values

@@ -1,85 +1,172 @@
-"""Pictures of a run: its curves, and a test image beside the network's answer.
+"""The report of a run, or of several side by side: one HTML file that holds all it needs and asks no network.
 
-draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+write_report([Record.read(Path("runs/latest"))], Path("report.html"))
+write_pictures(Path("runs/latest"))             # curves.png, confusion.png, mistakes.png, prediction.png beside it
 """
 
-import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from mnist import pictures
+from mnist.record import MOST_POINTS, Record, evenly
+from mnist.storage import write_file
 
-TRAIN, TEST, TRUTH = "#3b6ea8", "#d9822b", "#3a8f5c"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _figure_class() -> Any:
-    """matplotlib's Figure, without the warnings about a home folder that cannot be written: it then uses another."""
-    import logging
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
-
-    return Figure
+MOST_MOMENTS = 12  # of the training, in the table of the images that are followed
+MOST_CLASSES = 20  # whose accuracy is shown: of more, the worst
+MOST_EPOCHS = 100  # in the table of epochs: of more, the last
+PLACES = ("run_name", "output_dir", "resume", "data_dir")  # settings that say where, not what
 
 
-def draw_curves(metrics: Path, output: Path, title: str = "") -> None:
-    """Loss and accuracy, in and out of sample, over the optimizer steps, as a PNG."""
-    Figure = _figure_class()
-    lines = read_metrics(metrics)
-    epochs = [line for line in lines if "test/loss" in line]
-    running = [line for line in lines if "train/loss" in line and "test/loss" not in line]
-    figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    if running:
-        loss.plot(*_points(running, "train/loss"), color=TRAIN, alpha=0.35, linewidth=1, label="while training")
-    for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
-        scale = 100 if key == "accuracy" else 1
-        for part, color, label in (("train", TRAIN, "in sample (train)"), ("test", TEST, "out of sample (test)")):
-            steps, values = _points(epochs, f"{part}/{key}")
-            axes.plot(steps, [scale * value for value in values], color=color, marker="o", markersize=5, label=label)
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_xlim(left=0)
-        axes.legend(frameon=False)
-    # the first values of an untrained network would press everything else to the ground
-    top = max([value for _, value in zip(*_points(running[1:] + epochs, "train/loss"), strict=True)], default=1.0)
-    loss.set_ylim(0, 1.05 * top)
-    loss.set_title("loss")
-    accuracy.set_title("accuracy, %")
-    if title:
-        figure.suptitle(title, fontweight="bold")
-    figure.savefig(output)
+class LiveReport:
+    """The report of a run that goes on, renewed after an epoch as often as that costs little of its time."""
+
+    SHARE_OF_TIME = 0.05
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cost = 3.0  # seconds for the next: at first a guess, as matplotlib has to be loaded
+        self.written_at = time.monotonic()
+
+    def after_epoch(self) -> None:
+        """Write it again, if it is time for it."""
+        waited = time.monotonic() - self.written_at
+        if self.cost <= self.SHARE_OF_TIME * (waited + self.cost):
+            self.write()
+
+    def write(self) -> None:
+        """report.html, and the pictures beside it."""
+        started = time.monotonic()
+        record = Record.read(self.folder)
+        write_pictures(record)
+        write_report([record], self.folder / "report.html")
+        self.written_at = time.monotonic()
+        self.cost = self.written_at - started
 
 
-def _points(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    return [line["step"] for line in lines], [line[key] for line in lines]
+def write_pictures(record: Record) -> None:
+    """curves.png and, where the run was evaluated, confusion.png, mistakes.png and prediction.png in its folder."""
+    figures = {"curves": pictures.curves([record])}
+    if record.evaluation is not None:
+        figures["confusion"] = pictures.confusion(record.evaluation)
+        figures["prediction"] = pictures.prediction(record.evaluation)
+        figures["mistakes"] = pictures.mistakes(record.evaluation)
+    for name, figure in figures.items():
+        if figure is not None:
+            with pictures.drawing():
+                figure.savefig(record.folder / f"{name}.png")
 
 
-def draw_prediction(
-    image: Tensor, label: Tensor, probabilities: Tensor, class_names: tuple[str, ...], output: Path
-) -> None:
-    """A test image (uint8 [height, width]) beside the network's answer (probabilities [classes]), as a PNG."""
-    Figure = _figure_class()
-    answer, truth = int(probabilities.argmax()), int(label)
-    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
-    picture, bars = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    picture.imshow(image.numpy(), cmap="gray_r")
-    picture.set_title(f"a test image: {class_names[truth]}")
-    picture.set_axis_off()
-    right = answer == truth
-    colors = [(TRUTH if right else TEST) if index == answer else "#c8ccd0" for index in range(len(class_names))]
-    bars.barh(range(len(class_names)), 100 * probabilities.numpy(), color=colors)
-    bars.set_yticks(range(len(class_names)), class_names)
-    bars.invert_yaxis()
-    bars.set_xlim(0, 100)
-    bars.set_xlabel("probability, %")
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.set_title(f"the network's answer: {class_names[answer]}")
-    figure.savefig(output)
+def write_report(records: Sequence[Record], output: Path) -> None:
+    """One run in full, or several with their curves over one another and the settings in which they differ."""
+    write_file(output, render(records))
+
+
+def render(records: Sequence[Record]) -> str:
+    """The report as HTML. Whatever names hold is escaped by the template."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "setting": setting}
+    record = records[0]
+    several = len(records) > 1
+    panels: list[Callable[[Any, Sequence[Record]], None]] = [pictures.draw_loss, pictures.draw_accuracy]
+    panels += [pictures.draw_training_loss] if several else []
+    panels += [pictures.draw_learning_rate, pictures.draw_gradient_norm]
+    return environment.get_template("report.html").render(
+        records=records,
+        record=record,
+        several=several,
+        colors=pictures.RUN_COLORS,
+        best=best_values(records),
+        panels=[pictures.svg(panel, records) for panel in panels],
+        evaluation=record.evaluation,
+        classes=class_accuracies(record.evaluation) if record.evaluation else [],
+        matrix=matrix(record.evaluation) if record.evaluation else [],
+        moments=evenly(record.evaluation["history"], MOST_MOMENTS) if record.evaluation else [],
+        epochs=record.evaluations[-MOST_EPOCHS:],
+        differences=differences(records),
+        settings={name: value for name, value in record.config.items() if name not in PLACES},
+        metrics=[
+            {"name": it.name, "evaluations": it.evaluations, "losses": evenly(it.losses, MOST_POINTS)} for it in records
+        ],
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Name, images, correct and accuracy of each class that has images; of very many, of the worst."""
+    columns = (evaluation["class_names"], evaluation["images"], evaluation["correct"])
+    classes = [
+        {"name": name, "images": images, "correct": correct, "accuracy": correct / images}
+        for name, images, correct in zip(*columns, strict=True)
+        if images
+    ]
+    most = max((1 - it["accuracy"] for it in classes), default=0) or 1
+    for it in classes:
+        it["strength"] = (1 - it["accuracy"]) / most  # of the bar, from 0 to 1
+    return classes if len(classes) <= MOST_CLASSES else sorted(classes, key=lambda it: it["accuracy"])[:MOST_CLASSES]
+
+
+def matrix(evaluation: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The cells of the confusion matrix: count, share of its row, and strength of its colour from 0 to 1."""
+    counts = evaluation["confusion"]["counts"]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    worst = max((share for i, row in enumerate(shares) for j, share in enumerate(row) if i != j), default=0) or 1
+    return [
+        [
+            {"count": counts[i][j], "share": share, "right": i == j, "strength": share if i == j else share / worst}
+            for j, share in enumerate(row)
+        ]
+        for i, row in enumerate(shares)
+    ]
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The settings, and what of the environment matters, in which runs differ: a value for each run."""
+    told = [
+        {k: v for k, v in record.config.items() if k not in PLACES}
+        | {k: record.environment.get(k) for k in ("device", "processes", "threads", "precision", "torch", "git_commit")}
+        for record in records
+    ]
+    names = dict.fromkeys(name for values in told for name in values)
+    columns = {name: [values.get(name) for values in told] for name in names}
+    return {name: column for name, column in columns.items() if any(value != column[0] for value in column)}
+
+
+def best_values(records: Sequence[Record]) -> dict[str, float]:
+    """The best of each figure over several runs: the highest accuracy, the lowest loss."""
+    found: dict[str, float] = {}
+    for key in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"):
+        values = [record.last[key] for record in records if key in record.last]
+        if values:
+            found[key] = min(values) if key.endswith("loss") else max(values)
+    return found
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """`12,345` for whole numbers, `0.1234` for others, a dash for nothing."""
+    if value is None or value == "":
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def percent(value: Any, digits: int = 2) -> str:
+    """`96.18 %` for 0.9618, a dash for nothing."""
+    return "-" if value is None or value == "" else f"{100 * value:.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def setting(value: Any) -> str:
+    """A setting as it is written on the command line; a dash for none."""
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -158,9 +158,15 @@ class Run:
         remove_leftovers(self.folder)
         self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | before()
         self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
+        commands = [*self.state.get("commands", []), shlex.join([*_script_command(), *sys.argv[1:]])]
         _point_latest(self.folder)
         process = f"{os.getpid()} on {socket.gethostname()}"
-        self.note(status="running", error=None, exit_code=None, job=job_id(), process=process)
+        self.note(status="running", error=None, exit_code=None, job=job_id(), process=process, commands=commands)
+
+    def describe(self, environment: Mapping[str, Any]) -> None:
+        """Write environment.json: what this run is made with, besides its settings."""
+        if self.writes:
+            write_file(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def note(self, **values: Any) -> None:
         """Replace state.json, with these values in it, in one step: a reader finds the old one or the new one."""

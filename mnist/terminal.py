@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from mnist.config import TrainConfig
+from mnist.evaluation import Evaluation
+
+BOLD, DIM, GREEN, YELLOW, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[33m", "\033[0m"
+PARTS = ("train", "val", "test")
 
 
 class Terminal:
@@ -23,6 +27,7 @@ class Terminal:
     def __init__(self, prints: bool, epochs: int) -> None:
         self.prints = prints
         self.interactive = prints and sys.stdout.isatty()
+        self.colors = prints and understands_colors(sys.stdout)
         self.epochs = epochs
         self.bar: Any = None
         self.last_line = time.monotonic()
@@ -38,7 +43,7 @@ class Terminal:
 
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """What is going to be trained, on what, how and into which folder."""
-        self.print(f"Recipe {config.recipe}")
+        self.print(self.styled(f"Recipe {config.recipe}", BOLD))
         self.row("device", resolved["device"])
         threads = "1 CPU thread" if resolved["threads"] == 1 else f"{resolved['threads']} CPU threads"
         joined = " with" if resolved["num_processes"] == 1 else ", each with"
@@ -59,7 +64,7 @@ class Terminal:
 
     def row(self, name: str, value: str) -> None:
         """A name and its value, in columns."""
-        self.print(f"  {name:<11} {value}")
+        self.print(f"  {self.styled(f'{name:<11}', DIM)} {value}")
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         self.epoch, self.steps, self.done = f"epoch {epoch}/{self.epochs}", steps, 0
@@ -91,34 +96,53 @@ class Terminal:
         """The figures of an epoch, of the same weights in and out of sample."""
         parts = [
             f"{part} loss {values[f'{part}/loss']:.4f} accuracy {100 * values[f'{part}/accuracy']:.2f} %"
-            for part in ("train", "val", "test")
+            for part in PARTS
             if f"{part}/loss" in values
         ]
-        speed = f"{values['epoch_seconds']:.1f} s  {values['images_per_second']:,.0f} images/s"
-        self.print("   ".join([self.epoch, *parts, speed]))
+        speed = f"{values['perf/epoch_seconds']:.1f} s  {values['perf/images_per_second']:,.0f} images/s"
+        self.print("   ".join([self.epoch, *parts, self.styled(speed, DIM)]))
         self.last_line = time.monotonic()
 
-    def draw(self, image: Tensor, label: Tensor, probabilities: Tensor, class_names: tuple[str, ...]) -> None:
-        """An image in characters with the network's answer, on a terminal only."""
+    def draw(self, evaluation: Evaluation) -> None:
+        """A test image in characters with the network's answer, on a terminal only."""
         if self.interactive:
-            answer = int(probabilities.argmax())
-            sure = f"{100 * float(probabilities[answer]):.1f} % sure"
-            self.print(f"\n{draw_image(image)}\n")
-            self.print(f"The network's answer: {class_names[answer]} ({sure}). The truth: {class_names[int(label)]}.")
+            seen, names = evaluation.history[-1], evaluation.class_names
+            answer, truth = names[seen["predictions"][0]], names[int(evaluation.split.labels[evaluation.examples[0]])]
+            self.print(f"\n{draw_image(evaluation.images[0])}\n")
+            self.print(
+                f"The network's answer: {self.styled(answer, BOLD)} ({100 * seen['probabilities'][0]:.1f} % sure)."
+                f" The truth: {truth}."
+            )
 
-    def result(self, folder: Path, values: Mapping[str, float], warning: str | None, sync_command: str | None) -> None:
-        """The figure that counts, where everything is, and what to do next."""
-        self.print(f"\nTest accuracy {values['test/accuracy']:.4f} after {values['step']:,} steps")
+    def result(
+        self, folder: Path, values: Mapping[str, float], warnings: Sequence[str], sync_command: str | None
+    ) -> None:
+        """The figures that count, where everything is, and what to do next."""
+        self.print(self.styled(f"\n  {'':<11} {'loss':>8} {'accuracy':>10}", DIM))
+        for part in PARTS:
+            if f"{part}/loss" in values:
+                self.row(part, f"{values[f'{part}/loss']:>8.4f} {100 * values[f'{part}/accuracy']:>8.2f} %")
+        accuracy = self.styled(f"Test accuracy {values['test/accuracy']:.4f}", BOLD + GREEN)
+        self.print(f"\n{accuracy} after {values['step']:,} steps")
+        self.row("report", f"{folder}/report.html")
         self.row("model", f"{folder}/model/  (model.safetensors, config.json)")
         if (folder / "best").exists():
             self.row("best", f"{folder}/best/  (the weights with the lowest validation loss)")
         self.row("metrics", f"{folder}/metrics.jsonl")
-        self.row("pictures", f"{folder}/curves.png, prediction.png")
-        if warning:
-            self.row("warning", warning)
+        for warning in warnings:
+            self.row("warning", self.styled(warning, YELLOW))
         if sync_command:
             self.row("W&B", f"{sync_command}   sends this run to your dashboard (wandb login first)")
-        self.row("next", "python train.py --help   lists every setting; --recipe cnn reaches 99 %")
+        self.row("next", "mnist runs   compares all runs; python train.py --help   lists every setting")
+
+    def styled(self, text: str, codes: str) -> str:
+        """Text in a colour or weight, on a terminal that does not ask for none (NO_COLOR, https://no-color.org)."""
+        return f"{codes}{text}{PLAIN}" if self.colors else text
+
+
+def understands_colors(stream: TextIO) -> bool:
+    """Whether what is written to `stream` may be coloured."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def draw_image(image: Tensor) -> str:

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.data import ImageData, load_dataset
+from mnist.report import LiveReport
 from train import train
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -41,10 +42,15 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_here(tmp_path: Path, fresh_accelerate: None) -> RunHere:
-    """Train in this process, on 200 images unless told otherwise; returns the run's folder."""
+def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> RunHere:
+    """Train in this process, on 200 images unless told otherwise; returns the run's folder.
 
-    def run(name: str, **settings: Any) -> Path:
+    Without a report, unless it is asked for: drawing takes longer than such a training.
+    """
+
+    def run(name: str, *, report: bool = False, **settings: Any) -> Path:
+        if not report:
+            monkeypatch.setattr(LiveReport, "write", lambda self: None)
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         small: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 100, "epochs": 1, "trackers": "none"}

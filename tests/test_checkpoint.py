@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from mnist import report, storage
+from mnist import storage
 from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, load_model, unflatten
 from mnist.config import TrainConfig
 from mnist.errors import ConfigError, UserError
+from mnist.report import LiveReport
 from mnist.storage import new_folder, remove_folder, remove_leftovers, write_file
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
@@ -28,8 +29,7 @@ from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not looked at here, and they take as long as the rest."""
-    for name in ("draw_curves", "draw_prediction"):
-        monkeypatch.setattr(report, name, lambda *_, **__: None)
+    monkeypatch.setattr(LiveReport, "write", lambda _: None)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -43,8 +43,8 @@ def end_of(folder: Path) -> tuple[Any, ...]:
     del state["essence"], state["launch"], state["progress"]["seconds"], state["tracking"]
     for values in (state["progress"]["results"], lines := metrics_of(folder)):
         for line in [values] if isinstance(values, dict) else lines:
-            line.pop("epoch_seconds", None)
-            line.pop("images_per_second", None)
+            for key in [key for key in line if key.startswith("perf/")]:
+                del line[key]
     files = ["model.safetensors", "optimizer.safetensors"]
     sums = [hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in files]
     model = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()

@@ -1,17 +1,16 @@
-"""What a person sees, and the pictures of a run."""
+"""What a person sees at the terminal."""
 
 import io
-import json
+import os
+import pty
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mnist.data import ImageData
-from mnist.report import draw_curves, draw_prediction
-from mnist.terminal import Terminal, draw_image
+from mnist.terminal import Terminal, draw_image, understands_colors
 
 
 def test_a_digit_in_characters_shows_its_ink(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,27 +52,37 @@ def test_an_epoch_line_shows_loss_and_accuracy_in_and_out_of_sample(capsys: pyte
     terminal = Terminal(prints=True, epochs=2)
     terminal.start_epoch(2, 10)
     figures = {"train/loss": 0.1, "train/accuracy": 0.97, "test/loss": 0.2, "test/accuracy": 0.9567}
-    terminal.epoch_line(figures | {"epoch_seconds": 3.21, "images_per_second": 18700.0})
+    terminal.epoch_line(figures | {"perf/epoch_seconds": 3.21, "perf/images_per_second": 18700.0})
     line = capsys.readouterr().out
     assert "epoch 2/2   train loss 0.1000 accuracy 97.00 %   test loss 0.2000 accuracy 95.67 %" in line
     assert "3.2 s  18,700 images/s" in line
 
 
-def test_curves_are_drawn_from_any_metrics(tmp_path: Path) -> None:
-    line = {"step": 10, "epoch": 1, "train/loss": 0.3, "train/accuracy": 0.9, "test/loss": 0.4, "test/accuracy": 0.8}
-    running = {"step": 5, "epoch": 1, "train/loss": 0.7}
-    for name, lines in (("usual", [running, line]), ("no running loss", [line]), ("no epoch", [running]), ("none", [])):
-        metrics = tmp_path / f"{name}.jsonl"
-        metrics.write_text("".join(json.dumps(values) + "\n" for values in lines))
-        draw_curves(metrics, tmp_path / f"{name}.png", title=name)
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width > 1000
-            assert len(picture.convert("RGB").getcolors(2**20) or []) > 10  # something is drawn
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_are_for_terminals_that_want_them(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pty.openpty()
+    terminal_like = os.fdopen(theirs, "w")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert understands_colors(terminal_like)
+    monkeypatch.setenv(variable, value)
+    assert not understands_colors(terminal_like)
+    monkeypatch.undo()
+    with (tmp_path / "log").open("w") as log:
+        assert not understands_colors(log)
+    terminal_like.close()
+    os.close(ours)
 
 
-def test_a_prediction_is_drawn_for_any_class_names(tmp_path: Path, digits: ImageData) -> None:
-    names = tuple(f"a long name, number {index}" for index in range(10))
-    image, label = digits.test.images[0], digits.test.labels[0]
-    draw_prediction(image, label, torch.full((10,), 0.1), names, tmp_path / "prediction.png")
-    with Image.open(tmp_path / "prediction.png") as picture:
-        assert picture.width > 900
+def test_the_result_is_a_small_table_with_all_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"train/loss": 0.1, "train/accuracy": 0.97, "test/loss": 0.2, "test/accuracy": 0.9567, "step": 6000}
+    Terminal(prints=True, epochs=1).result(Path("runs/x"), values, ["one", "two"], "wandb sync runs/x/wandb/y")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["loss", "accuracy"] in lines
+    assert ["train", "0.1000", "97.00", "%"] in lines
+    assert ["test", "0.2000", "95.67", "%"] in lines
+    assert ["warning", "one"] in lines
+    assert ["warning", "two"] in lines
+    assert not any("\033" in word for line in lines for word in line)

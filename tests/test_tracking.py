@@ -1,10 +1,12 @@
 """metrics.jsonl and W&B, the latter as its own log file tells it and against servers on loopback that misbehave."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.tracking import Tracking
 from tests import wandb_log
-from tests.conftest import Launch, RunHere, metrics_of, state_of
+from tests.conftest import Launch, ResumeHere, RunHere, metrics_of, state_of
 from tests.wandb_server import Vanishing, answering, http_server, refusing_server, silent_server
 
 KEY = "0123456789" * 4
@@ -47,17 +48,22 @@ def test_a_launched_run_without_an_account_logs_to_wandb_offline_what_metrics_js
     folder = tmp_path / "launched"
     log, lines = log_of(folder), metrics_of(folder)
     assert len(lines) == 400 // 50 + 2
-    assert logged_by_wandb(log) == lines
+    assert logged_by_wandb(log)[: len(lines)] == lines
 
     config = wandb_log.config(log)
     settings = dataclasses.asdict(TrainConfig.load(folder / "config.yaml"))
     assert {name: config[name] for name in settings} == settings
     assert (config["num_processes"], config["global_batch_size"], config["parameters"]) == (1, 10, 59_210)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {name: config[name] for name in environment} == environment
+    assert {"torch", "accelerate", "cuda", "device", "git_commit", "git_dirty", "dataset_md5"} <= environment.keys()
 
-    axis = wandb_log.metrics(log)
-    assert axis["*"].step_metric == "step"
-    best = max(line["test/accuracy"] for line in lines if "test/accuracy" in line)
-    assert wandb_log.summary(log)["test/accuracy"]["max"] == best
+    axes, summary = wandb_log.metrics(log), wandb_log.summary(log)
+    assert {axes[name].step_metric for name in axes if "/" in name} == {"step"}
+    for key, best in (("test/accuracy", max), ("test/loss", min), ("train/loss", min), ("test/accuracy/7", max)):
+        values = [line[key] for line in lines if key in line]
+        assert summary[key] == {best.__name__: best(values), "last": values[-1]}, key
+    assert summary["optim/learning_rate"]["last"] == 1e-3
     assert wandb_log.exit_code(log) == 0
     assert state_of(folder)["status"] == "finished"
 
@@ -82,26 +88,36 @@ def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_
 
 
 TRACK = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
-import wandb
-from accelerate import Accelerator
+import torch, wandb
+from mnist.data import ImageData, Split
+from mnist.errors import DivergedError
+from mnist.interruption import Interrupted
 from mnist.tracking import Tracking
+from tests.made_up import make_run
 
 folder = Path(sys.argv[1])
-folder.mkdir()
-accelerator = Accelerator(cpu=True, log_with=["wandb"])
+make_run(folder, *map(int, os.environ.get("CLASSES_AND_EPOCHS", "10,3").split(",")))
+(folder / "metrics.jsonl").unlink()
+for name in ("model", "best"):
+    (folder / name).mkdir()
+    (folder / name / "model.safetensors").write_bytes(b"weights" * 1000)
+images = Split(torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.long))
+data = ImageData("made-up", ("0",), images, None, images, files={folder / "config.yaml": "0123"})
 print("ready", flush=True)
 begun = time.monotonic()
-with Tracking(accelerator, folder, "7f3e", {"learning_rate": 0.5}, ["wandb"]) as tracking:
-    told = {"seconds_to_start": time.monotonic() - begun, "warning_at_start": tracking.warning}
+with Tracking(True, folder, "7f3e", {"learning_rate": 0.5}, ["wandb"]) as tracking:
+    tracking.start(0)
+    told = {"seconds_to_start": time.monotonic() - begun, "warning_at_start": tracking.wandb.warning}
     for step in range(1, 4):
         tracking.log({"step": step, "epoch": 1, "train/loss": 1 / step})
         time.sleep(0.7)
     if len(sys.argv) > 2:
-        raise RuntimeError("out of luck")
+        raise eval(sys.argv[2])
     told["ending_since"] = time.monotonic()
-print(json.dumps(told | {"warning": tracking.warning, "sync": tracking.sync_command}))
+    tracking.log_results(data)
+print(json.dumps(told | {"warnings": tracking.warnings, "sync": tracking.sync_command}))
 """
 
 
@@ -151,12 +167,12 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
         told = json.loads(stdout)
         assert told["seconds_to_start"] < 10, name
         assert gone - told["ending_since"] < 10, name  # the clock is the machine's, the same for all processes
-        assert told["warning"], name
-        assert told["warning_at_start"] == (None if name == "vanishes" else told["warning"]), name
+        assert len(told["warnings"]) == 1, name
+        assert told["warning_at_start"] == (None if name == "vanishes" else told["warnings"][0]), name
 
         log = log_of(tmp_path / name)
         assert log.parent.name.startswith("run-" if name == "vanishes" else "offline-run-")
-        assert logged_by_wandb(log) == metrics_of(tmp_path / name)
+        assert logged_by_wandb(log)[:3] == metrics_of(tmp_path / name)
         assert len(metrics_of(tmp_path / name)) == 3
         *command, synced = shlex.split(told["sync"])
         assert (command, Path(synced)) == (["wandb", "sync"], log.parent)
@@ -169,7 +185,8 @@ def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.split()[:1] == ["warning"]]) == 1
     assert "wandb" not in done.stderr.lower()
-    assert logged_by_wandb(log_of(tmp_path / "x")) == metrics_of(tmp_path / "x")
+    lines = metrics_of(tmp_path / "x")
+    assert logged_by_wandb(log_of(tmp_path / "x"))[: len(lines)] == lines
 
 
 def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None:
@@ -180,7 +197,7 @@ def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None
     children = subprocess.run(["pgrep", "-P", str(job.pid), "wandb-core"], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout), signal.SIGKILL)
     stdout, _, _ = wait_for(job)
-    assert json.loads(stdout)["warning"]
+    assert len(json.loads(stdout)["warnings"]) == 1
     assert len(metrics_of(tmp_path / "run")) == 3
 
 
@@ -191,6 +208,9 @@ def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
         WANDB_ENTITY="team",
         WANDB_NAME="nice name",
         WANDB_TAGS="a,b",
+        WANDB_RUN_GROUP="folds",
+        WANDB_JOB_TYPE="train",
+        WANDB_NOTES="a note",
         WANDB_RUN_ID="chosen1",
         WANDB_MODE="offline",
     )
@@ -199,13 +219,80 @@ def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
     (run,) = (record.run for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("run"))
     assert (run.project, run.entity, run.display_name, run.run_id) == ("ours", "team", "nice name", "chosen1")
     assert sorted(run.tags) == ["a", "b"]
+    assert (run.run_group, run.job_type, run.notes) == ("folds", "train", "a note")
 
 
-def test_a_run_that_raises_is_marked_as_failed(tmp_path: Path) -> None:
-    job = track(tmp_path / "run", "raise")
-    _, stderr = job.communicate(timeout=60)
-    assert "out of luck" in stderr
-    assert wandb_log.exit_code(log_of(tmp_path / "run")) == 1
+def test_a_run_that_ends_early_is_marked_as_what_became_of_it(tmp_path: Path) -> None:
+    expected = {
+        "failed": ("RuntimeError('out of luck')", 1, False, []),
+        "signalled": ("Interrupted(15)", 143, True, []),
+        "diverged": ("DivergedError('test/loss is nan at step 7')", 1, False, ["test/loss is nan at step 7"]),
+    }
+    jobs = [track(tmp_path / name, error) for name, (error, *_) in expected.items()]
+    for job in jobs:
+        job.communicate(timeout=60)
+    for name, (_, exit_code, preempting, alerts) in expected.items():
+        log = log_of(tmp_path / name)
+        records = list(wandb_log.read_records(log))
+        assert wandb_log.exit_code(log) == exit_code
+        assert any(record.HasField("preempting") for record in records) == preempting
+        assert [record.alert.text for record in records if record.HasField("alert")] == alerts
+
+
+def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_is_small(tmp_path: Path) -> None:
+    _, stderr, _ = wait_for(track(tmp_path / "run", CLASSES_AND_EPOCHS="1000,20"))
+    assert stderr == ""
+    found = [
+        record.artifact for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("artifact")
+    ]
+    data, best, last = (it for it in found if it.type != "run_table")  # those are W&B's own doing
+    assert (data.type, data.name, data.use_after_commit) == ("dataset", "made-up", True)
+    assert json.loads(data.metadata) == {"md5": hashlib.md5(b"0123").hexdigest(), "train_images": 5, "test_images": 5}
+    (reference,) = data.manifest.contents
+    assert reference.ref == (tmp_path / "run" / "config.yaml").as_uri()
+    assert (best.type, last.type) == ("model", "model")
+    assert "best" in best.aliases
+    assert list(last.aliases) == ["latest"]  # it comes last, and so W&B takes the alias from the other
+    assert best.name == last.name == "model-7f3e"
+    assert json.loads(last.metadata)["learning_rate"] == 0.5
+    assert [it.path for it in last.manifest.contents] == ["model.safetensors"]
+
+    files = [path.stat().st_size for path in (tmp_path / "run" / "wandb").rglob("media/**/*") if path.is_file()]
+    assert len(files) == 3  # tables: the chart's, mistakes, examples
+    tables = [it for it in found if it.type == "run_table"]
+    images = [it.size for table in tables for it in table.manifest.contents if it.path.endswith(".png")]
+    assert len(images) == 40 + 10  # mistakes and examples
+    assert sum(files) + sum(it.size for table in tables for it in table.manifest.contents) < 1_000_000
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(launch: Launch, tmp_path: Path) -> None:
+    flags = ("--trackers=wandb,aim,comet_ml", f"--output-dir={tmp_path / 'runs'}")
+    done = launch(*flags, command=("train.py",))
+    assert done.returncode == 2
+    assert "aim, comet_ml is not installed. Install it (pip install aim comet-ml)" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tracker_that_fails_is_left_out_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = Tracking(True, tmp_path, "7f3e", {}, ["tensorboard"])
+    (tmp_path / "tensorboard").write_text("no folder")
+    with tracking:
+        assert tracking.start(0) == "tensorboard, which failed"
+        tracking.log({"step": 1, "epoch": 1, "train/loss": 0.5})
+    assert len(tracking.warnings) == 1
+    assert "tensorboard stopped (" in tracking.warnings[0]
+    assert len(metrics_of(tmp_path)) == 1
+
+
+def test_a_run_that_is_resumed_shows_each_step_once_in_tensorboard(run_here: RunHere, resume_here: ResumeHere) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run_here("x", trackers="tensorboard", log_every=5, checkpoint_every=10, max_steps=18)
+    for newest in sorted((folder / "checkpoints").glob("step-*"))[-1:]:
+        shutil.rmtree(newest)
+    resume_here(folder)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [it.step for it in events.Scalars("train/loss")] == [line["step"] for line in metrics_of(folder)]
 
 
 @pytest.mark.slow
@@ -238,8 +325,8 @@ def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_metrics_jsonl_takes_nothing_that_is_not_finite(value: float, tmp_path: Path, fresh_accelerate: None) -> None:
-    with Tracking(Accelerator(cpu=True), tmp_path, "7f3e", {}, []) as tracking:
+def test_metrics_jsonl_takes_nothing_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    with Tracking(True, tmp_path, "7f3e", {}, []) as tracking:
         tracking.log({"step": 1, "train/loss": 0.5})
         with pytest.raises(ValueError, match="not JSON compliant"):
             tracking.log({"step": 2, "train/loss": value})

@@ -35,30 +35,36 @@ def test_the_same_seed_gives_the_same_result_to_the_bit_and_another_seed_another
     folders = [run_here(name, seed=seed, log_every=1) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1] != weights[2]
-    timed = {"images_per_second", "epoch_seconds"}
-    a, b = ([{k: v for k, v in line.items() if k not in timed} for line in metrics_of(run)] for run in folders[:2])
+    a, b = ([{k: line[k] for k in line if k[:5] != "perf/"} for line in metrics_of(run)] for run in folders[:2])
     assert a == b
 
 
 def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHere) -> None:
-    folder = run_here("whole", limit_train_images=1000, epochs=2, log_every=40, validation_size=100)
+    folder = run_here("whole", report=True, limit_train_images=1000, epochs=2, log_every=40, validation_size=100)
     assert {path.name for path in folder.iterdir()} == {
         ".lock",
         "best",
         "checkpoints",
         "config.yaml",
+        "environment.json",
+        "evaluation.json",
         "metrics.jsonl",
         "state.json",
         "model",
+        "report.html",
         "curves.png",
+        "confusion.png",
+        "mistakes.png",
         "prediction.png",
     }
     lines = metrics_of(folder)
     assert [line["step"] for line in lines] == [40, 80, 100, 120, 160, 200, 200]
-    assert set(lines[0]) == {"step", "epoch", "train/loss"}
+    assert set(lines[0]) == {"step", "epoch", "train/loss", "optim/learning_rate", "optim/gradient_norm"}
     assert set(lines[2]) == {
-        *("step", "epoch", "learning_rate", "images_per_second", "epoch_seconds"),
+        *("step", "epoch", "optim/learning_rate"),
+        *("perf/images_per_second", "perf/epoch_seconds", "perf/evaluation_seconds", "perf/peak_memory_mib"),
         *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"),
+        *(f"{part}/accuracy/{digit}" for part in ("val", "test") for digit in range(10)),
     }
     state = state_of(folder)
     assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)
@@ -123,7 +129,9 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
     assert "/200 steps" in text
     assert "images/s:" in text or "images/s  " in text
     assert "█" in text
-    assert "The network's answer: 7" in text
+    assert "The network's answer:" in text
+    assert "The truth: 0." in text
+    assert "/report.html" in text
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's namespaces")

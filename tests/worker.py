@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mnist.data
 import mnist.gradients
 import mnist.metrics
-import mnist.report
 import train
 from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
 from mnist.errors import end_process
 from mnist.metrics import evaluate
 from mnist.models import build_model
 from mnist.optim import LOSSES
+from mnist.report import LiveReport
 
 GLOBAL_BATCH = 20
 SCHEDULES = [(schedule, number) for number, schedule in enumerate(CHOICES["schedule"])]
@@ -57,14 +57,14 @@ def world_size() -> int:
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Without what takes time and is not looked at here: reading MNIST once more for each training, pictures."""
-    kept = mnist.data.load_dataset, mnist.report.draw_curves, mnist.report.draw_prediction, Accelerator.end_training
+    kept = mnist.data.load_dataset, LiveReport.write, Accelerator.end_training
     mnist.data.load_dataset = functools.cache(mnist.data.load_dataset)
-    mnist.report.draw_curves = mnist.report.draw_prediction = lambda *_, **__: None  # type: ignore[assignment]
+    LiveReport.write = lambda self: None  # type: ignore[method-assign]
     Accelerator.end_training = compare_weights  # instead of ending the process group, which serves all tasks
     try:
         yield
     finally:
-        mnist.data.load_dataset, mnist.report.draw_curves, mnist.report.draw_prediction, Accelerator.end_training = kept
+        mnist.data.load_dataset, LiveReport.write, Accelerator.end_training = kept  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float32)
 
 
@@ -142,8 +142,9 @@ def evaluate_all(folder: Path) -> None:
         torch.manual_seed(1)
         batches = mnist.data.build_batches(images, batch_size=500 * world_size(), num_processes=world_size())
         model, batches = accelerator.prepare(build_model("cnn", 10), batches)
-        result = evaluate(model, batches, LOSSES["nll"], accelerator)
-        results[size] = [result.loss, result.correct, result.images]
+        result = evaluate(model, batches, LOSSES["nll"], accelerator, mistakes=12)
+        surest = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes]
+        results[size] = [result.loss, result.correct, result.images, result.confusion.tolist(), surest]
     rank = os.environ.get("RANK", "0")
     (folder / f"evaluate-{world_size()}-{rank}.json").write_text(json.dumps(results))
 

@@ -1,0 +1,122 @@
+"""A run's folder, read back: settings, state, metrics, the last evaluation. Loads quickly, for torch is not needed.
+
+record = Record.read(Path("runs/latest"))
+record.last["test/accuracy"], record.status
+[found.name for found in find_records(Path("runs"))]
+"""
+
+import base64
+import io
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mnist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_POINTS = 1000  # of a curve, in a report
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the files of a run say; of a run that goes on, as it is at this moment."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Any]
+    environment: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    evaluation: dict[str, Any] | None  # as evaluation.py has written it
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Raises ConfigError for a folder that is not a run's."""
+        import yaml
+
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"{folder}: no run is there, for it has no config.yaml. `mnist runs` lists them.")
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        state, environment, evaluation = (
+            _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
+        )
+        lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+        return cls(folder.resolve(), config, state or {}, environment or {}, lines, evaluation)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of the evaluations, one an epoch."""
+        return [line for line in self.lines if "test/loss" in line]
+
+    @property
+    def losses(self) -> list[dict[str, Any]]:
+        """The lines of the loss while training."""
+        return [line for line in self.lines if "train/loss" in line and "test/loss" not in line]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The line of the last evaluation; empty where there was none."""
+        return (self.evaluations or [{}])[-1]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the evaluation with the lowest validation loss; empty where nothing was cut off to validate."""
+        return min(
+            (line for line in self.evaluations if "val/loss" in line), key=lambda line: line["val/loss"], default={}
+        )
+
+    @property
+    def seconds(self) -> float:
+        """What training and evaluating took, as far as it was counted."""
+        return float(sum(line["perf/epoch_seconds"] + line["perf/evaluation_seconds"] for line in self.evaluations))
+
+    @property
+    def status(self) -> str:
+        """`finished`, `failed`, `interrupted`, `running`, or `killed` where nothing runs that should."""
+        status = str(self.state.get("status", "unknown"))
+        if status == "running":
+            if self.last and self.last["step"] == self.environment.get("total_steps"):
+                return "finished"
+            process, _, host = str(self.state.get("process", "")).partition(" on ")
+            if host == socket.gethostname() and not (process.isdecimal() and psutil.pid_exists(int(process))):
+                return "killed"
+        return status
+
+
+def find_records(parent: Path) -> list[Record]:
+    """The runs in a folder of runs, by the time when they were last heard of."""
+    folders = {path.parent.resolve() for path in parent.glob("*/config.yaml")}  # `latest` is another's name
+    return sorted(map(Record.read, folders), key=lambda record: (str(record.state.get("time", "")), record.name))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that is being written is left out."""
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def pixels(address: str) -> "Image":
+    """The image in an address that begins with `data:`."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, from the first to the last, as far apart as can be."""
+    count = min(len(items), most)
+    return [items[round(place * (len(items) - 1) / max(1, count - 1))] for place in range(count)]

@@ -1,0 +1,40 @@
+"""A run's folder as training would leave it, with figures made up, as large as asked for."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from mnist.config import TrainConfig
+from mnist.data import Split
+from mnist.evaluation import Evaluation
+from mnist.metrics import Mistake, Result
+from mnist.record import Record
+
+
+def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str, ...] = ()) -> Record:
+    """Settings, state, metrics and an evaluation, whose images are twice as many as the classes."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(TrainConfig(epochs=epochs, run_name="made-up").to_yaml())
+    (folder / "state.json").write_text(json.dumps({"status": "finished", "commands": ["python train.py"]}))
+    names = names or tuple(f"class {number}" for number in range(classes))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2 * classes, 28, 28), dtype=torch.uint8, generator=generator)
+    evaluation = Evaluation(folder, Split(images, torch.arange(2 * classes) % classes), names)
+    lines = []
+    for epoch in range(1, epochs + 1):
+        confusion = torch.randint(3, (classes, classes), generator=generator) + 50 * torch.eye(
+            classes, dtype=torch.long
+        )
+        mistakes = tuple(Mistake(place, 0, 1, 0.9, 2, 0.1) for place in range(40))[: 2 * classes]
+        result = Result(1 / epoch, confusion, mistakes)
+        values = {"step": 1000 * epoch, "epoch": epoch, "optim/learning_rate": 1e-3, "perf/epoch_seconds": 1.0}
+        values |= {"perf/images_per_second": 1234.5, "perf/evaluation_seconds": 0.5}
+        lines += [
+            {"step": 1000 * (epoch - 1) + 10 * it, "epoch": epoch, "train/loss": 1 / epoch} for it in range(1, 100)
+        ]
+        lines.append(values | result.values("train") | result.values("test", names))
+        answers = torch.rand(len(evaluation.examples), classes, generator=generator).softmax(dim=1)
+        evaluation.update({"step": 1000 * epoch, "epoch": epoch}, result, answers)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Record.read(folder)

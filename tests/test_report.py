@@ -1,0 +1,371 @@
+"""The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mnist.cli import main
+from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.data import ImageData
+from mnist.evaluation import OTHERS, cut
+from mnist.record import Record, evenly, pixels
+from mnist.report import LiveReport, render, write_report
+from tests import wandb_log
+from tests.conftest import metrics_of
+from tests.made_up import make_run
+
+MEDIA_BYTES = 1_000_000  # for all that is drawn of a run, and as much again for W&B
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>document.title='owned'</script> & \"'$\\frac{"
+
+
+class Reading(HTMLParser):
+    """What a page says, where, and with which attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def numbers_in(page: str) -> list[dict[str, Any]]:
+    """What a report holds for programs to read."""
+    found = re.search(r'<script type="application/json" id="metrics">(.*?)</script>', page, re.DOTALL)
+    assert found
+    numbers: list[dict[str, Any]] = json.loads(found[1])
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes with W&B and TensorBoard."""
+    parent = tmp_path_factory.mktemp("two")
+    flags = ("--limit-train-images=2000", "--limit-test-images=1003", "--validation-size=500", "--epochs=2")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "train.py",
+        *flags,
+        "--log-every=20",
+    ]
+    command += ["--trackers=wandb,tensorboard", f"--output-dir={parent}", "--run-name=seen", "--max-grad-norm=1"]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_FOLDER,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(parent / "home"), "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return parent / "seen"
+
+
+def test_two_processes_leave_one_wandb_run_one_event_file_and_one_report(two_processes: Path) -> None:
+    assert len(list(two_processes.rglob("run-*.wandb"))) == 1
+    assert len(list(two_processes.rglob("events.out.tfevents.*"))) == 1
+    assert len(list(two_processes.rglob("report.html"))) == 1
+    assert Record.read(two_processes).status == "finished"
+    assert " finished" in Reading((two_processes / "report.html").read_text()).text
+
+
+def test_every_number_is_the_same_in_metrics_jsonl_report_tensorboard_and_wandb(two_processes: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = metrics_of(two_processes)
+    assert len(lines) == 5 * 2 + 2
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+    events = EventAccumulator(str(two_processes / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    keys = {key for line in lines for key in line} - {"step"}
+    assert set(events.Tags()["scalars"]) == keys
+    for key in keys:
+        expected = [(line["step"], struct.unpack("f", struct.pack("f", line[key]))[0]) for line in lines if key in line]
+        assert [(it.step, it.value) for it in events.Scalars(key)] == expected, key  # it keeps single precision
+
+    (log,) = two_processes.rglob("run-*.wandb")
+    rows = [{key: row[key] for key in row if key[0] != "_"} for row in wandb_log.history(log)]
+    assert rows[: len(lines)] == lines
+    assert len(rows) == len(lines) + 1  # with what is shown at the end
+
+    page = (two_processes / "report.html").read_text()
+    (numbers,) = numbers_in(page)
+    assert numbers["evaluations"] == [line for line in lines if "test/loss" in line]
+    assert numbers["losses"] == [line for line in lines if "test/loss" not in line]
+    text = Reading(page).text
+    for line in numbers["evaluations"]:
+        for part in ("train", "val", "test"):
+            assert f"{line[f'{part}/loss']:.4f}" in text
+            assert f"{100 * line[f'{part}/accuracy']:.2f} %" in text
+
+
+def test_the_confusion_matrix_is_the_same_everywhere_and_adds_up(two_processes: Path) -> None:
+    last = metrics_of(two_processes)[-1]
+    record = Record.read(two_processes)
+    assert record.evaluation is not None
+    counts = record.evaluation["confusion"]["counts"]
+    correct = sum(counts[number][number] for number in range(10))
+    assert sum(map(sum, counts)) == sum(record.evaluation["images"]) == 1003
+    assert correct == sum(record.evaluation["correct"])
+    assert correct / 1003 == last["test/accuracy"]
+    for number, row in enumerate(counts):
+        assert last[f"test/accuracy/{number}"] == row[number] / sum(row)
+
+    chart, mistakes, examples = (wandb_table(two_processes, name) for name in ("confusion", "mistakes", "examples"))
+    assert sum(row[2] for row in chart["data"]) == 1003
+    assert sum(row[2] for row in chart["data"] if row[0] == row[1]) == correct
+    assert len(mistakes["data"]) == min(40, 1003 - correct)
+    sure = [row[3] for row in mistakes["data"]]
+    assert sure == sorted(sure, reverse=True)
+    assert all(row[1] != row[2] != row[4] for row in mistakes["data"])
+    assert [row[1] for row in examples["data"]] == [str(digit) for digit in range(10)]
+    assert len(examples["columns"]) == 2 + 2  # image, truth, and an answer an epoch
+
+    page = Reading((two_processes / "report.html").read_text())
+    cells = [tag for tag, attributes in page.tags if tag == "td" and "taken for" in (attributes.get("title") or "")]
+    assert len(cells) == 100
+    assert f"{1003 - correct} of 1,003 are wrong" in page.text
+
+
+def wandb_table(folder: Path, name: str) -> dict[str, Any]:
+    (path,) = folder.rglob(f"{name}*.table.json")
+    table: dict[str, Any] = json.loads(path.read_text())
+    return table
+
+
+def test_mistakes_are_pictures_of_the_images_that_they_name(two_processes: Path, digits: ImageData) -> None:
+    record = Record.read(two_processes)
+    assert record.evaluation is not None
+    for it in (*record.evaluation["mistakes"], *record.evaluation["examples"]):
+        assert it["truth"] == digits.test.labels[it["place"]]
+        image = torch.tensor(list(pixels(it["image"]).tobytes()), dtype=torch.uint8).view(28, 28)
+        assert torch.equal(image, digits.test.images[it["place"]])
+
+
+def test_of_many_classes_the_matrix_keeps_the_most_confused_and_its_sum() -> None:
+    counts = torch.eye(1000, dtype=torch.long) * 5
+    counts[7, 900] = 40
+    counts[3, 4] = 2
+    small = cut(counts, [f"class {number}" for number in range(1000)])
+    assert len(small["names"]) == 20
+    assert {"class 3", "class 4", "class 7", "class 900", OTHERS} <= set(small["names"])
+    assert sum(map(sum, small["counts"])) == counts.sum()
+    assert sum(small["counts"][number][number] for number in range(20)) == counts.trace() + small["within"]
+    row, column = small["names"].index("class 7"), small["names"].index("class 900")
+    assert small["counts"][row][column] == 40
+
+
+@pytest.mark.parametrize(("classes", "epochs"), [(10, 100), (1000, 3)])
+def test_what_is_drawn_of_a_run_stays_small(classes: int, epochs: int, tmp_path: Path) -> None:
+    record = make_run(tmp_path / "run", classes, epochs)
+    LiveReport(record.folder).write()
+    drawn = [*record.folder.glob("*.png"), record.folder / "report.html", record.folder / "evaluation.json"]
+    assert len(drawn) == 6
+    assert sum(path.stat().st_size for path in drawn) < MEDIA_BYTES
+
+
+def test_hostile_names_are_escaped_in_pages_and_harmless_in_pictures(tmp_path: Path) -> None:
+    names = (HOSTILE, *(f"{HOSTILE} {number}" for number in range(9)))
+    record = make_run(tmp_path / HOSTILE.replace("/", "|"), names=names)
+    LiveReport(record.folder).write()
+    for page in ((record.folder / "report.html").read_text(), render([record, record])):
+        read = Reading(page)
+        assert [attributes for tag, attributes in read.tags if tag == "script"] == [
+            {"type": "application/json", "id": "metrics"}
+        ]
+        assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
+        assert page.count("<script") == 1
+        assert numbers_in(page)[0]["name"] == record.name
+    assert HOSTILE.split()[0] in Reading((record.folder / "report.html").read_text()).text
+
+
+def test_a_page_asks_for_nothing_from_outside(two_processes: Path) -> None:
+    page = (two_processes / "report.html").read_text()
+    for tag, attributes in Reading(page).tags:
+        for name in ("src", "href", "xlink:href", "action"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, address)
+    assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_several_runs_stand_side_by_side_with_what_differs_and_the_best_marked(tmp_path: Path) -> None:
+    records = [make_run(tmp_path / name, epochs=epochs) for name, epochs in (("short", 2), ("long", 4))]
+    page = render(records)
+    text = Reading(page).text
+    assert "2 runs side by side" in text
+    assert "epochs 2 4" in text  # the one setting in which they differ
+    assert "batch_size" not in text
+    best = [attributes for tag, attributes in Reading(page).tags if "best" in (attributes.get("class") or "").split()]
+    assert len(best) == 2  # test loss and test accuracy
+    assert [it["name"] for it in numbers_in(page)] == ["short", "long"]
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text(TrainConfig().to_yaml())
+    record = Record.read(tmp_path / "new")
+    write_report([record], tmp_path / "report.html")
+    assert "new" in Reading((tmp_path / "report.html").read_text()).text
+
+
+def test_during_training_the_report_is_renewed_when_that_costs_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_run(tmp_path / "run")
+    report = LiveReport(record.folder)
+    report.after_epoch()
+    assert not (record.folder / "report.html").exists()  # the first seconds of a run are too few for it
+    monkeypatch.setattr(report, "written_at", report.written_at - 20 * report.cost)
+    report.after_epoch()
+    assert (record.folder / "report.html").exists()
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    record = make_run(tmp_path / "run")
+    LiveReport(record.folder).write()
+    for name in ("curves", "confusion", "mistakes", "prediction"):
+        with Image.open(record.folder / f"{name}.png") as picture:
+            assert min(picture.size) > 400
+            assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, name  # something is in it
+
+
+def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = make_run(tmp_path / "good")
+    make_run(tmp_path / "gone")
+    (tmp_path / "gone" / "state.json").write_text(json.dumps({"status": "running", "process": "999999999 on nowhere"}))
+    (tmp_path / "latest").symlink_to("good")
+    (tmp_path / "no run").mkdir()
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2
+    assert lines[0].split() == ["run", "recipe", "epochs", "test", "accuracy", "time", "state"]
+    (line,) = (line for line in lines if line.startswith("good"))
+    assert f"{100 * record.last['test/accuracy']:.2f} %" in line
+    assert line.split()[1:3] == ["tutorial", "3/3"]
+    assert line.split()[-1] == "finished"
+
+
+def test_a_run_whose_process_is_gone_is_called_killed(tmp_path: Path) -> None:
+    make_run(tmp_path / "x")
+    state = tmp_path / "x" / "state.json"
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    for process, status in ((ended, "killed"), (str(os.getpid()), "running")):
+        state.write_text(json.dumps({"status": "running", "process": f"{process} on {socket.gethostname()}"}))
+        assert Record.read(tmp_path / "x").status == status
+
+
+def test_mnist_report_writes_one_report_or_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", epochs=2)
+    assert main(["report", "a"]) == 0
+    assert (tmp_path / "a" / "report.html").exists()
+    assert (tmp_path / "a" / "confusion.png").exists()
+    assert main(["report", "a", "b"]) == 0
+    assert "2 runs side by side" in Reading((tmp_path / "comparison.html").read_text()).text
+    assert main(["report", "b", "--output", "else.html"]) == 0
+    assert (tmp_path / "else.html").exists()
+    assert not (tmp_path / "b" / "report.html").exists()
+    assert capsys.readouterr().out.splitlines() == ["a/report.html", "comparison.html", "else.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["report", "nowhere"], 2, "nowhere: no run is there"),
+        (["runs", "nowhere"], 2, "nowhere: no runs are in this folder"),
+        (["report", "run", "--output", "/proc/nowhere/x.html"], 1, "/proc/nowhere"),
+    ],
+)
+def test_what_the_mnist_command_cannot_do_it_says_in_a_line(
+    arguments: list[str], code: int, words: str, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "mnist.cli", *arguments],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT_FOLDER)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_items_are_taken_evenly_from_the_first_to_the_last() -> None:
+    assert evenly(range(100), 4) == [0, 33, 66, 99]
+    assert evenly(range(3), 12) == [0, 1, 2]
+    assert evenly([], 12) == []
+    assert evenly([5], 12) == [5]
+
+
+PROBE = """<!doctype html><iframe id="page" width="{width}" height="900" src="report.html"></iframe><pre id="out"></pre>
+<script>
+const asked = performance.getEntriesByType("resource").map(it => it.name);
+document.getElementById("page").onload = event => {{
+  const page = event.target.contentDocument, root = page.documentElement;
+  const clipped = [...page.querySelectorAll(".tile b, h1, h2")].filter(it => it.scrollWidth > it.clientWidth + 1);
+  document.getElementById("out").textContent = JSON.stringify({{
+    title: page.title, width: root.scrollWidth, clipped: clipped.length, metrics: JSON.parse(
+      page.getElementById("metrics").textContent).length, asked: event.target.contentWindow.performance
+      .getEntriesByType("resource").map(it => it.name).filter(it => !it.startsWith("data:")),
+    ink: page.defaultView.getComputedStyle(page.body).color,
+  }});
+}};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
+@pytest.mark.parametrize("width", [360, 1400])
+def test_in_a_browser_the_page_fits_a_phone_and_a_desk_and_runs_nothing(width: int, tmp_path: Path) -> None:
+    names = (HOSTILE, *(f"{HOSTILE} {number}" for number in range(9)))
+    record = make_run(tmp_path / "run", names=names)
+    LiveReport(record.folder).write()
+    (record.folder / "probe.html").write_text(PROBE.format(width=width))
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+        + [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", str(record.folder / "probe.html")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-2000:]
+    seen = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    assert seen["title"] == record.name
+    assert seen["width"] <= width
+    assert seen["clipped"] == 0
+    assert seen["metrics"] == 1
+    assert seen["asked"] == []
