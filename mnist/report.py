@@ -16,7 +16,7 @@ from mnist.storage import write_file
 MOST_MOMENTS = 12  # of the training, in the table of the images that are followed
 MOST_CLASSES = 20  # whose accuracy is shown: of more, the worst
 MOST_EPOCHS = 100  # in the table of epochs: of more, the last
-PLACES = ("run_name", "output_dir", "resume", "data_dir")  # settings that say where, not what
+PLACES = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that say where, not what
 
 
 class LiveReport:
