@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format bench bench-scaling soak
+.PHONY: train test test-slow lint format bench bench-logging bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -6,7 +6,7 @@ train: ## the tutorial's recipe
 test: ## under six minutes on two cores
 	pytest
 
-test-slow: ## what takes minutes
+test-slow: ## what takes minutes; needs pip install -e '.[trackers]'
 	pytest -m slow
 
 lint: ## the same commands as in .ci/run
@@ -20,6 +20,9 @@ format:
 
 bench: ## one epoch beside plain PyTorch and the tutorial's own way, interleaved
 	python benchmarks/epoch.py
+
+bench-logging: ## what metrics, trackers, pictures and the report cost
+	python benchmarks/logging_cost.py
 
 bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many that do not wait for each other
 	python benchmarks/scaling.py

@@ -1,11 +1,11 @@
 """What it costs to be seen: metrics, W&B, TensorBoard, pictures and the report, of a run of the tutorial's recipe.
 
-    python benchmarks/logging_cost.py                  # three rounds, about two minutes
+    python benchmarks/logging_cost.py                  # five rounds, about four minutes
 
 inside    the time that training spends in what logs and draws, measured in a run with a clock around each: an epoch's
           share, and what comes once a run at its end
 outside   the seconds of an epoch beside those of a run that logs nothing (--trackers none, and a --log-every that is
-          never reached), in turns: with it what W&B's own process takes of the cores
+          never reached), in turns: so what W&B's own process takes of the cores is in it
 
 Medians, least and most of all rounds. A share is of the epoch's training and evaluation, without what is measured.
 """
@@ -93,27 +93,25 @@ def main() -> None:
         run_with_clocks(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is run (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is run (default: 5)")
     parser.add_argument("--trackers", default="wandb,tensorboard", help="default: wandb,tensorboard")
     arguments = parser.parse_args()
     os.environ.update(WANDB_MODE="offline", CUDA_VISIBLE_DEVICES="")
     shares, ends, starts, ratios = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(arguments.rounds):
-            seen = measure(Path(scratch), [f"--trackers={arguments.trackers}", f"--seed={number}"], clocks=True)
-            unseen = measure(
-                Path(scratch), ["--trackers=none", "--log-every=1000000", f"--seed={number}"], clocks=False
-            )
-            (epochs, spent), (without, _) = seen, unseen
+            seen, seed = f"--trackers={arguments.trackers}", f"--seed={number}"
+            epochs, spent = measure(Path(scratch), [seen, seed], clocks=True)
+            pair = {"with": [seen, seed], "without": ["--trackers=none", "--log-every=1000000", seed]}
+            order = list(pair) if number % 2 == 0 else list(pair)[::-1]
+            lines = {name: measure(Path(scratch), pair[name], clocks=False)[0] for name in order}
             whole = sum(line["perf/epoch_seconds"] + line["perf/evaluation_seconds"] for line in epochs)
             each = sum(spent[name] for name in EACH_EPOCH)
             shares.append(100 * each / (whole - each))
             ends.append(sum(spent[name] for name in AT_THE_END))
             starts.append(spent["start"])
-            ratios.append(
-                statistics.mean(line["perf/epoch_seconds"] for line in epochs)
-                / statistics.mean(line["perf/epoch_seconds"] for line in without)
-            )
+            seconds = {name: statistics.mean(it["perf/epoch_seconds"] for it in lines[name]) for name in lines}
+            ratios.append(seconds["with"] / seconds["without"])
             print(f"round {number + 1}: {shares[-1]:.1f} % an epoch, {ends[-1]:.1f} s at the end", flush=True)
             print(f"  spent in seconds: { ({name: round(seconds, 2) for name, seconds in spent.items()}) }", flush=True)
 

@@ -50,7 +50,9 @@ def list_runs(options: argparse.Namespace) -> None:
     from mnist.record import find_records
     from mnist.report import duration, percent
 
-    records = find_records(options.folder)
+    records, problems = find_records(options.folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if not records:
         raise ConfigError(f"{options.folder}: no runs are in this folder. `accelerate launch train.py` makes one.")
     best = max((it.last["test/accuracy"] for it in records if it.last), default=None)

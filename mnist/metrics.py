@@ -49,7 +49,7 @@ class Result:
         return self.correct / self.images
 
     def values(self, part: str, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """The figures as they are logged: `test/loss`, `test/accuracy`, and `test/accuracy/7` for each named class.
+        """The figures as they are logged: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
 
         The classes are told apart out of sample only, where there are at most 20 and as far as they have images.
         """
@@ -58,7 +58,7 @@ class Result:
             for number, name in enumerate(class_names):
                 images = int(self.confusion[number].sum())
                 if images > 0:
-                    values[f"{part}/accuracy/{name}"] = int(self.confusion[number, number]) / images
+                    values[f"{part}/class_accuracy/{name}"] = int(self.confusion[number, number]) / images
         return values
 
 

@@ -37,16 +37,19 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Raises ConfigError for a folder that is not a run's."""
+        """Raises ConfigError for a folder that is not a run's, or whose files are not what was written."""
         import yaml
 
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"{folder}: no run is there, for it has no config.yaml. `mnist runs` lists them.")
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        state, environment, evaluation = (
-            _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
-        )
-        lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+        try:
+            config = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+            state, environment, evaluation = (
+                _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
+            )
+            lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{folder}: a file of this run cannot be read: {' '.join(str(error).split())}") from error
         return cls(folder.resolve(), config, state or {}, environment or {}, lines, evaluation)
 
     @property
@@ -78,7 +81,8 @@ class Record:
     @property
     def seconds(self) -> float:
         """What training and evaluating took, as far as it was counted."""
-        return float(sum(line["perf/epoch_seconds"] + line["perf/evaluation_seconds"] for line in self.evaluations))
+        parts = ("perf/epoch_seconds", "perf/evaluation_seconds")
+        return float(sum(line.get(part, 0) for line in self.evaluations for part in parts))
 
     @property
     def status(self) -> str:
@@ -93,10 +97,15 @@ class Record:
         return status
 
 
-def find_records(parent: Path) -> list[Record]:
-    """The runs in a folder of runs, by the time when they were last heard of."""
-    folders = {path.parent.resolve() for path in parent.glob("*/config.yaml")}  # `latest` is another's name
-    return sorted(map(Record.read, folders), key=lambda record: (str(record.state.get("time", "")), record.name))
+def find_records(parent: Path) -> tuple[list[Record], list[str]]:
+    """The runs in a folder of runs, by the time when they were last heard of, and what is wrong with others."""
+    records, problems = [], []
+    for folder in {path.parent.resolve() for path in parent.glob("*/config.yaml")}:  # `latest` is another's name
+        try:
+            records.append(Record.read(folder))
+        except ConfigError as error:
+            problems.append(str(error))
+    return sorted(records, key=lambda it: (str(it.state.get("time", "")), it.name)), sorted(problems)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

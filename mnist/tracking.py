@@ -27,6 +27,41 @@ from mnist.wandb_run import Made, Used, WandbRun, first_line
 
 PROJECT = "mnist"  # what trackers call it, unless a variable of theirs names another
 PACKAGES = {"comet_ml": "comet-ml"}  # as pip calls them, where that is not the module's name
+UNATTENDED = {  # what keeps a tracker from asking questions, or from waiting minutes for a server
+    "mlflow": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"},  # 247 s without (measured)
+    "swanlab": {"SWANLAB_INTERACTIVE": "false", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+}
+
+
+def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
+    """What Accelerate's class of a tracker is to be built with, for the run in `folder` that goes on after `step`.
+
+    Files go into the run's folder, but where users of a tracker expect one place for all runs.
+    """
+    match name:
+        case "tensorboard":
+            return {"run_name": "tensorboard", "logging_dir": str(folder), "purge_step": step + 1}
+        case "aim":  # ./.aim
+            quiet = {"system_tracking_interval": None, "capture_terminal_logs": False}
+            return {"run_name": folder.name, "logging_dir": ".", "experiment": PROJECT, **quiet}
+        case "clearml":
+            return {"project_name": PROJECT, "task_name": folder.name}
+        case "comet_ml":
+            import comet_ml
+
+            settings = comet_ml.ExperimentConfig(name=folder.name, offline_directory=str(folder / "comet"))
+            has_key = bool(comet_ml.get_config("comet.api_key"))
+            return {"run_name": PROJECT, "online": None if has_key else False, "experiment_config": settings}
+        case "dvclive":
+            return {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False}
+        case "mlflow":  # ./mlflow.db, unless MLFLOW_TRACKING_URI says otherwise
+            return {"experiment_name": PROJECT, "run_name": folder.name}
+        case "swanlab":
+            has_key = "SWANLAB_API_KEY" in os.environ
+            mode = os.environ.get("SWANLAB_MODE") or ("cloud" if has_key else "offline")
+            return {"run_name": PROJECT, "name": folder.name, "mode": mode, "log_dir": str(folder / "swanlab")}
+        case _:  # trackio: a folder of its own below the user's cache
+            return {"run_name": PROJECT, "name": folder.name}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -97,12 +132,16 @@ class Tracking:
         return "; ".join(descriptions) or "none"
 
     def _start(self, name: str, step: int) -> None:
-        arguments = {
-            "tensorboard": {"run_name": "tensorboard", "logging_dir": str(self.folder), "purge_step": step + 1},
-        }
-        tracker = LOGGER_TYPE_TO_CLASS[name](**arguments.get(name, {"run_name": PROJECT}))
+        for variable, value in UNATTENDED.get(name, {}).items():
+            os.environ.setdefault(variable, value)
+        tracker = LOGGER_TYPE_TO_CLASS[name](**arguments_of(name, self.folder, step))
         tracker.start()
         self.others[name] = tracker
+        if name == "tensorboard":  # Accelerate would write the settings into an event file of their own
+            tracker.tracker.add_text("settings", "".join(f"    {key}: {self.settings[key]}\n" for key in self.settings))
+        else:
+            plain = {key: "None" if value is None else value for key, value in self.settings.items()}
+            tracker.store_init_configuration(plain)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Log one line of numbers, `step` and `epoch` among them. Never writes NaN or infinity: ValueError."""

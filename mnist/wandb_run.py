@@ -133,7 +133,7 @@ class WandbRun:
         for part in ("train", "val", "test"):
             self.run.define_metric(f"{part}/loss", step_metric="step", summary="min,last")
             self.run.define_metric(f"{part}/accuracy", step_metric="step", summary="max,last")
-            self.run.define_metric(f"{part}/accuracy/*", step_metric="step", summary="max,last")
+            self.run.define_metric(f"{part}/class_accuracy/*", step_metric="step", summary="max,last")
         self.run.define_metric("optim/*", step_metric="step", summary="last")
         self.run.define_metric("perf/*", step_metric="step", summary="mean,last")
 

@@ -136,7 +136,7 @@ def test_the_confusion_matrix_is_the_same_everywhere_and_adds_up(two_processes: 
     assert correct == sum(record.evaluation["correct"])
     assert correct / 1003 == last["test/accuracy"]
     for number, row in enumerate(counts):
-        assert last[f"test/accuracy/{number}"] == row[number] / sum(row)
+        assert last[f"test/class_accuracy/{number}"] == row[number] / sum(row)
 
     chart, mistakes, examples = (wandb_table(two_processes, name) for name in ("confusion", "mistakes", "examples"))
     assert sum(row[2] for row in chart["data"]) == 1003
@@ -262,8 +262,12 @@ def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pyt
     (tmp_path / "gone" / "state.json").write_text(json.dumps({"status": "running", "process": "999999999 on nowhere"}))
     (tmp_path / "latest").symlink_to("good")
     (tmp_path / "no run").mkdir()
+    make_run(tmp_path / "broken")
+    (tmp_path / "broken" / "state.json").write_text("{")
     assert main(["runs", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"{tmp_path}/broken: a file of this run cannot be read" in printed.err
+    lines = printed.out.splitlines()
     assert len(lines) == 1 + 2
     assert lines[0].split() == ["run", "recipe", "epochs", "test", "accuracy", "time", "state"]
     (line,) = (line for line in lines if line.startswith("good"))

@@ -60,7 +60,7 @@ def test_a_launched_run_without_an_account_logs_to_wandb_offline_what_metrics_js
 
     axes, summary = wandb_log.metrics(log), wandb_log.summary(log)
     assert {axes[name].step_metric for name in axes if "/" in name} == {"step"}
-    for key, best in (("test/accuracy", max), ("test/loss", min), ("train/loss", min), ("test/accuracy/7", max)):
+    for key, best in (("test/accuracy", max), ("test/loss", min), ("train/loss", min), ("test/class_accuracy/7", max)):
         values = [line[key] for line in lines if key in line]
         assert summary[key] == {best.__name__: best(values), "last": values[-1]}, key
     assert summary["optim/learning_rate"]["last"] == 1e-3

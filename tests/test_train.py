@@ -64,7 +64,7 @@ def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHer
         *("step", "epoch", "optim/learning_rate"),
         *("perf/images_per_second", "perf/epoch_seconds", "perf/evaluation_seconds", "perf/peak_memory_mib"),
         *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"),
-        *(f"{part}/accuracy/{digit}" for part in ("val", "test") for digit in range(10)),
+        *(f"{part}/class_accuracy/{digit}" for part in ("val", "test") for digit in range(10)),
     }
     state = state_of(folder)
     assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)
