@@ -106,7 +106,10 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
-    tasks, before = (*TASKS, "train_without_shared_memory", "begin_run", "resume_run"), set(SHARED_MEMORY.iterdir())
+    tasks, before = (
+        ("train_all", "evaluate_all", "train_without_shared_memory", "begin_run", "resume_run"),
+        set(SHARED_MEMORY.iterdir()),
+    )
     done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     (folder / "output").write_text(done.stdout)
@@ -118,9 +121,18 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
 def four_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes get that torchrun started; their output lies in `output`."""
     folder = tmp_path_factory.mktemp("four")
-    done = run((*TORCHRUN, "4", "tests/worker.py", str(folder), *TASKS, "log_to_wandb"), folder)
+    done = run((*TORCHRUN, "4", "tests/worker.py", str(folder), "train_few", "evaluate_all", "log_to_wandb"), folder)
     assert done.returncode == 0, done.stderr
     (folder / "output").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_processes_with_every_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes get in all trainings, which takes half a minute on two cores."""
+    folder = tmp_path_factory.mktemp("four")
+    done = run((*TORCHRUN, "4", "tests/worker.py", str(folder), "train_all"), folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -140,11 +152,14 @@ def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-TASKS = ("train_all", "evaluate_all")
-
-
-@pytest.mark.parametrize("name", worker.CASES)
-@pytest.mark.parametrize("processes", ["two_processes", "four_processes"])
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [
+        *(("two_processes", name) for name in worker.CASES),
+        *(("four_processes", name) for name in worker.FEW),
+        *(pytest.param("four_processes_with_every_case", name, marks=pytest.mark.slow) for name in worker.CASES),
+    ],
+)
 def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
     processes: str, name: str, one_process: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_run_without_trackers_leaves_nothing_of_wandbs(run_here: RunHere) -> N
     assert len(metrics_of(folder)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_path: Path) -> None:
     small = ("--limit-train-images=200", "--limit-test-images=100", "--epochs=1")
     done = launch(*small, f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), WANDB_MODE="disabled")
