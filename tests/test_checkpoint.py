@@ -8,16 +8,16 @@ import os
 import pickle
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mnist import storage
+from mnist import checkpoint, storage
 from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, load_model, unflatten
 from mnist.config import TrainConfig
 from mnist.errors import ConfigError, UserError
@@ -65,19 +65,19 @@ def test_every_n_steps_and_at_the_end_a_checkpoint_is_written_and_three_are_kept
 def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentieth_of_the_time(
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flush = storage.flush
-    with monkeypatch.context() as patched:
-        patched.setattr(storage, "flush", lambda path: None)  # a quick disk
-        folder = run_here("cheap", epochs=3, limit_train_images=3000)
-    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (300, 600, 900)]
+    clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)  # the machine's may stop for others
+    after_epoch = Checkpoints.after_epoch
 
-    def flush_slowly(path: Path) -> None:
-        time.sleep(0.1)
-        flush(path)
+    def after_ten_seconds(checkpoints: Checkpoints) -> None:
+        clock.now += 10
+        after_epoch(checkpoints)
 
-    monkeypatch.setattr(storage, "flush", flush_slowly)
-    folder = run_here("dear", epochs=3)
-    assert [path.name for path in checkpoints_of(folder)] == [f"step-{n:010}-evaluated" for n in (20, 60)]
+    monkeypatch.setattr(checkpoint, "time", clock)
+    monkeypatch.setattr(Checkpoints, "after_epoch", after_ten_seconds)
+    for name, seconds_a_file, steps in (("cheap", 0.05, (20, 40, 60)), ("dear", 0.5, (20, 60))):
+        monkeypatch.setattr(storage, "flush", lambda path, it=seconds_a_file: setattr(clock, "now", clock.now + it))
+        folder = run_here(name, epochs=3)
+        assert [path.name for path in checkpoints_of(folder)] == [f"step-{step:010}-evaluated" for step in steps]
 
 
 def test_progress_is_read_from_the_checkpoint_not_from_its_name(run_here: RunHere, resume_here: ResumeHere) -> None:
