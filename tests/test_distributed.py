@@ -236,7 +236,7 @@ def test_four_processes_leave_one_run_one_line_an_event_and_one_wandb_run(four_p
 
 def test_only_the_main_process_prints(four_processes: Path) -> None:
     output = (four_processes / "output").read_text()
-    runs = len(worker.CASES) + 1
+    runs = len(worker.FEW) + 1
     assert output.count("Recipe tutorial\n") == output.count("Test accuracy") == runs
     assert output.count("launched    4 processes, each with 1 CPU thread\n") == runs
     assert "20 images (5 a process)" in output
