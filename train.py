@@ -28,7 +28,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist import distributed
-    from mnist.checkpoint import Checkpoints, ModelConfig, save_model
+    from mnist.checkpoint import Checkpoints
     from mnist.data import build_batches, load_dataset, measured_splits
     from mnist.environment import describe_environment
     from mnist.evaluation import MISTAKES, Evaluation
@@ -42,6 +42,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.progress import Progress
     from mnist.report import LiveReport
     from mnist.run import Run, find_run
+    from mnist.saved_model import ModelConfig, save_model
     from mnist.terminal import Terminal
     from mnist.tracking import Tracking, check_trackers
     from mnist.transforms import scale_pixels

@@ -1,3 +1,16 @@
-"""Train image classifiers with one visible loop, on any hardware. `accelerate launch train.py` starts here."""
+"""Train image classifiers with one visible loop, on any hardware. `accelerate launch train.py` starts here.
+
+from mnist import load
+load("runs/latest").predict("seven.png").label
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def load(source: Any) -> Any:
+    """The trained model of a run, a folder or the Hugging Face Hub: see mnist.predict.load, which loads torch."""
+    from mnist.predict import load
+
+    return load(source)

@@ -26,6 +26,10 @@ class ConfigError(UserError, ValueError):
     exit_code = 2
 
 
+class ImageError(UserError):
+    """A file that should be an image, or a folder of them, and cannot be read."""
+
+
 class DivergedError(UserError):
     """The loss is no number any more."""
 

@@ -230,6 +230,25 @@ def prediction(evaluation: dict[str, Any]) -> Any:
         return figure
 
 
+def answers(names: Sequence[str], images: Sequence[Any], found: Sequence[Any]) -> Any:
+    """Images, what the network saw of them and its answers (predict.py), a row each, as a figure."""
+    with drawing() as Figure:
+        figure = Figure(figsize=(7, 0.4 + 1.7 * len(names)))
+        rows = figure.subplots(len(names), 3, squeeze=False, width_ratios=(1, 1, 2))
+        for (original, seen, words), name, image, it in zip(rows, names, images, found, strict=True):
+            for axes in (original, seen, words):
+                axes.set_axis_off()
+            original.imshow(image, cmap="gray" if image.mode == "L" else None)
+            if it.seen is not None:
+                seen.imshow(it.seen.numpy(), cmap="gray")
+            label = "no digit found" if it.label is None else f"{shortened(it.label)}, {100 * it.probability:.1f} %"
+            words.text(0, 0.62, label, fontsize=15, fontweight="bold", transform=words.transAxes)
+            words.text(0, 0.35, shortened(name, 40), fontsize=9, transform=words.transAxes)
+        rows[0][0].set_title("the image", fontsize=9)
+        rows[0][1].set_title("what was seen", fontsize=9)
+        return figure
+
+
 def shortened(name: str, most: int = 20) -> str:
     """A name of at most so many characters."""
     return name if len(name) <= most else name[: most - 1] + "…"

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from mnist import checkpoint, storage
-from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, load_model, unflatten
+from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, unflatten
 from mnist.config import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.report import LiveReport
+from mnist.saved_model import load_model
 from mnist.storage import new_folder, remove_folder, remove_leftovers, write_file
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnist.checkpoint import ModelConfig, load_model, save_model
 from mnist.errors import UserError
 from mnist.models import MODELS, Net, build_model, count_parameters
+from mnist.saved_model import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
 

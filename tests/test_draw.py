@@ -1,0 +1,710 @@
+"""The page to draw on: in a browser, with mouse, finger and keys, and its server, as its clients see it."""
+
+import base64
+import http.client
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist.config import PROJECT_FOLDER
+from mnist.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
+from mnist.errors import ConfigError, UserError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NAMES = tuple("0123456789")
+HOSTILE = "</script><script>document.title='owned'</script> & \"'"
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
+
+
+def band(picture: bytes) -> dict[str, Any]:
+    """An answer that needs no network: in which of ten upright bands the middle of the ink's mass is.
+
+    A few specks of ink are none.
+    """
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            ink = np.asarray(image.convert("L"), dtype=float)  # [height, width]
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"not a picture: {error}") from error
+    if ink.sum() < 255 * 900:
+        return {"label": None, "probability": 0.0, "probabilities": [0.0] * 10, "seen": ""}
+    columns = ink.sum(axis=0)
+    middle = (columns * np.arange(len(columns))).sum() / columns.sum()
+    label = int(10 * middle / len(columns))
+    probabilities = [0.82 if number == label else 0.02 for number in range(10)]
+    seen = io.BytesIO()
+    Image.fromarray(ink.astype(np.uint8)).resize((28, 28)).save(seen, format="PNG")
+    address = "data:image/png;base64," + base64.b64encode(seen.getvalue()).decode()
+    return {"label": str(label), "probability": 0.82, "probabilities": probabilities, "seen": address}
+
+
+def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (130, 40, 150, 240)) -> bytes:
+    """A picture with a bar of ink, whose left, top, right and bottom are given."""
+    image = Image.new("L", (width, height))
+    image.paste(255, ink)
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+@contextmanager
+def serving(answer: Callable[[bytes], dict[str, Any]] = band, **settings: Any) -> Iterator[DrawServer]:
+    """A server that answers, on a free port, in threads of this process."""
+    usual: dict[str, Any] = {"class_names": NAMES, "title": "Digits", "port": 0}
+    with build_server(answer, **(usual | settings)) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[DrawServer]:
+    with serving() as server:
+        yield server
+
+
+# --- the server
+
+
+class Reply:
+    """What came back for a request."""
+
+    def __init__(self, server: DrawServer, method: str, path: str, body: bytes | None = None, **headers: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+        connection.close()
+
+
+def raw(server: DrawServer, request: bytes) -> bytes:
+    """All that the server says to these bytes, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
+        connection.sendall(request)
+        said = b""
+        while received := connection.recv(2**16):
+            said += received
+    return said
+
+
+def test_a_picture_is_answered_with_what_was_made_of_it(server: DrawServer) -> None:
+    reply = Reply(server, "POST", "/answer", png(ink=(200, 40, 220, 240)))
+    assert reply.status == 200
+    assert reply.headers["Content-Type"] == "application/json"
+    told = json.loads(reply.body)
+    assert told["label"] == "7"
+    assert told["probabilities"][7] == told["probability"] == 0.82
+    assert told["seen"].startswith("data:image/png;base64,")
+    assert json.loads(Reply(server, "POST", "/answer", png(ink=(0, 0, 9, 9))).body)["label"] is None
+
+
+def test_an_answer_comes_quickly(server: DrawServer) -> None:
+    seconds = []
+    for _ in range(20):
+        started = time.monotonic()
+        assert Reply(server, "POST", "/answer", png()).status == 200
+        seconds.append(time.monotonic() - started)
+    print(f"median {1000 * sorted(seconds)[10]:.1f} ms, worst {1000 * max(seconds):.1f} ms")
+    assert sorted(seconds)[10] < 0.5
+
+
+def test_the_page_is_one_file_whose_own_script_and_style_alone_are_allowed(server: DrawServer) -> None:
+    first, second = Reply(server, "GET", "/"), Reply(server, "GET", "/?anything")
+    assert first.status == second.status == 200
+    page, policy = first.body.decode(), first.headers["Content-Security-Policy"]
+    found = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)
+    assert found
+    assert policy.startswith("default-src 'none'; ")
+    assert f"style-src 'nonce-{found[1]}'" in policy
+    assert "unsafe" not in policy
+    assert page.count(f'nonce="{found[1]}"') == 2
+    assert found[1].encode() not in second.body  # of one page only
+    assert re.findall(r"<script[^>]*>", page) == [
+        '<script type="application/json" id="class-names">',
+        f'<script nonce="{found[1]}">',
+    ]
+    assert not re.search(r"""(src|href|action)=["'](?!data:)|url\(|@import| style=| on\w+=""", page)
+    for reply in (first, Reply(server, "GET", "/no"), Reply(server, "POST", "/answer", png())):
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Cache-Control"] == "no-store"
+        assert reply.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+
+
+def test_hostile_names_stay_text() -> None:
+    with serving(class_names=[HOSTILE, "other"], title=HOSTILE) as server:
+        page = Reply(server, "GET", "/").body.decode()
+    assert HOSTILE not in page
+    assert page.count("<script") == 2
+    found = re.search(r'id="class-names">(.*?)</script>', page)
+    assert found
+    assert json.loads(found[1]) == [HOSTILE, "other"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        *[("GET", path, 404) for path in ("/favicon.ico", "/draw.html", "/../draw.py", "/answer/", "/%2e%2e/")],
+        *[(method, "/", 405) for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")],
+        *[(method, "/answer", 405) for method in ("GET", "PUT", "HEAD", "OPTIONS")],
+        ("BREW", "/", 501),
+    ],
+)
+def test_there_is_nothing_else(method: str, path: str, status: int, server: DrawServer) -> None:
+    reply = Reply(server, method, path)
+    assert reply.status == status
+    if status == 405:
+        assert reply.headers["Allow"] == ("GET" if path == "/" else "POST")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[(host, 200) for host in ("localhost", "127.0.0.1:1", "LocalHost:8000", "[::1]:7860", "127.0.0.2")],
+        *[(host, 421) for host in ("evil.example", "evil.example:7860", "localhost.evil.example", "localhost@evil")],
+        *[(host, 421) for host in ("", "192.168.1.7", "[", "[fe80::1]", "127.0.0.1.nip.io")],
+    ],
+)
+def test_a_page_that_has_our_address_under_its_own_name_is_refused(host: str, status: int, server: DrawServer) -> None:
+    assert Reply(server, "GET", "/", Host=host).status == status
+    assert Reply(server, "POST", "/answer", png(), Host=host).status == status
+
+
+def test_no_host_and_two_of_them_are_refused(server: DrawServer) -> None:
+    for hosts in (b"", b"Host: localhost\r\nHost: evil.example\r\n"):
+        assert raw(server, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n").startswith(b"HTTP/1.0 421 ")
+
+
+def test_the_host_that_it_was_told_to_listen_on_is_known_and_on_all_addresses_each_number_is() -> None:
+    with serving(host="0.0.0.0") as server:
+        assert server.address.startswith("http://127.0.0.1:")
+        assert server.is_named("192.168.1.7:7860")
+        assert server.is_named("[fe80::1]:7860")
+        assert server.is_named(socket.gethostname())
+        assert not server.is_named("evil.example")
+    with serving(host="localhost") as server:
+        assert server.is_named("localhost:1")
+        server.host = "box.example"
+        assert server.is_named("Box.example:7860")
+        assert not server.is_named("192.168.1.7")
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://localhost:7860", 200), ("http://evil.example", 403), ("https://localhost:7860", 403), ("null", 403)]
+    + [("http://localhost:7861", 403), ("", 403)],
+)
+def test_only_its_own_page_may_ask(origin: str, status: int, server: DrawServer) -> None:
+    assert Reply(server, "POST", "/answer", png(), Host="localhost:7860", Origin=origin).status == status
+
+
+def test_a_picture_that_is_too_large_is_refused_and_the_client_is_told(server: DrawServer) -> None:
+    large = png() + bytes(LARGEST_BODY)
+    reply = Reply(server, "POST", "/answer", large)  # which is sent in full before the reply is read
+    assert reply.status == 413
+    assert b"1,048,576 bytes" in reply.body
+    assert Reply(server, "POST", "/answer", large[:LARGEST_BODY]).status == 200
+    head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"
+    assert raw(server, head).startswith(b"HTTP/1.0 413 ")
+
+
+def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    side = LARGEST_SIDE + 1
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, 1, 8, 0, 0, 0, 0)) + chunk(b"IEND", b"")
+    with serving(lambda picture: pytest.fail("it was asked")) as server:
+        assert Reply(server, "POST", "/answer", bomb).status == 413
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (b"", 411),
+        (b"Transfer-Encoding: chunked\r\n", 411),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n", 411),
+        (b"Content-Length: many\r\n", 400),
+        (b"Content-Length: -1\r\n", 400),
+        (b"Content-Length: \r\n", 400),
+        (b"Content-Length: 0\r\n", 415),
+        (b"Content-Length: 3\r\n", 415),
+    ],
+)
+def test_how_long_a_picture_is_has_to_be_said(headers: bytes, status: int, server: DrawServer) -> None:
+    said = raw(server, b"POST /answer HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\nabc")
+    assert said.startswith(f"HTTP/1.0 {status} ".encode())
+
+
+def test_what_is_no_picture_is_refused_and_a_bug_is_told_in_the_terminal_only(
+    server: DrawServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Reply(server, "POST", "/answer", b"GIF89a" + bytes(100)).status == 415
+    assert Reply(server, "POST", "/answer", png()[:-30]).status == 400
+    assert capsys.readouterr().err == ""
+
+    def broken(picture: bytes) -> dict[str, Any]:
+        raise RuntimeError("a secret of the machine")
+
+    with serving(broken) as failing:
+        reply = Reply(failing, "POST", "/answer", png())
+        assert reply.status == 500
+        assert b"secret" not in reply.body
+        assert "a secret of the machine" in capsys.readouterr().err
+        assert Reply(failing, "GET", "/").status == 200
+    with serving(lambda picture: {"probability": float("nan")}) as failing:
+        assert Reply(failing, "POST", "/answer", png()).status == 500
+
+
+def test_clients_that_send_nothing_or_half_keep_nobody_waiting_and_are_let_go(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnist.draw.Handler.timeout", 1)
+    with serving() as server, ExitStack() as opened:
+        clients = []
+        for begun in (b"", b"GET / HT", b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"):
+            client = socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10)
+            clients.append(opened.enter_context(client))
+            client.sendall(begun)
+        started = time.monotonic()
+        assert Reply(server, "POST", "/answer", png()).status == 200
+        assert time.monotonic() - started < 0.9
+        for client in clients:
+            assert client.recv(100) == b""
+        assert time.monotonic() - started < 5
+        # one that leaves in the middle, without listening
+        with socket.create_connection(("127.0.0.1", server.server_address[1])) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")
+        assert Reply(server, "GET", "/").status == 200
+        assert raw(server, b"\x16\x03\x01 this is no HTTP\r\n\r\n").startswith(b"Bad request ")
+    assert capfd.readouterr() == ("", "")  # not a line of all this
+
+
+def test_answers_are_computed_one_at_a_time() -> None:
+    inside, most = [0], [0]
+
+    def slow(picture: bytes) -> dict[str, Any]:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return band(picture)
+
+    with serving(slow) as server:
+        threads = [threading.Thread(target=Reply, args=(server, "POST", "/answer", png())) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == [1]
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> None:
+    port = server.server_address[1]
+    with pytest.raises(UserError, match=rf"Port {port} of 127.0.0.1 is taken.*--port {port + 1}"):
+        build_server(band, NAMES, "Digits", port=port)
+    for host, port, words in (
+        ("nowhere.invalid", 0, "--host nowhere.invalid: no address"),
+        ("192.0.2.1", 0, "--host 192.0.2.1: not an address of this machine"),
+        ("127.0.0.1", 70000, "--port 70000"),
+        ("127.0.0.1", -1, "--port -1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build_server(band, NAMES, "Digits", host=host, port=port)
+
+
+def test_control_c_ends_it_quietly() -> None:
+    code = "from tests.test_draw import *; from mnist.draw import serve; serve(band, NAMES, 'Digits', port=0)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        line = process.stdout.readline()
+        found = re.search(r"http://127.0.0.1:(\d+)/ ", line)
+        assert found, line
+        with socket.create_connection(("127.0.0.1", int(found[1]))):  # a client that is still there
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=10) == 0
+        assert process.stdout.read() == process.stderr.read() == ""
+    assert PORT == 7860
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """The page in a tab of its own, with all that it asked for and complained of."""
+
+    def __init__(self, browser: Any, address: str, **settings: Any) -> None:
+        self.context = browser.new_context(**({"viewport": DESK} | settings))
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(10_000)
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(address)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """A place of the drawing, in shares of its sides, as one of the window."""
+        box = self.page.locator("#canvas").bounding_box()
+        return box["x"] + x * box["width"], box["y"] + y * box["height"]
+
+    def draw(self, x: float, top: float = 0.2, bottom: float = 0.8, release: bool = True) -> None:
+        """A line from top to bottom, with the mouse."""
+        self.page.mouse.move(*self.at(x, top))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.at(x, bottom), steps=8)
+        if release:
+            self.page.mouse.up()
+
+    def draw_with_finger(self, x: float, top: float = 0.2, bottom: float = 0.8) -> None:
+        """The same on a touch screen."""
+        session = self.context.new_cdp_session(self.page)
+        for step in range(9):
+            left, y = self.at(x, top + (bottom - top) * step / 8)
+            kind = "touchMove" if step else "touchStart"
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": left, "y": y}]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def sees(self, label: str) -> None:
+        """Wait until this is the answer; fails when it does not become it."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator("#label")).to_have_text(label, timeout=10_000)
+
+    def says(self, words: str) -> None:
+        """Wait until this is said aloud, to those who do not see it."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator("#status[aria-live=polite]")).to_have_text(words, timeout=10_000)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).inner_text())
+
+    def ink(self) -> int:
+        """How many pixels of the drawing are inked."""
+        count = """canvas => {
+            const copy = canvas.cloneNode(), pen = copy.getContext("2d", {willReadFrequently: true});
+            pen.drawImage(canvas, 0, 0);
+            return pen.getImageData(0, 0, copy.width, copy.height).data.filter((v, i) => i % 4 === 3 && v).length;
+        }"""
+        return int(self.page.locator("#canvas").evaluate(count))
+
+    def shares(self) -> list[float]:
+        """How long each bar is, of its track, once they rest."""
+        self.page.wait_for_timeout(250)
+        part = """bars => bars.map(bar => {
+            const [track, fill] = [bar, bar.firstChild].map(it => it.getBoundingClientRect());
+            return Math.abs(fill.top - track.top) > 1 ? (track.bottom - fill.top) / track.height
+                : (fill.right - track.left) / track.width;
+        })"""
+        return [float(share) for share in self.page.locator(".track").evaluate_all(part)]
+
+
+@pytest.fixture
+def open_tab(browser: Any, server: DrawServer) -> Iterator[Callable[..., Tab]]:
+    """Open the page in a tab; in the end each has asked nothing of others and has complained of nothing."""
+    tabs: list[Tab] = []
+
+    def open_(address: str = server.address, **settings: Any) -> Tab:
+        tabs.append(Tab(browser, address, **settings))
+        return tabs[-1]
+
+    yield open_
+    for tab in tabs:
+        tab.context.close()
+        assert tab.complaints == []
+        for address in tab.asked:
+            assert address.startswith(("data:", "http://127.0.0.1:")), address
+
+
+@in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
+def test_a_line_drawn_with_the_mouse_is_answered_on_a_desk(scheme: str, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab(color_scheme=scheme)
+    assert tab.text("#label") == "Draw a digit"
+    assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
+    tab.draw(0.75)
+    tab.sees("7")
+    assert tab.text("#probability") == "82.0 %"
+    assert tab.text(".bars li.first").split() == ["7", "82"]
+    assert tab.shares() == pytest.approx([0.82 if number == 7 else 0.02 for number in range(10)], abs=0.02)
+    assert tab.page.locator("#seen").evaluate("it => [it.naturalWidth, it.naturalHeight]") == [28, 28]
+    tab.says("7 82.0 %")
+    assert tab.page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # all of it is seen at once
+    paper, ink = tab.page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.getElementById('canvas')).color]"
+    )
+    bright = [sum(map(int, re.findall(r"\d+", color)[:3])) > 3 * 128 for color in (paper, ink)]
+    assert bright == ([True, False] if scheme == "light" else [False, True])
+
+
+@in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
+def test_a_line_drawn_with_a_finger_is_answered_on_a_phone_and_the_page_stays(
+    scheme: str, open_tab: Callable[..., Tab]
+) -> None:
+    tab = open_tab(viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=3, color_scheme=scheme)
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.page.locator("#canvas").evaluate("it => it.width === Math.round(3 * it.getBoundingClientRect().width)")
+    tab.page.evaluate("document.body.style.setProperty('padding-bottom', '1000px')")  # there is somewhere to scroll to
+    tab.draw_with_finger(0.35, top=0.9, bottom=0.1)
+    tab.sees("3")
+    assert tab.shares() == pytest.approx([0.82 if number == 3 else 0.02 for number in range(10)], abs=0.02)
+    assert tab.page.evaluate("scrollY") == 0
+    assert tab.page.locator("#canvas").evaluate("it => getComputedStyle(it).touchAction") == "none"
+    tab.page.locator("#clear").tap()
+    tab.sees("Draw a digit")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_the_answer_moves_while_the_line_is_drawn(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.draw(0.05, release=False)
+    tab.sees("0")
+    tab.page.mouse.move(*tab.at(0.95, 0.8), steps=20)
+    tab.sees("3")
+    assert tab.text("#status") == "Draw a digit"  # said aloud only when the hand rests
+    tab.page.mouse.up()
+    tab.says("3 82.0 %")
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("undo", "clear"), [("button", "button"), ("u", "c"), ("Control+z", "Escape"), ("Meta+z", "c"), ("U", "C")]
+)
+@pytest.mark.slow
+def test_undo_takes_the_last_stroke_and_clear_takes_all(undo: str, clear: str, open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+
+    def do(what: str, key: str) -> None:
+        if key == "button":
+            tab.page.locator(f"#{what}").click(force=True)  # also one that has nothing to do
+        else:
+            tab.page.keyboard.press(key)
+
+    do("undo", undo)  # of nothing is nothing
+    do("clear", clear)
+    tab.draw(0.15)
+    tab.sees("1")
+    one = tab.ink()
+    tab.draw(0.95)
+    tab.sees("5")
+    both = tab.ink()
+    do("undo", undo)
+    tab.sees("1")
+    assert tab.ink() == one
+    tab.draw(0.95)
+    tab.sees("5")
+    do("clear", clear)
+    tab.sees("Draw a digit")
+    assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
+    assert tab.ink() == 0
+    assert tab.page.locator("#seen").get_attribute("src") is None
+    tab.says("Draw a digit")
+    do("undo", undo)  # of clearing too
+    tab.sees("5")
+    assert tab.ink() == both
+    tab.page.keyboard.press("Control+c")  # which copies, and does not clear
+    tab.page.wait_for_timeout(100)
+    assert tab.ink() == both
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_all_is_reached_with_the_keyboard_and_the_focus_is_seen(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.draw(0.15)
+    tab.sees("1")
+    tab.page.keyboard.press("Tab")
+    tab.page.keyboard.press("Tab")
+    assert tab.page.evaluate("[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]") == [
+        "clear",
+        "solid",
+    ]
+    tab.page.keyboard.press("Enter")
+    tab.sees("Draw a digit")
+    assert tab.page.evaluate("document.activeElement.id") == "clear"  # a button that has nothing to do keeps the focus
+    tab.page.locator("#clear[aria-disabled=true]").wait_for()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_speck_is_no_digit_and_a_dot_is_drawn(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.page.mouse.click(*tab.at(0.5, 0.5))
+    tab.sees("No digit found")
+    assert tab.ink() > 100
+    assert tab.text("#probability") == ""
+    assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
+    tab.page.mouse.click(*tab.at(0.2, 0.5), button="right")
+    tab.page.locator("#undo[aria-disabled=false]").wait_for()
+    tab.page.keyboard.press("u")
+    tab.sees("Draw a digit")  # the other button has drawn nothing
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_a_line_that_leaves_the_paper_ends_where_the_hand_is_lifted(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.draw(0.25, bottom=0.95, release=False)
+    tab.page.mouse.move(*tab.at(0.25, 1.3), steps=4)
+    tab.page.mouse.up()
+    tab.sees("2")
+    ink = tab.ink()
+    tab.page.mouse.move(*tab.at(0.9, 0.5), steps=8)  # without a button
+    tab.page.wait_for_timeout(100)
+    assert tab.ink() == ink
+    assert tab.page.evaluate("getSelection().toString()") == ""
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_two_tabs_do_not_disturb_each_other(open_tab: Callable[..., Tab]) -> None:
+    one, other = open_tab(), open_tab()
+    one.draw(0.25, release=False)
+    other.draw(0.75, release=False)
+    one.sees("2")
+    other.sees("7")
+    one.page.mouse.up()
+    one.page.keyboard.press("c")
+    other.page.mouse.move(*other.at(0.75, 0.1), steps=4)
+    one.sees("Draw a digit")
+    other.sees("7")
+    other.page.mouse.up()
+    other.says("7 82.0 %")
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_one_question_is_under_way_at_a_time_the_last_is_answered_and_late_answers_are_dropped(
+    open_tab: Callable[..., Tab],
+) -> None:
+    asked: list[bytes] = []
+    may_answer = threading.Event()
+
+    def waiting(picture: bytes) -> dict[str, Any]:
+        asked.append(picture)
+        assert may_answer.wait(10)
+        return band(picture)
+
+    with serving(waiting) as server:
+        tab = open_tab(server.address)
+        tab.draw(0.25)
+        tab.draw(0.95)
+        tab.draw(0.95, top=0.1, bottom=0.9)
+        tab.page.wait_for_timeout(300)
+        assert len(asked) == 1  # the other lines wait for the answer
+        with tab.page.expect_response("**/answer") as answered:
+            tab.page.keyboard.press("c")
+            tab.sees("Draw a digit")
+            may_answer.set()
+        answered.value.finished()
+        tab.page.wait_for_timeout(200)
+        assert tab.text("#label") == "Draw a digit"  # the answer to what was cleared came too late
+        assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
+        assert len(asked) == 1  # and nobody asks about an empty paper
+
+        may_answer.clear()
+        tab.draw(0.25)
+        tab.draw(0.95)
+        with tab.page.expect_response("**/answer"):
+            tab.page.keyboard.press("u")
+            may_answer.set()
+        tab.sees("2")
+        may_answer.clear()
+        tab.draw(0.9)
+        tab.draw(0.8)
+        may_answer.set()
+        tab.sees("6")  # of all three: what was drawn last has its answer
+        assert band(asked[-1])["label"] == "6"
+        tab.page.wait_for_timeout(100)
+        count = len(asked)
+        tab.page.wait_for_timeout(300)
+        assert len(asked) == count  # nothing is asked while nothing is drawn
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(browser: Any) -> None:
+    with serving() as server:
+        port = server.server_address[1]
+        tab = Tab(browser, server.address)
+        tab.draw(0.25)
+        tab.sees("2")
+    tab.draw(0.95)
+    notice = tab.page.locator("#notice")
+    notice.wait_for(state="visible")
+    assert "The server is gone" in tab.text("#notice")
+    assert notice.get_attribute("role") == "alert"
+    with serving(port=port):
+        notice.wait_for(state="hidden")
+        tab.sees("5")  # the last stroke has its answer after all
+    tab.context.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_the_page_says_when_the_network_fails(browser: Any) -> None:
+    def broken(picture: bytes) -> dict[str, Any]:
+        raise UserError("this picture is of no use")
+
+    with serving(broken) as server:
+        tab = Tab(browser, server.address)
+        tab.draw(0.25)
+        tab.page.locator("#notice").wait_for(state="visible")
+        assert "(400): this picture is of no use" in tab.text("#notice")
+        tab.context.close()
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_many_long_and_hostile_names_have_room(open_tab: Callable[..., Tab]) -> None:
+    names = [f"{HOSTILE} {number}" for number in range(47)]
+    told = {"label": names[3], "probability": 0.9999, "probabilities": [0.9999] + [0.0] * 46, "seen": ""}
+    with serving(lambda picture: told, class_names=names, title=HOSTILE) as server:
+        for viewport in (DESK, PHONE):
+            tab = open_tab(server.address, viewport=viewport)
+            assert tab.page.title() == HOSTILE
+            assert tab.text("h1") == HOSTILE
+            tab.draw(0.25)
+            tab.sees(names[3])
+            assert tab.text("#probability") == "> 99.9 %"
+            assert tab.page.locator(".bars li").count() == 47
+            assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

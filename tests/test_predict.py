@@ -1,0 +1,147 @@
+"""A trained model applied: by the `mnist` command, from Python, on the page to draw on, from the Hugging Face Hub."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from mnist import load
+from mnist.cli import main
+from mnist.config import PROJECT_FOLDER
+from mnist.data import ImageData
+from mnist.errors import ConfigError, UserError
+from tests.conftest import Launch, metrics_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that knows most digits."""
+    parent = tmp_path_factory.mktemp("runs")
+    flags = ("--limit-train-images=20000", "--epochs=2", "--trackers=none", f"--output-dir={parent}", "--run-name=x")
+    subprocess.run([sys.executable, "train.py", *flags], cwd=PROJECT_FOLDER, capture_output=True, check=True)
+    return parent / "x"
+
+
+def write_digits(folder: Path, digits: ImageData, places: Sequence[int]) -> list[str]:
+    """Test digits in files, as a person may have them: dark on light, large."""
+    names = []
+    for place in places:
+        picture = ImageOps.invert(Image.fromarray(digits.test.images[place].numpy())).resize((280, 280))
+        names.append(str(folder / f"{place}.png"))
+        picture.save(names[-1])
+    return names
+
+
+def test_a_row_an_image_and_what_cannot_be_read_is_named_and_makes_the_exit_code_1(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = write_digits(tmp_path, digits, (0, 1, 2))
+    (tmp_path / "broken.png").write_text("no image")
+    Image.new("L", (100, 100), 255).save(tmp_path / "empty.png")
+    assert main(["predict", str(tmp_path), "--model", str(run)]) == 1
+    printed = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1:] for line in printed.out.splitlines()}
+    assert [rows[name][0] for name in names] == [str(int(digits.test.labels[place])) for place in (0, 1, 2)]
+    assert rows[str(tmp_path / "empty.png")] == ["no", "digit", "found"]
+    assert f"{tmp_path}/broken.png: not an image" in printed.err
+    assert main(["predict", *names, "--model", str(run)]) == 0
+
+
+def test_json_has_what_python_gets(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = write_digits(tmp_path, digits, (0, 1))
+    assert main(["predict", *names, "--json", "--top", "2", "--model", str(run / "model")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row, found in zip(rows, load(run).predict(names), strict=True):
+        assert (row["label"], row["probability"]) == (found.label, found.probability)
+        assert [(it["label"], it["probability"]) for it in row["top"]] == list(found.probabilities.items())[:2]
+        assert sum(found.probabilities.values()) == pytest.approx(1)
+
+
+def test_the_standard_input_is_an_image_and_what_the_network_saw_is_written(
+    run: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name,) = write_digits(tmp_path, digits, (0,))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(name).read_bytes())))
+    flags = ["--show-input", str(tmp_path / "seen"), "--save", str(tmp_path / "figure.png")]
+    assert main(["predict", "-", "--model", str(run), *flags]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["-", "7"]
+    with Image.open(tmp_path / "seen" / "001-stdin.png") as seen:
+        assert seen.size == (28, 28)
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 900
+
+
+def test_images_come_as_arrays_tensors_and_pictures_alone_or_many(run: Path, digits: ImageData) -> None:
+    model, image = load(run), digits.test.images[0]
+    alone = [
+        model.predict(it)
+        for it in (image, image.numpy(), image.float() / 255, image[None], Image.fromarray(image.numpy()))
+    ]
+    assert {it.label for it in alone} == {"7"}
+    assert len({it.probability for it in alone}) == 1
+    assert torch.equal(alone[0].seen, image)  # as it is
+    many = model.predict(digits.test.images[:3])
+    assert [it.label for it in many] == [it.label for it in model.predict(list(digits.test.images[:3]))]
+    for wrong in (np.zeros((2, 3, 4, 5, 6)), np.full((28, 28), 300), np.zeros((0, 28))):
+        with pytest.raises(ValueError, match="an image of"):
+            model.predict(wrong)
+
+
+def test_mnists_own_images_are_read_as_the_run_has_counted(run: Path, digits: ImageData) -> None:
+    found = load(run).predict(list(digits.test.images[:1000]))
+    right = sum(it.label == str(int(label)) for it, label in zip(found, digits.test.labels[:1000], strict=True))
+    assert right / 1000 == pytest.approx(metrics_of(run)[-1]["test/accuracy"], abs=0.05)
+    assert all(torch.equal(it.seen, image) for it, image in zip(found, digits.test.images, strict=False))
+
+
+def test_evaluate_says_the_numbers_of_the_run(run: Path, launch: Launch) -> None:
+    done = launch(f"--model={run}", command=("-m", "mnist.cli", "evaluate"))
+    assert done.returncode == 0, done.stderr
+    last = metrics_of(run)[-1]
+    figures = f"10,000 test images: loss {last['test/loss']:.4f}, accuracy {100 * last['test/accuracy']:.2f} %"
+    assert figures in done.stdout
+    for digit in range(10):
+        assert re.search(rf"^{digit} +{100 * last[f'test/class_accuracy/{digit}']:.2f} %", done.stdout, re.MULTILINE)
+
+
+def test_a_model_that_is_not_there_is_an_error_in_words(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--model /nowhere: no model is there"):
+        load("/nowhere")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match="this run has no model yet"):
+        load(tmp_path / "begun")
+
+
+def test_without_a_network_a_name_on_the_hub_is_an_error_and_a_pushed_model_loads_by_the_mixin(
+    run: Path, tmp_path: Path
+) -> None:
+    from mnist.hub import HubModel
+
+    model = load(run)
+    HubModel(model.net, model.config).save_pretrained(tmp_path / "hub")
+    loaded = HubModel.from_pretrained(str(tmp_path / "hub"))
+    assert loaded.model_config == model.config
+    script = "from mnist import load; load('nobody/nothing')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=PROJECT_FOLDER,
+        env={"PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "UserError: --model nobody/nothing: no folder of that name is here" in done.stderr
+    assert "cannot be reached" in done.stderr
