@@ -105,14 +105,14 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     settings = dataclasses.asdict(config) | environment
     tracking = Tracking(main, run.folder, run.id, settings, config.tracker_names)
     evaluation = Evaluation(run.folder, data.test, data.class_names)
-    report = LiveReport(run.folder)
+    report = LiveReport(run.folder, writes=main)
     interruption = Interruption(accelerator, at_once=run.note)
     progress = Progress(
         accelerator, terminal, tracking.log, scheduler, config.log_every, batch_size, len(data.train), total_steps
     )
     parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
     checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)
-    with interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
+    with report, interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
         for note in checkpoints.resume():
             terminal.row("resumed", note)
         terminal.row("trackers", tracking.start(progress.step))
@@ -147,16 +147,18 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
                 evaluation.update(progress.position, result, predict(net, evaluation.images))
                 if progress.is_best:
                     save_model(net, run.folder / "best", description)
-                report.after_epoch()
             checkpoints.after_epoch()
+            if main:
+                report.after_epoch()
 
         # --- what is left behind: the model, a report with its pictures, what W&B keeps of a run
         if main:
             save_model(net, run.folder / "model", description)
-            report.write()
+            report.write(status="finished")
             tracking.log_results(data)
             terminal.draw(evaluation)
-    terminal.result(run.folder, progress.results, tracking.warnings, tracking.sync_command)
+    warnings = [*tracking.warnings, *([report.warning] if report.warning else [])]
+    terminal.result(run.folder, progress.results, warnings, tracking.sync_command)
     accelerator.end_training()
 
 

@@ -25,6 +25,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     The commit is None where the code does not lie in a Git repository of its own.
     """
     commit = _git("rev-parse", "HEAD") if (PROJECT_FOLDER / ".git").exists() else None
+    changes = _git("status", "--porcelain") if commit else None
     return {
         "device": " + ".join(sorted(set(gather_object([device_name(accelerator.device)])))),
         "num_processes": accelerator.num_processes,
@@ -32,14 +33,14 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
         "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a string of a kind of its own
         "accelerate": version("accelerate"),
         "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "git_commit": commit,
-        "git_dirty": None if commit is None else _git("status", "--porcelain") != "",
+        "git_dirty": None if changes is None else changes != "",
     }
 
 
@@ -57,7 +58,11 @@ def _git(*arguments: str) -> str | None:
     """What Git answers; None where it cannot: it is not installed, or takes the repository for another user's."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(PROJECT_FOLDER), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "--no-optional-locks", "-C", str(PROJECT_FOLDER), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None

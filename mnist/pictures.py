@@ -250,7 +250,8 @@ def answers(names: Sequence[str], images: Sequence[Any], found: Sequence[Any]) -
 
 
 def shortened(name: str, most: int = 20) -> str:
-    """A name of at most so many characters."""
+    """A name of at most so many characters; matplotlib leaves labels out that begin with an underscore."""
+    name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

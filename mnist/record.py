@@ -11,6 +11,7 @@ import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,10 @@ class Record:
                 _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
             )
             lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+            if not {"epochs", "recipe", "dataset", "model"} <= config.keys() or not all(
+                "step" in line for line in lines
+            ):
+                raise ValueError("it is not of this version")
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{folder}: a file of this run cannot be read: {' '.join(str(error).split())}") from error
         return cls(folder.resolve(), config, state or {}, environment or {}, lines, evaluation)
@@ -56,12 +61,12 @@ class Record:
     def name(self) -> str:
         return self.folder.name
 
-    @property
+    @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of the evaluations, one an epoch."""
         return [line for line in self.lines if "test/loss" in line]
 
-    @property
+    @cached_property
     def losses(self) -> list[dict[str, Any]]:
         """The lines of the loss while training."""
         return [line for line in self.lines if "train/loss" in line and "test/loss" not in line]
@@ -89,8 +94,6 @@ class Record:
         """`finished`, `failed`, `interrupted`, `running`, or `killed` where nothing runs that should."""
         status = str(self.state.get("status", "unknown"))
         if status == "running":
-            if self.last and self.last["step"] == self.environment.get("total_steps"):
-                return "finished"
             process, _, host = str(self.state.get("process", "")).partition(" on ")
             if host == socket.gethostname() and not (process.isdecimal() and psutil.pid_exists(int(process))):
                 return "killed"

@@ -4,9 +4,12 @@ write_report([Record.read(Path("runs/latest"))], Path("report.html"))
 write_pictures(Path("runs/latest"))             # curves.png, confusion.png, mistakes.png, prediction.png beside it
 """
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mnist import pictures
@@ -20,12 +23,17 @@ PLACES = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # setting
 
 
 class LiveReport:
-    """The report of a run that goes on, renewed after an epoch as often as that costs little of its time."""
+    """The report of a run that goes on, renewed after an epoch as often as that costs little of its time.
 
-    SHARE_OF_TIME = 0.05
+    It is a guest: what fails in it becomes a warning. A run that fails or is interrupted has it renewed on its way out.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    SHARE_OF_TIME = 0.02  # with all else that is logged, less than the twentieth that may be spent
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
+        self.warning: str | None = None  # to be shown
         self.cost = 3.0  # seconds for the next: at first a guess, as matplotlib has to be loaded
         self.written_at = time.monotonic()
 
@@ -35,12 +43,26 @@ class LiveReport:
         if self.cost <= self.SHARE_OF_TIME * (waited + self.cost):
             self.write()
 
-    def write(self) -> None:
-        """report.html, and the pictures beside it."""
+    def __enter__(self) -> "LiveReport":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self.writes:
+            self.write()
+
+    def write(self, status: str | None = None) -> None:
+        """report.html, and the pictures beside it; `status` is what the run is by now, where its state lags behind."""
         started = time.monotonic()
-        record = Record.read(self.folder)
-        write_pictures(record)
-        write_report([record], self.folder / "report.html")
+        try:
+            record = Record.read(self.folder)
+            if status is not None:
+                record = replace(record, state=record.state | {"status": status})
+            write_pictures(record)
+            write_report([record], self.folder / "report.html")
+        except Exception as error:
+            self.warning = f"The report could not be written ({type(error).__name__}: {error})."
         self.written_at = time.monotonic()
         self.cost = self.written_at - started
 
@@ -53,9 +75,14 @@ def write_pictures(record: Record) -> None:
         figures["prediction"] = pictures.prediction(record.evaluation)
         figures["mistakes"] = pictures.mistakes(record.evaluation)
     for name, figure in figures.items():
-        if figure is not None:
+        path = record.folder / f"{name}.png"
+        if figure is None:  # no mistakes any more
+            path.unlink(missing_ok=True)
+        else:
             with pictures.drawing():
-                figure.savefig(record.folder / f"{name}.png")
+                content = io.BytesIO()
+                figure.savefig(content, format="png")
+            write_file(path, content.getvalue())
 
 
 def write_report(records: Sequence[Record], output: Path) -> None:
@@ -91,7 +118,12 @@ def render(records: Sequence[Record]) -> str:
         differences=differences(records),
         settings={name: value for name, value in record.config.items() if name not in PLACES},
         metrics=[
-            {"name": it.name, "evaluations": it.evaluations, "losses": evenly(it.losses, MOST_POINTS)} for it in records
+            {
+                "name": it.name,
+                "evaluations": evenly(it.evaluations, MOST_EPOCHS),
+                "losses": evenly(it.losses, MOST_POINTS),
+            }
+            for it in records
         ],
         written=time.strftime("%Y-%m-%d %H:%M"),
     )

@@ -25,12 +25,12 @@ def temporary_name(path: Path, word: str) -> Path:
     return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
 
 
-def write_file(path: Path, content: str) -> None:
-    """Write a text under another name beside `path`, flush it to the disk, rename."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a text, or bytes, under another name beside `path`, flush it to the disk, rename."""
     temporary = temporary_name(path, "new")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -133,7 +133,7 @@ class Terminal:
             self.row("warning", self.styled(warning, YELLOW))
         if sync_command:
             self.row("W&B", f"{sync_command}   sends this run to your dashboard (wandb login first)")
-        self.row("next", "mnist runs   compares all runs; python train.py --help   lists every setting")
+        self.row("next", f"mnist runs {folder.parent}   lists all runs; python train.py --help   lists every setting")
 
     def styled(self, text: str, codes: str) -> str:
         """Text in a colour or weight, on a terminal that does not ask for none (NO_COLOR, https://no-color.org)."""

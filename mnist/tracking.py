@@ -53,7 +53,7 @@ def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
             has_key = bool(comet_ml.get_config("comet.api_key"))
             return {"run_name": PROJECT, "online": None if has_key else False, "experiment_config": settings}
         case "dvclive":
-            return {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False}
+            return {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False, "resume": step > 0}
         case "mlflow":  # ./mlflow.db, unless MLFLOW_TRACKING_URI says otherwise
             return {"experiment_name": PROJECT, "run_name": folder.name}
         case "swanlab":
@@ -69,9 +69,14 @@ def check_trackers(names: Sequence[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"--trackers {','.join(names)}: {', '.join(missing)} is not installed. Install it (pip install"
-            f" {' '.join(PACKAGES.get(name, name) for name in missing)}), or leave it out: --trackers none."
+            f"--trackers {','.join(names)}: it cannot be done without {', '.join(missing)}. Either pip install"
+            f" {' '.join(PACKAGES.get(name, name) for name in missing)}, or leave it out: --trackers none."
         )
+
+
+def _overall(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss and accuracy of each part: W&B takes a hundred keys, and so not those of each class."""
+    return {key: line[key] for key in line if key.endswith(("/loss", "/accuracy"))}
 
 
 class Tracking:
@@ -158,13 +163,15 @@ class Tracking:
 
     def log_results(self, data: ImageData) -> None:
         """At the end of a run on `data`: what it got right and wrong, and its models, for W&B."""
+        if self.wandb is None:
+            return
         record = Record.read(self.folder)
-        if self.wandb is None or record.evaluation is None:
+        if record.evaluation is None:
             return
         has_best = (self.folder / "best").exists()  # else there is nothing to choose by: the last one is the result
-        models = [Made(self.folder / "best", ["best"], self.settings | record.best)] if has_best else []
+        models = [Made(self.folder / "best", ["best"], self.settings | _overall(record.best))] if has_best else []
         aliases = ["latest"] if has_best else ["latest", "best"]
-        models.append(Made(self.folder / "model", aliases, self.settings | record.last))
+        models.append(Made(self.folder / "model", aliases, self.settings | _overall(record.last)))
         size = {"train_images": len(data.train), "test_images": len(data.test)}
         used = Used(data.name, list(data.files), {"md5": data.checksum, **size})
         self.wandb.log_results(record.evaluation, used, models)

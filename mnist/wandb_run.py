@@ -13,6 +13,7 @@ import contextlib
 import os
 import shlex
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from mnist.record import evenly, pixels
 SECONDS_FOR_SERVER = 5  # W&B needs up to three more: its own start, and what it does between its waits
 SECONDS_FOR_ANSWER = 2
 SECONDS_BETWEEN_QUESTIONS = 10
+SECONDS_FOR_RESULTS = 2.5
+SLOWEST = 1e6  # bytes a second that a model is given time for
 MOST_MOMENTS = 12  # of the training, in the table of the digits that are followed
 
 
@@ -162,11 +165,12 @@ class WandbRun:
 
         `evaluation` is what evaluation.py keeps in a run's folder, bounded in size: the confusion matrix becomes a
         chart, the surest mistakes and the images that are followed become tables. W&B asks the server about each of
-        them; it has as long as it takes to receive them, if it answers when asked now and then.
+        them; it has the time that a slow line needs, if it answers when asked now and then.
         """
-        if self.run is None:
+        if self.run is None or self.run.disabled:
             return
         failed: list[Exception] = []
+        size = sum(path.stat().st_size for model in models for path in model.folder.iterdir())
 
         def send(run: Any) -> None:
             try:
@@ -179,12 +183,14 @@ class WandbRun:
 
         sending = threading.Thread(target=send, args=(self.run,), daemon=True)
         sending.start()
-        alone = self.run.offline or self.run.disabled
-        sending.join(None if alone else 0.5)
-        while sending.is_alive() and _answers(self.run.settings.base_url):
-            sending.join(SECONDS_BETWEEN_QUESTIONS)
-        if failed:
-            self.warning = f"W&B did not take all of the results ({first_line(failed[0])})."
+        latest = time.monotonic() + SECONDS_FOR_RESULTS + size / SLOWEST
+        sending.join(None if self.run.offline else SECONDS_FOR_RESULTS)
+        while sending.is_alive() and time.monotonic() + 1 < latest and _answers(self.run.settings.base_url):
+            sending.join(min(SECONDS_BETWEEN_QUESTIONS, latest - time.monotonic()))
+        if failed or sending.is_alive():
+            why = first_line(failed[0]) if failed else "no answer"
+            self.warning = f"The W&B server did not take all of the results ({why}): they are kept on disk."
+            self.sync_command = self.sync
 
     def _attempt(self, action: Callable[[Any], object]) -> None:
         if self.run is not None:
@@ -202,7 +208,8 @@ class WandbRun:
         exit_code = 0 if error is None else 1
         try:
             if isinstance(error, Interrupted):
-                self.run.mark_preempting()
+                if "WANDB_SWEEP_ID" not in os.environ:  # an agent that ends a bad run does not want it again
+                    self.run.mark_preempting()
                 exit_code = error.exit_code
             if isinstance(error, DivergedError):
                 self.run.alert("Training has diverged", str(error), level="ERROR")

@@ -50,7 +50,7 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
 
     def run(name: str, *, report: bool = False, **settings: Any) -> Path:
         if not report:
-            monkeypatch.setattr(LiveReport, "write", lambda self: None)
+            monkeypatch.setattr(LiveReport, "write", lambda self, status=None: None)
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         small: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 100, "epochs": 1, "trackers": "none"}

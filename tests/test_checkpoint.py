@@ -30,7 +30,7 @@ from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not looked at here, and they take as long as the rest."""
-    monkeypatch.setattr(LiveReport, "write", lambda _: None)
+    monkeypatch.setattr(LiveReport, "write", lambda self, status=None: None)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

@@ -83,10 +83,7 @@ def test_the_standard_input_is_an_image_and_what_the_network_saw_is_written(
 
 def test_images_come_as_arrays_tensors_and_pictures_alone_or_many(run: Path, digits: ImageData) -> None:
     model, image = load(run), digits.test.images[0]
-    alone = [
-        model.predict(it)
-        for it in (image, image.numpy(), image.float() / 255, image[None], Image.fromarray(image.numpy()))
-    ]
+    alone = [model.predict(it) for it in (image, image.numpy(), image.float() / 255, Image.fromarray(image.numpy()))]
     assert {it.label for it in alone} == {"7"}
     assert len({it.probability for it in alone}) == 1
     assert torch.equal(alone[0].seen, image)  # as it is

@@ -242,7 +242,7 @@ def test_during_training_the_report_is_renewed_when_that_costs_little(
     report = LiveReport(record.folder)
     report.after_epoch()
     assert not (record.folder / "report.html").exists()  # the first seconds of a run are too few for it
-    monkeypatch.setattr(report, "written_at", report.written_at - 20 * report.cost)
+    monkeypatch.setattr(report, "written_at", report.written_at - report.cost / report.SHARE_OF_TIME)
     report.after_epoch()
     assert (record.folder / "report.html").exists()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.errors import ConfigError
 from mnist.tracking import Tracking
 from tests import wandb_log
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of, state_of
-from tests.wandb_server import Vanishing, answering, http_server, refusing_server, silent_server
+from tests.wandb_server import Stalling, Vanishing, answering, http_server, refusing_server, silent_server
+from train import train
 
 KEY = "0123456789" * 4
 SMALL = ("--limit-train-images=2000", "--limit-test-images=500", "--epochs=2", "--log-every=50")
@@ -86,6 +89,7 @@ def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_
     assert not (tmp_path / "x" / "wandb").exists()
     assert len(metrics_of(tmp_path / "x")) == 1
     assert "wandb sync" not in done.stdout
+    assert "warning" not in done.stdout
 
 
 TRACK = """
@@ -95,8 +99,10 @@ import torch, wandb
 from mnist.data import ImageData, Split
 from mnist.errors import DivergedError
 from mnist.interruption import Interrupted
+from mnist.errors import ConfigError
 from mnist.tracking import Tracking
 from tests.made_up import make_run
+from train import train
 
 folder = Path(sys.argv[1])
 make_run(folder, *map(int, os.environ.get("CLASSES_AND_EPOCHS", "10,3").split(",")))
@@ -156,6 +162,7 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
         "fails": http_server(answering(500)),
         "denies": http_server(answering(401)),
         "vanishes": http_server(Vanishing),
+        "stalls": http_server(Stalling),
     }
     with ThreadPoolExecutor(len(servers)) as pool, ExitStack() as stack:
         waits = {}
@@ -169,10 +176,10 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
         assert told["seconds_to_start"] < 10, name
         assert gone - told["ending_since"] < 10, name  # the clock is the machine's, the same for all processes
         assert len(told["warnings"]) == 1, name
-        assert told["warning_at_start"] == (None if name == "vanishes" else told["warnings"][0]), name
+        assert told["warning_at_start"] == (None if name in ("vanishes", "stalls") else told["warnings"][0]), name
 
         log = log_of(tmp_path / name)
-        assert log.parent.name.startswith("run-" if name == "vanishes" else "offline-run-")
+        assert log.parent.name.startswith("run-" if name in ("vanishes", "stalls") else "offline-run-")
         assert logged_by_wandb(log)[:3] == metrics_of(tmp_path / name)
         assert len(metrics_of(tmp_path / name)) == 3
         *command, synced = shlex.split(told["sync"])
@@ -266,11 +273,15 @@ def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_
     assert sum(files) + sum(it.size for table in tables for it in table.manifest.contents) < 1_000_000
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(launch: Launch, tmp_path: Path) -> None:
-    flags = ("--trackers=wandb,aim,comet_ml", f"--output-dir={tmp_path / 'runs'}")
-    done = launch(*flags, command=("train.py",))
-    assert done.returncode == 2
-    assert "aim, comet_ml is not installed. Install it (pip install aim comet-ml)" in done.stderr
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, missing = importlib.util.find_spec, ("aim", "comet_ml")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+    )
+    with pytest.raises(ConfigError, match=r"without aim, comet_ml.*pip install aim comet-ml"):
+        train(TrainConfig(trackers="wandb,aim,comet_ml", output_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 
 

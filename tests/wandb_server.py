@@ -69,20 +69,23 @@ def answering(status: int) -> type[BaseHTTPRequestHandler]:
     return Answering
 
 
-class Vanishing(_Handler):
-    """Takes a new run as W&B does, and a second later never answers again."""
+class Accepting(_Handler):
+    """Takes a new run as W&B does, and then answers all but what is `ignored`."""
 
-    vanishes_at = float("inf")
+    taken_at = float("inf")  # when the run was
+
+    def ignored(self, request: str) -> bool:
+        return False
 
     def do_POST(self) -> None:
         request = self.read()
-        if time.monotonic() > Vanishing.vanishes_at:
+        if self.ignored(request):
             time.sleep(60)
             return
         operation = re.search(r'"operationName":\s*"(\w+)"|(?:query|mutation) (\w+)', request)
         name = (operation[1] or operation[2]) if operation else ""
         if name == "UpsertBucket":
-            Vanishing.vanishes_at = time.monotonic() + 1
+            type(self).taken_at = time.monotonic()
             run = json.loads(request)["variables"]["name"]
             project = {"id": "cA==", "name": "mnist", "entity": {"id": "ZQ==", "name": "someone"}}
             bucket = {
@@ -103,6 +106,20 @@ class Vanishing(_Handler):
         else:
             info: dict[str, object] = {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
             files = {"runID": "aWQ=", "uploadHeaders": [], "files": []}
-            self.answer({"data": {"serverInfo": info, "createRunFiles": files}})
+            self.answer({"data": {"serverInfo": info, "createRunFiles": files, "project": None}})
 
     do_GET = do_PUT = do_POST  # noqa: N815 (http.server's names)
+
+
+class Vanishing(Accepting):
+    """A second after it has taken the run it never answers again."""
+
+    def ignored(self, request: str) -> bool:
+        return time.monotonic() > self.taken_at + 1
+
+
+class Stalling(Accepting):
+    """Answers everything but what asks it to take an artifact, as where its storage cannot be reached."""
+
+    def ignored(self, request: str) -> bool:
+        return "createArtifact" in request
