@@ -99,10 +99,8 @@ import torch, wandb
 from mnist.data import ImageData, Split
 from mnist.errors import DivergedError
 from mnist.interruption import Interrupted
-from mnist.errors import ConfigError
 from mnist.tracking import Tracking
 from tests.made_up import make_run
-from train import train
 
 folder = Path(sys.argv[1])
 make_run(folder, *map(int, os.environ.get("CLASSES_AND_EPOCHS", "10,3").split(",")))
