@@ -27,7 +27,7 @@ from tests import wandb_log
 from tests.conftest import metrics_of
 from tests.made_up import make_run
 
-MEDIA_BYTES = 1_000_000  # for all that is drawn of a run, and as much again for W&B
+MEDIA_BYTES = 2_000_000  # for all that is drawn of a run; W&B gets half of that at most
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title='owned'</script> & \"'$\\frac{"
 
