@@ -99,13 +99,13 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         "total_steps": total_steps,
     }
     run.describe(environment)
-    main = accelerator.is_main_process
-    terminal = Terminal(main, config.epochs)
+    is_main = accelerator.is_main_process
+    terminal = Terminal(is_main, config.epochs)
     terminal.header(config, environment, run.folder, data.notes)
     settings = dataclasses.asdict(config) | environment
-    tracking = Tracking(main, run.folder, run.id, settings, config.tracker_names)
+    tracking = Tracking(is_main, run.folder, run.id, settings, config.tracker_names)
     evaluation = Evaluation(run.folder, data.test, data.class_names)
-    report = LiveReport(run.folder, writes=main)
+    report = LiveReport(run.folder, writes=is_main)
     interruption = Interruption(accelerator, at_once=run.note)
     progress = Progress(
         accelerator, terminal, tracking.log, scheduler, config.log_every, batch_size, len(data.train), total_steps
@@ -138,27 +138,27 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             # --- in sample and out of sample, with the same weights
             values = progress.end_epoch()
             for part, batches in measured_batches.items():  # the last one is of the test images
-                result = evaluate(model, batches, loss_function, accelerator, interruption.check, MISTAKES)
+                kept = MISTAKES if part == "test" else 0
+                result = evaluate(model, batches, loss_function, accelerator, interruption.check, kept)
                 values |= progress.finite(result.values(part, data.class_names))
             values = progress.end_evaluation(values)
             tracking.log(values)
             terminal.epoch_line(values)
-            if main:
+            if is_main:
                 evaluation.update(progress.position, result, predict(net, evaluation.images))
                 if progress.is_best:
                     save_model(net, run.folder / "best", description)
             checkpoints.after_epoch()
-            if main:
+            if is_main:
                 report.after_epoch()
 
         # --- what is left behind: the model, a report with its pictures, what W&B keeps of a run
-        if main:
+        if is_main:
             save_model(net, run.folder / "model", description)
             report.write(status="finished")
             tracking.log_results(data)
             terminal.draw(evaluation)
-    warnings = [*tracking.warnings, *([report.warning] if report.warning else [])]
-    terminal.result(run.folder, progress.results, warnings, tracking.sync_command)
+    terminal.result(run.folder, progress.results, tracking.warnings + report.warnings, tracking.sync_command)
     accelerator.end_training()
 
 

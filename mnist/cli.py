@@ -205,7 +205,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
 
 
 def list_runs(options: argparse.Namespace) -> None:
-    """Name, recipe, epochs, test accuracy, time and state of each run, the newest last; the best is marked."""
+    """Name, recipe, epochs, test accuracy, time and state of each run, the newest last."""
     from mnist.errors import ConfigError
     from mnist.record import find_records
     from mnist.report import duration, percent
@@ -215,13 +215,11 @@ def list_runs(options: argparse.Namespace) -> None:
         print(problem, file=sys.stderr)
     if not records:
         raise ConfigError(f"{options.folder}: no runs are in this folder. `accelerate launch train.py` makes one.")
-    best = max((it.last["test/accuracy"] for it in records if it.last), default=None)
     rows = [("run", "recipe", "epochs", "test accuracy", "time", "state")]
     for it in records:
-        accuracy = it.last.get("test/accuracy")
-        mark = " *" if accuracy is not None and accuracy == best and len(records) > 1 else "  "
+        accuracy = percent(it.last.get("test/accuracy"))
         epochs = f"{it.last.get('epoch', 0)}/{it.config['epochs']}"
-        rows.append((it.name, it.config["recipe"], epochs, percent(accuracy) + mark, duration(it.seconds), it.status))
+        rows.append((it.name, it.config["recipe"], epochs, accuracy, duration(it.seconds), it.status))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, recipe, epochs, accuracy, seconds, status in rows:
         cells = (name.ljust(widths[0]), recipe.ljust(widths[1]), epochs.rjust(widths[2]))

@@ -132,7 +132,7 @@ def load_dataset(
         file: source.md5[file] if name == "mnist" and path.suffix == ".gz" else None for file, path in paths.items()
     }
     images, labels, test_images, test_labels = (read_idx(path, strict[file]) for file, path in paths.items())
-    files = {path: _md5(path) for path in paths.values()}
+    files = {path: strict[file] or _md5(path) for file, path in paths.items()}  # the former were checked as it was read
     unverified = [path.name for file, path in paths.items() if not strict[file] and files[path] != source.md5[file]]
     train = _split(folder, "train", images, labels, source.class_names)
     test = _split(folder, "t10k", test_images, test_labels, source.class_names)

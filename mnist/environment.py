@@ -22,9 +22,10 @@ from mnist.hardware import device_name
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     """Plain values by name; all processes must call it.
 
-    The commit is None where the code does not lie in a Git repository of its own.
+    The commit is None where the code does not lie in a Git repository of its own, and on all but the main process.
     """
-    commit = _git("rev-parse", "HEAD") if (PROJECT_FOLDER / ".git").exists() else None
+    asks = accelerator.is_main_process and (PROJECT_FOLDER / ".git").exists()
+    commit = _git("rev-parse", "HEAD") if asks else None
     changes = _git("status", "--porcelain") if commit else None
     return {
         "device": " + ".join(sorted(set(gather_object([device_name(accelerator.device)])))),

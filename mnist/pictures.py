@@ -187,9 +187,7 @@ def mistakes(evaluation: dict[str, Any], most: int = 32) -> Any:
     rows = -(-len(found) // columns)
     with drawing() as Figure:
         figure = Figure(figsize=(10, 0.6 + 1.55 * rows))
-        axes = (
-            figure.subplots()
-        )  # one for all, in which a picture and its words take 1 by 1.25: many would take a second
+        axes = figure.subplots()  # for all: a picture and its words take 1 by 1.25; one for each took most of a second
         axes.set_axis_off()
         for place, mistake in enumerate(found):
             row, column = divmod(place, columns)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnist.errors import ConfigError, UserError
+from mnist.errors import ConfigError, ImageError, UserError
 from mnist.saved_model import ModelConfig, load_model
 from mnist.transforms import scale_pixels
 
@@ -53,9 +53,9 @@ class Model:
         width, 3]; several as [N, height, width]). It is prepared as the images of the training were.
         Raises ImageError for a file that cannot be read, ValueError for an array of another shape.
         """
-        several = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
-        if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3 and images.shape[2] not in (3, 4):
-            several = True
+        is_array = isinstance(images, (np.ndarray, Tensor))
+        stacked = is_array and (images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (3, 4)))
+        several = stacked or isinstance(images, (list, tuple))
         prepared = [self.prepare(image) for image in (images if several else [images])]
         answers = self.predict_prepared(prepared)
         return answers if several else answers[0]
@@ -80,7 +80,15 @@ class Model:
         from mnist.images import read_image
 
         picture = read_image(Path(image)) if isinstance(image, (str, os.PathLike)) else as_picture(image)
-        return prepare_digit(picture)
+        if self.config.dataset == "mnist":
+            return prepare_digit(picture)
+        height, width = self.config.image_size
+        if picture.size != (width, height):  # a digit's preparation would make nonsense of a shoe
+            raise ImageError(
+                f"An image of {picture.width} x {picture.height} for a model of {self.config.dataset}: only digits are"
+                f" prepared so far. Give it {width} x {height} pixels, as the images that it was trained on."
+            )
+        return torch.from_numpy(np.array(picture.convert("L")))
 
 
 def as_picture(image: Any) -> "Image.Image":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_POINTS = 1000  # of a curve, in a report
+MOST_MOMENTS = 12  # of the training, where images are followed through it
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from mnist import pictures
-from mnist.record import MOST_POINTS, Record, evenly
+from mnist.record import MOST_MOMENTS, MOST_POINTS, Record, evenly
 from mnist.storage import write_file
 
-MOST_MOMENTS = 12  # of the training, in the table of the images that are followed
 MOST_CLASSES = 20  # whose accuracy is shown: of more, the worst
 MOST_EPOCHS = 100  # in the table of epochs: of more, the last
 PLACES = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that say where, not what
@@ -33,7 +32,7 @@ class LiveReport:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
         self.writes = writes
-        self.warning: str | None = None  # to be shown
+        self.warnings: list[str] = []  # to be shown at the end
         self.cost = 3.0  # seconds for the next: at first a guess, as matplotlib has to be loaded
         self.written_at = time.monotonic()
 
@@ -62,7 +61,7 @@ class LiveReport:
             write_pictures(record)
             write_report([record], self.folder / "report.html")
         except Exception as error:
-            self.warning = f"The report could not be written ({type(error).__name__}: {error})."
+            self.warnings = [f"The report could not be written ({type(error).__name__}: {error})."]
         self.written_at = time.monotonic()
         self.cost = self.written_at - started
 
@@ -172,7 +171,7 @@ def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
 def best_values(records: Sequence[Record]) -> dict[str, float]:
     """The best of each figure over several runs: the highest accuracy, the lowest loss."""
     found: dict[str, float] = {}
-    for key in ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"):
+    for key in ("val/loss", "val/accuracy", "test/loss", "test/accuracy"):
         values = [record.last[key] for record in records if key in record.last]
         if values:
             found[key] = min(values) if key.endswith("loss") else max(values)

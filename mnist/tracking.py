@@ -1,7 +1,7 @@
 """What is logged, under which key, to which trackers.
 
     with Tracking(True, run.folder, "4f2a91c0", settings, ["wandb", "tensorboard"]) as tracking:
-        print(tracking.start())
+        print(tracking.start(step=0))
         tracking.log({"step": 100, "epoch": 1, "train/loss": 0.5})
 
 Every line goes to metrics.jsonl first, flushed at once, then to the trackers under the same keys: `train/ val/ test/`
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -132,7 +133,7 @@ class Tracking:
                 self.wandb = WandbRun(PROJECT, self.folder, self.run_id, self.settings)
                 descriptions.append(self.wandb.description)
             else:
-                self._guest(name, lambda name=name: self._start(name, step))  # type: ignore[misc]
+                self._guest(name, partial(self._start, name, step))
                 descriptions.append(name if name in self.others else f"{name}, which failed")
         return "; ".join(descriptions) or "none"
 
@@ -159,7 +160,7 @@ class Tracking:
             self.wandb.log(values)
         for name, tracker in list(self.others.items()):
             rest = {key: value for key, value in values.items() if key != "step"}
-            self._guest(name, lambda tracker=tracker, rest=rest: tracker.log(rest, step=values["step"]))  # type: ignore[misc]
+            self._guest(name, partial(tracker.log, rest, step=values["step"]))
 
     def log_results(self, data: ImageData) -> None:
         """At the end of a run on `data`: what it got right and wrong, and its models, for W&B."""

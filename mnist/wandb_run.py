@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 
 from mnist.errors import DivergedError, UserError
 from mnist.interruption import Interrupted
-from mnist.record import evenly, pixels
+from mnist.record import MOST_MOMENTS, evenly, pixels
 
 SECONDS_FOR_SERVER = 5  # W&B needs up to three more: its own start, and what it does between its waits
 SECONDS_FOR_ANSWER = 2
 SECONDS_BETWEEN_QUESTIONS = 10
 SECONDS_FOR_RESULTS = 2.5
 SLOWEST = 1e6  # bytes a second that a model is given time for
-MOST_MOMENTS = 12  # of the training, in the table of the digits that are followed
 
 
 class Used(NamedTuple):
@@ -136,7 +135,8 @@ class WandbRun:
         for part in ("train", "val", "test"):
             self.run.define_metric(f"{part}/loss", step_metric="step", summary="min,last")
             self.run.define_metric(f"{part}/accuracy", step_metric="step", summary="max,last")
-            self.run.define_metric(f"{part}/class_accuracy/*", step_metric="step", summary="max,last")
+        self.run.define_metric("val/class_accuracy/*", step_metric="step", summary="max,last")
+        self.run.define_metric("test/class_accuracy/*", step_metric="step", summary="max,last")
         self.run.define_metric("optim/*", step_metric="step", summary="last")
         self.run.define_metric("perf/*", step_metric="step", summary="mean,last")
 
@@ -160,7 +160,7 @@ class WandbRun:
         """Log one line of numbers, `step` among them."""
         self._attempt(lambda run: run.log(dict(values)))
 
-    def log_results(self, evaluation: Mapping[str, Any], data: "Used", models: "Sequence[Made]") -> None:
+    def log_results(self, evaluation: Mapping[str, Any], data: Used, models: Sequence[Made]) -> None:
         """What is to be seen at the end, and what the run has used and made, as artifacts.
 
         `evaluation` is what evaluation.py keeps in a run's folder, bounded in size: the confusion matrix becomes a

@@ -103,6 +103,7 @@ def test_the_first_signal_ends_a_run_with_a_checkpoint_its_exit_code_and_the_com
     state = state_of(job.folder)
     assert (state["status"], state["error"], state["exit_code"]) == ("interrupted", number.name, code)
     assert state["checkpoint"] == state["step"] > 0
+    assert '<span class="status interrupted">' in (job.folder / "report.html").read_text()
     output = job.output.read_text()
     assert "Traceback" not in output
     *words, flag, folder = shlex.split(output.splitlines()[-1])

@@ -1,5 +1,6 @@
 """A trained model applied: by the `mnist` command, from Python, on the page to draw on, from the Hugging Face Hub."""
 
+import dataclasses
 import io
 import json
 import re
@@ -17,7 +18,8 @@ from mnist import load
 from mnist.cli import main
 from mnist.config import PROJECT_FOLDER
 from mnist.data import ImageData
-from mnist.errors import ConfigError, UserError
+from mnist.errors import ConfigError, ImageError, UserError
+from mnist.predict import Model
 from tests.conftest import Launch, metrics_of
 
 
@@ -109,6 +111,18 @@ def test_evaluate_says_the_numbers_of_the_run(run: Path, launch: Launch) -> None
     assert figures in done.stdout
     for digit in range(10):
         assert re.search(rf"^{digit} +{100 * last[f'test/class_accuracy/{digit}']:.2f} %", done.stdout, re.MULTILINE)
+
+
+def test_a_model_of_something_else_than_digits_takes_only_images_of_its_own_size(
+    run: Path, digits: ImageData, tmp_path: Path
+) -> None:
+    model = load(run)
+    shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist"))
+    shifted = digits.test.images[0].roll(5, dims=1)  # which a digit's preparation would move back
+    assert torch.equal(shoes.predict(shifted).seen, shifted)
+    assert not torch.equal(model.predict(shifted).seen, shifted)
+    with pytest.raises(ImageError, match=r"280 x 280 for a model of fashion-mnist: .* Give it 28 x 28"):
+        shoes.predict(write_digits(tmp_path, digits, (0,))[0])
 
 
 def test_a_model_that_is_not_there_is_an_error_in_words(

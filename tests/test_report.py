@@ -1,5 +1,6 @@
 """The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
 
+import io
 import json
 import math
 import os
@@ -17,14 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
+from mnist import pictures
 from mnist.cli import main
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.data import ImageData
+from mnist.errors import DivergedError
 from mnist.evaluation import OTHERS, cut
 from mnist.record import Record, evenly, pixels
 from mnist.report import LiveReport, render, write_report
 from tests import wandb_log
-from tests.conftest import metrics_of
+from tests.conftest import RunHere, metrics_of
 from tests.made_up import make_run
 
 MEDIA_BYTES = 2_000_000  # for all that is drawn of a run; W&B gets half of that at most
@@ -39,13 +42,16 @@ class Reading(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.inside = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
+        self.inside = tag
 
     def handle_data(self, data: str) -> None:
-        self.words += data.split()
+        if self.inside not in ("script", "style"):  # which nobody sees
+            self.words += data.split()
 
     @property
     def text(self) -> str:
@@ -247,13 +253,42 @@ def test_during_training_the_report_is_renewed_when_that_costs_little(
     assert (record.folder / "report.html").exists()
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    record = make_run(tmp_path / "run")
-    LiveReport(record.folder).write()
-    for name in ("curves", "confusion", "mistakes", "prediction"):
-        with Image.open(record.folder / f"{name}.png") as picture:
+def test_pictures_show_the_figures_other_figures_make_other_pictures(tmp_path: Path) -> None:
+    drawn = []
+    for place, epochs in (("a", 3), ("b", 3), ("c", 4)):
+        record = make_run(tmp_path / place / "run", epochs=epochs)
+        report = LiveReport(record.folder)
+        report.write()
+        assert report.warnings == []
+        drawn.append({path.name: path.read_bytes() for path in record.folder.glob("*.png")})
+    same, again, other = drawn
+    assert same.keys() == {f"{name}.png" for name in ("curves", "confusion", "mistakes", "prediction")}
+    for name in same:
+        assert same[name] == again[name]
+        if name != "mistakes.png":  # those are the same images in all
+            assert same[name] != other[name], name
+        with Image.open(io.BytesIO(same[name])) as picture:
             assert min(picture.size) > 400
-            assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, name  # something is in it
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning_and_no_end_of_training(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down(_: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(pictures, "curves", break_down)
+    folder = run_here("x", report=True)
+    assert Record.read(folder).status == "finished"
+    assert "The report could not be written (RuntimeError: no ink)." in capsys.readouterr().out
+
+
+def test_a_run_that_fails_leaves_a_report_that_says_so(run_here: RunHere, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        run_here("x", report=True, optimizer="sgd", learning_rate=1e30, log_every=5)
+    text = Reading((tmp_path / "runs" / "x" / "report.html").read_text()).text
+    assert " failed" in text
+    assert "training has diverged" in text
 
 
 def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,7 +371,6 @@ def test_items_are_taken_evenly_from_the_first_to_the_last() -> None:
 
 PROBE = """<!doctype html><iframe id="page" width="{width}" height="900" src="report.html"></iframe><pre id="out"></pre>
 <script>
-const asked = performance.getEntriesByType("resource").map(it => it.name);
 document.getElementById("page").onload = event => {{
   const page = event.target.contentDocument, root = page.documentElement;
   const clipped = [...page.querySelectorAll(".tile b, h1, h2")].filter(it => it.scrollWidth > it.clientWidth + 1);
@@ -344,7 +378,6 @@ document.getElementById("page").onload = event => {{
     title: page.title, width: root.scrollWidth, clipped: clipped.length, metrics: JSON.parse(
       page.getElementById("metrics").textContent).length, asked: event.target.contentWindow.performance
       .getEntriesByType("resource").map(it => it.name).filter(it => !it.startsWith("data:")),
-    ink: page.defaultView.getComputedStyle(page.body).color,
   }});
 }};
 </script>"""
