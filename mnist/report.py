@@ -1,7 +1,7 @@
 """The report of a run, or of several side by side: one HTML file that holds all it needs and asks no network.
 
 write_report([Record.read(Path("runs/latest"))], Path("report.html"))
-write_pictures(Path("runs/latest"))             # curves.png, confusion.png, mistakes.png, prediction.png beside it
+write_pictures(Record.read(Path("runs/latest")))       # curves.png, confusion.png, mistakes.png, prediction.png in it
 """
 
 import io

@@ -105,7 +105,7 @@ class Terminal:
 
     def draw(self, evaluation: Evaluation) -> None:
         """A test image in characters with the network's answer, on a terminal only."""
-        if self.interactive:
+        if self.interactive and evaluation.history:
             seen, names = evaluation.history[-1], evaluation.class_names
             answer, truth = names[seen["predictions"][0]], names[int(evaluation.split.labels[evaluation.examples[0]])]
             self.print(f"\n{draw_image(evaluation.images[0])}\n")
