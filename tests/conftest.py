@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -103,3 +104,8 @@ def state_of(folder: Path) -> dict[str, Any]:
     """A run's state.json."""
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return state
+
+
+def hear_ctrl_c() -> None:
+    """As in a terminal; what a shell starts in the background, these tests perhaps, ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

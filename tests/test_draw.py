@@ -25,6 +25,7 @@ from PIL import Image
 from mnist.config import PROJECT_FOLDER
 from mnist.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
 from mnist.errors import ConfigError, UserError
+from tests.conftest import hear_ctrl_c
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAMES = tuple("0123456789")
@@ -335,18 +336,25 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> N
 
 def test_control_c_ends_it_quietly() -> None:
     code = "from tests.test_draw import *; from mnist.draw import serve; serve(band, NAMES, 'Digits', port=0)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=PROJECT_FOLDER,
+        preexec_fn=hear_ctrl_c,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
         assert process.stdout
-        assert process.stderr
         line = process.stdout.readline()
         found = re.search(r"http://127.0.0.1:(\d+)/ ", line)
         assert found, line
         with socket.create_connection(("127.0.0.1", int(found[1]))):  # a client that is still there
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=10) == 0
-        assert process.stdout.read() == process.stderr.read() == ""
+            assert process.communicate(timeout=10) == ("", "")
+        assert process.returncode == 0
+    finally:
+        process.kill()
     assert PORT == 7860
 
 

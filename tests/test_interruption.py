@@ -14,17 +14,12 @@ import psutil
 import pytest
 
 from mnist.config import PROJECT_FOLDER
-from tests.conftest import metrics_of, state_of
+from tests.conftest import hear_ctrl_c, metrics_of, state_of
 
 PLAIN = (sys.executable, "train.py")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "train.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py")
 LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--log-every=10", "--run-name=x")
-
-
-def hear_ctrl_c() -> None:
-    """As in a terminal; what a shell starts in the background, these tests perhaps, ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Job:
