@@ -716,3 +716,4 @@ def test_many_long_and_hostile_names_have_room(open_tab: Callable[..., Tab]) -> 
             assert tab.text("#probability") == "> 99.9 %"
             assert tab.page.locator(".bars li").count() == 47
             assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            tab.context.close()  # before the server goes, which it may be about to ask once more
