@@ -8,6 +8,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mnist.record import MOST_POINTS, Record, evenly, pixels
@@ -228,23 +229,24 @@ def prediction(evaluation: dict[str, Any]) -> Any:
         return figure
 
 
-def answers(names: Sequence[str], images: Sequence[Any], found: Sequence[Any]) -> Any:
-    """Images, what the network saw of them and its answers (predict.py), a row each, as a figure."""
+def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
+    """Names, images and Predictions (predict.py) as a figure: the image, what was seen, the answer, a row each."""
     with drawing() as Figure:
-        figure = Figure(figsize=(7, 0.4 + 1.7 * len(names)))
-        rows = figure.subplots(len(names), 3, squeeze=False, width_ratios=(1, 1, 2))
-        for (original, seen, words), name, image, it in zip(rows, names, images, found, strict=True):
+        figure = Figure(figsize=(7, 0.4 + 1.7 * len(answers)))
+        rows = figure.subplots(len(answers), 3, squeeze=False, width_ratios=(1, 1, 2))
+        for (original, seen, words), (name, image, found) in zip(rows, answers, strict=True):
             for axes in (original, seen, words):
                 axes.set_axis_off()
             original.imshow(image, cmap="gray" if image.mode == "L" else None)
-            if it.seen is not None:
-                seen.imshow(it.seen.numpy(), cmap="gray")
-            label = "no digit found" if it.label is None else f"{shortened(it.label)}, {100 * it.probability:.1f} %"
+            if found.seen is not None:
+                seen.imshow(found.seen.numpy(), cmap="gray")
+            sure = f"{100 * found.probability:.1f} %"
+            label = "no digit found" if found.label is None else f"{shortened(found.label)}, {sure}"
             words.text(0, 0.62, label, fontsize=15, fontweight="bold", transform=words.transAxes)
             words.text(0, 0.35, shortened(name, 40), fontsize=9, transform=words.transAxes)
         rows[0][0].set_title("the image", fontsize=9)
         rows[0][1].set_title("what was seen", fontsize=9)
-        return figure
+        figure.savefig(path)
 
 
 def shortened(name: str, most: int = 20) -> str:

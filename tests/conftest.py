@@ -29,6 +29,15 @@ def digits() -> ImageData:
     return load_dataset("mnist", PROJECT_FOLDER / "data")
 
 
+@pytest.fixture(scope="session")
+def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the recipe `cnn`, which takes a minute or two: for tests that are slow."""
+    parent = tmp_path_factory.mktemp("cnn")
+    flags = "--recipe=cnn", "--trackers=none", f"--output-dir={parent}", "--run-name=cnn"
+    subprocess.run([sys.executable, "train.py", *flags], cwd=PROJECT_FOLDER, capture_output=True, check=True)
+    return parent / "cnn"
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate and torch as in a process of its own: both keep state in the process."""

@@ -321,7 +321,7 @@ def draw_digit(digit: int, rng: np.random.Generator, hand: str | None = None) ->
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     strokes = []
     for skeleton in HANDS[digit][hand]:
-        path = _swing(skeleton, steady, rng)
+        path = swing(skeleton, steady, rng)
         path = path * [stretch, 1.0]
         path[:, 0] += slant * (0.5 - path[:, 1])
         strokes.append(path @ rotation * size)
@@ -354,7 +354,7 @@ def draw_digit(digit: int, rng: np.random.Generator, hand: str | None = None) ->
     return drawn.convert("RGB") if rng.random() < 0.5 else drawn
 
 
-def _swing(skeleton: Stroke, steady: float, rng: np.random.Generator) -> Points:
+def swing(skeleton: Stroke, steady: float, rng: np.random.Generator) -> Points:
     """A path [points, 2] of even steps through the control points, each of them missed a little."""
     missed = np.array(skeleton) + rng.normal(0, steady, (len(skeleton), 2))
     corner = [False] + [skeleton[index] == skeleton[index - 1] for index in range(1, len(skeleton))]

@@ -16,16 +16,21 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mnist import load
 from mnist.config import PROJECT_FOLDER
 from mnist.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
 from mnist.errors import ConfigError, UserError
+from mnist.evaluation import picture
+from mnist.images import read_image
 from tests.conftest import hear_ctrl_c
+from tests.handwriting import HANDS, swing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAMES = tuple("0123456789")
@@ -699,6 +704,55 @@ def test_the_page_says_when_the_network_fails(browser: Any) -> None:
         tab.page.locator("#notice").wait_for(state="visible")
         assert "(400): this picture is of no use" in tab.text("#notice")
         tab.context.close()
+
+
+@contextmanager
+def serving_a_run(run: Path) -> Iterator[str]:
+    """The address of `mnist draw`, a process of its own, with the model of a run."""
+    command = [sys.executable, "-m", "mnist.cli", "draw", "--model", str(run), "--port", "0"]
+    process = subprocess.Popen(command, cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://127.0.0.1:\d+/", line)
+        assert found, line
+        yield found[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@in_a_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_every_digit_drawn_with_the_mouse_is_read_by_a_trained_network(
+    cnn_run: Path, viewport: dict[str, int], browser: Any
+) -> None:
+    model, rng = load(cnn_run), np.random.default_rng(0)
+    with serving_a_run(cnn_run) as address:
+        tab = Tab(browser, address, viewport=viewport)
+        sent: list[bytes] = []
+        tab.page.on("request", lambda request: sent.append(request.post_data_buffer or b""))
+        for digit, hands in HANDS.items():
+            tab.page.keyboard.press("c")
+            tab.sees("Draw a digit")
+            for skeleton in next(iter(hands.values())):
+                path = 0.2 + 0.6 * swing(skeleton, 0, rng)[::3]  # of the drawing's sides
+                tab.page.mouse.move(*tab.at(*path[0]))
+                tab.page.mouse.down()
+                for x, y in path:
+                    tab.page.mouse.move(*tab.at(x, y))
+                tab.page.mouse.up()
+            tab.sees(str(digit))
+            while not tab.page.evaluate("shown !== null && shown.about === drawn"):
+                tab.page.wait_for_timeout(20)
+            expected = model.predict(read_image(sent[-1]))
+            told = dict(zip(model.class_names, tab.page.evaluate("shown.probabilities"), strict=True))
+            assert told == pytest.approx(expected.probabilities, abs=1e-6)
+            assert tab.page.locator("#seen").get_attribute("src") == picture(expected.seen)
+        tab.context.close()
+    assert tab.complaints == []
+    assert all(it.startswith((address, "data:")) for it in tab.asked)
 
 
 @in_a_browser

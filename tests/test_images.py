@@ -1,12 +1,13 @@
 """Files that people hand in: what is read, what is refused and how, and how a digit is prepared as MNIST's were."""
 
 import io
+import json
 import os
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist.config import PROJECT_FOLDER
-from mnist.data import ImageData, Split
+from mnist.data import ImageData
 from mnist.errors import ImageError, UserError
 from mnist.handwriting import BOX, is_prepared, label_regions, prepare_digit
 from mnist.images import MOST_PIXELS, find_images, read_image
-from mnist.predict import predict
-from mnist.saved_model import load_model
+from tests.conftest import metrics_of
 from tests.handwriting import HANDS, draw_digit, paste_digit
 
 MEASURED = 1000  # digits of each kind
@@ -412,42 +412,43 @@ def test_regions_are_counted_with_corners_connecting() -> None:
     assert label_regions(np.zeros((3, 3), dtype=bool)).max() == 0
 
 
-# --- what a network makes of them
+# --- what a network makes of them, through the command
 
 
-@pytest.fixture(scope="session")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    """The network of the recipe `cnn`, trained in a process of its own."""
-    parent = tmp_path_factory.mktemp("cnn")
-    flags = "--recipe=cnn", "--trackers=none", f"--output-dir={parent}", "--run-name=cnn"
-    subprocess.run([sys.executable, "train.py", *flags], cwd=PROJECT_FOLDER, capture_output=True, check=True)
-    return load_model(parent / "cnn" / "model")[0]
+def predicted(run: Path, folder: Path) -> list[dict[str, Any]]:
+    """What `mnist predict --json` says to the images of a folder, in the order of their names."""
+    command = [sys.executable, "-m", "mnist.cli", "predict", str(folder), "--json", "--model", str(run)]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(json.loads(done.stdout))
 
 
-def read_right(net: nn.Module, pictures: list[Image.Image], labels: list[int]) -> float:
-    """The share of pictures that are read as what they are; one without a digit is read wrongly."""
-    prepared = [prepare_digit(picture) for picture in pictures]
-    images = torch.stack([torch.zeros(28, 28, dtype=torch.uint8) if it is None else it for it in prepared])
-    answers = predict(net, images).argmax(dim=1).tolist()
-    right = [it is not None and a == b for it, a, b in zip(prepared, answers, labels, strict=True)]
-    return float(np.mean(right))
-
-
-def pasted(split: Split, rng: np.random.Generator, count: int) -> tuple[list[Image.Image], list[int]]:
-    places = rng.permutation(len(split))[:count].tolist()
-    return [paste_digit(split.images[place], rng) for place in places], split.labels[places].tolist()
-
-
-def drawn(rng: np.random.Generator, count: int) -> tuple[list[Image.Image], list[int]]:
-    labels = [number % len(HANDS) for number in range(count)]
-    return [draw_digit(label, rng) for label in labels], labels
+def read_right(run: Path, folder: Path, pictures: Iterable[Image.Image], labels: Sequence[int]) -> float:
+    """The share of pictures, written into a folder, that are read as what they are."""
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number:05}.png", compress_level=1)
+    answers = predicted(run, folder)
+    return float(np.mean([it["label"] == str(label) for it, label in zip(answers, labels, strict=True)]))
 
 
 @pytest.mark.slow
-def test_pasted_and_drawn_digits_are_read(cnn: nn.Module, digits: ImageData) -> None:
+def test_pasted_and_drawn_digits_are_read(cnn_run: Path, digits: ImageData, tmp_path: Path) -> None:
     rng = np.random.default_rng(SEED)
-    of_pasted = read_right(cnn, *pasted(digits.test, rng, MEASURED))
-    of_drawn = read_right(cnn, *drawn(rng, MEASURED))
-    print(f"pasted {of_pasted:.2%}, drawn {of_drawn:.2%}")
-    assert of_pasted >= 0.97
-    assert of_drawn >= 0.90
+    places = rng.permutation(len(digits.test))[:MEASURED]
+    images, labels = digits.test.take(torch.from_numpy(places))
+    pasted = read_right(cnn_run, tmp_path / "pasted", (paste_digit(it, rng) for it in images), labels.tolist())
+    written = [number % len(HANDS) for number in range(MEASURED)]
+    drawn = read_right(cnn_run, tmp_path / "drawn", (draw_digit(it, rng) for it in written), written)
+    print(f"pasted {pasted:.2%}, drawn {drawn:.2%}")
+    assert pasted >= 0.97
+    assert drawn >= 0.90
+
+
+@pytest.mark.slow
+def test_mnists_own_images_are_read_at_the_accuracy_of_the_run(
+    cnn_run: Path, digits: ImageData, tmp_path: Path
+) -> None:
+    images = (Image.fromarray(image.numpy()) for image in digits.test.images)
+    right = read_right(cnn_run, tmp_path / "mnist", images, digits.test.labels.tolist())
+    assert right == metrics_of(cnn_run)[-1]["test/accuracy"]

@@ -29,9 +29,10 @@ ALLOWED = {
     "report": {"pictures", "record", "storage"},
     "cli": {
         *("config", "data", "draw", "errors", "evaluation", "hardware", "images", "metrics", "optim", "pictures"),
-        *("predict", "record", "report", "transforms"),
+        *("export", "predict", "record", "report", "transforms"),
     },
     "draw": {"errors"},
+    "export": {"errors", "predict", "storage", "transforms"},
     "data": {"transforms", "errors"},
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +59,95 @@ def test_a_row_an_image_and_what_cannot_be_read_is_named_and_makes_the_exit_code
     assert main(["predict", *names, "--model", str(run)]) == 0
 
 
+def write_awkward_images(folder: Path, seven: Image.Image) -> dict[str, str | None]:
+    """Images that people hand in by mistake or malice, and what is said of each: a class, None where no digit is
+    found, or a part of the reason why it cannot be read.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (280, 280), dtype=np.uint8)
+    white = Image.new("RGBA", seven.size, (255, 255, 255, 0))
+    white.putalpha(ImageOps.invert(seven))
+    pictures: dict[str, tuple[Image.Image, str | None]] = {
+        "one-pixel.png": (Image.new("L", (1, 1), 200), None),
+        "line.png": (Image.new("RGB", (10_000, 10), "white"), None),
+        "black.png": (Image.new("L", (300, 300), 0), None),
+        "white.png": (Image.new("RGB", (300, 300), "white"), None),
+        "noise.png": (Image.fromarray(noise), None),
+        "cmyk.jpg": (seven.convert("CMYK"), "7"),
+        "16-bit.png": (Image.fromarray(np.asarray(seven).astype(np.uint16) * 257), "7"),
+        "palette.png": (white.quantize(16), "7"),  # white on nothing
+    }
+    for name, (picture, _) in pictures.items():
+        picture.save(folder / name)
+    said: dict[str, str | None] = {name: label for name, (_, label) in pictures.items()}
+    content = (folder / "noise.png").read_bytes()
+    (folder / "truncated.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("no image")
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb + bomb.replace(b"IHDR", b"IDAT"))
+    reasons = {"truncated": "broken or cut off", "text": "not an image", "circle": "symbolic link", "bomb": "too large"}
+    return said | {f"{name}.png": reason for name, reason in reasons.items()}
+
+
+def test_awkward_images_have_the_outcome_that_is_documented(run: Path, digits: ImageData, tmp_path: Path) -> None:
+    seven = ImageOps.invert(Image.fromarray(digits.test.images[0].numpy())).resize((280, 280))
+    said = write_awkward_images(tmp_path, seven)
+    command = [sys.executable, "-m", "mnist.cli", "predict", str(tmp_path), "--json", "--model", str(run)]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = {Path(row["file"]).name: row["label"] for row in json.loads(done.stdout)}
+    assert found == {name: label for name, label in said.items() if label in (None, "7")}
+    lines = dict(line.removeprefix(f"mnist predict: {tmp_path}/").split(": ", 1) for line in done.stderr.splitlines())
+    refused = {name: reason for name, reason in said.items() if name not in found}
+    assert lines.keys() == refused.keys()
+    for name, reason in refused.items():
+        assert str(reason) in lines[name].lower()
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(run: Path, digits: ImageData, tmp_path: Path) -> None:
+    write_digits(tmp_path, digits, range(3))
+    command = f"{sys.executable} -m mnist.cli predict {tmp_path} --model {run} | true"
+    done = subprocess.run(["bash", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_one_image_is_predicted_without_what_takes_long_to_import(run: Path, digits: ImageData, tmp_path: Path) -> None:
+    names = write_digits(tmp_path, digits, (0,))
+    script = (
+        "import sys; from mnist.cli import main;"
+        f" assert main(['predict', {names[0]!r}, '--model', {str(run)!r}]) == 0; print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"torchvision", "accelerate", "wandb", "matplotlib", "huggingface_hub", "onnx", "jinja2"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--top=0",), "--top 0: must be at least 1."),
+        (("--save=answers.docx",), "--save answers.docx: no kind of picture. Its name may end in .png"),
+        (("--model=nowhere",), "--model nowhere: no model is there."),
+    ],
+)
+def test_wrong_usage_is_said_before_anything_is_done(
+    flags: tuple[str, ...],
+    message: str,
+    run: Path,
+    digits: ImageData,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["predict", *write_digits(tmp_path, digits, (0,)), f"--model={run}", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"mnist predict: {message}")
+
+
 def test_json_has_what_python_gets(
     run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,8 +155,10 @@ def test_json_has_what_python_gets(
     assert main(["predict", *names, "--json", "--top", "2", "--model", str(run / "model")]) == 0
     rows = json.loads(capsys.readouterr().out)
     for row, found in zip(rows, load(run).predict(names), strict=True):
-        assert (row["label"], row["probability"]) == (found.label, found.probability)
-        assert [(it["label"], it["probability"]) for it in row["top"]] == list(found.probabilities.items())[:2]
+        assert (row["label"], row["probability"]) == (found.label, pytest.approx(found.probability))
+        assert {it["label"]: it["probability"] for it in row["top"]} == pytest.approx(
+            dict(list(found.probabilities.items())[:2])
+        )
         assert sum(found.probabilities.values()) == pytest.approx(1)
 
 

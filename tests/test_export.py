@@ -1,0 +1,93 @@
+"""A model exported to ONNX, read back by onnxruntime, the format's own checker, and a program without PyTorch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from mnist import export, load
+from mnist.cli import main
+from mnist.config import PROJECT_FOLDER
+from mnist.data import ImageData
+from mnist.errors import UserError
+from tests.conftest import RunHere
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "cnn"])
+def test_the_exported_model_gives_the_models_predictions_on_the_whole_test_set(
+    architecture: str, run_here: RunHere, digits: ImageData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_here("x", model=architecture, limit_train_images=3000)
+    capsys.readouterr()
+    assert main(["export", "--format", "onnx", "--model", str(folder)]) == 0
+    assert "probabilities differ by " in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    found = load(folder).predict(list(digits.test.images))
+    probabilities = torch.cat([export.run(session, part) for part in torch.split(digits.test.images, 777)])
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    assert [names[number] for number in probabilities.argmax(dim=1)] == [it.label for it in found]
+    expected = np.array([[it.probabilities[name] for name in names] for it in found])
+    assert np.abs(probabilities.numpy() - expected).max() < 1e-4
+
+
+def test_the_file_is_valid_takes_any_number_of_images_and_says_how_they_are_prepared(
+    run_here: RunHere, tmp_path: Path
+) -> None:
+    folder = run_here("x")
+    assert main(["export", "--model", str(folder / "model"), "--output", str(tmp_path / "m.onnx")]) == 0
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["m.onnx", "runs"]  # all of it is in one file
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    onnx.checker.check_model(model, full_check=True)
+    (image,) = model.graph.input
+    sides = [it.dim_param or it.dim_value for it in image.type.tensor_type.shape.dim]
+    assert (image.name, sides) == ("images", ["batch", 1, 28, 28])
+    metadata = {it.key: it.value for it in model.metadata_props}
+    assert json.loads(metadata["class_names"]) == [str(number) for number in range(10)]
+    preprocessing = json.loads(metadata["preprocessing"])
+    assert (preprocessing["shape"], preprocessing["scale"]) == ([1, 28, 28], "uint8 / 255")
+    assert "centre of mass" in preprocessing["digits"]
+
+
+def test_a_program_without_torch_can_use_the_file(run_here: RunHere, digits: ImageData, tmp_path: Path) -> None:
+    folder = run_here("x", limit_train_images=3000)
+    assert main(["export", "--model", str(folder)]) == 0
+    np.save(tmp_path / "images.npy", digits.test.images[:100].numpy())
+    page = (PROJECT_FOLDER / "docs" / "predict.md").read_text()
+    program = page.split("<!-- a program without torch -->\n```python\n")[1].split("```")[0]
+    script = f"import sys; sys.modules['torch'] = None\n{program}\nprint(json.dumps([labels, sorted(sys.modules)]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "model.onnx"), str(tmp_path / "images.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    labels = json.loads(done.stdout)[0]
+    assert labels == [it.label for it in load(folder).predict(list(digits.test.images[:100]))]
+
+
+def test_a_file_that_answers_otherwise_is_not_written(
+    run_here: RunHere, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_here("x")
+    (folder / "model.onnx").write_text("the old one")
+    monkeypatch.setattr(export, "scale_pixels", lambda images: images.unsqueeze(1) / 250)  # what onnxruntime is given
+    with pytest.raises(UserError, match=r"not written. The exported model's probabilities differ by up to \d"):
+        export.export_onnx(load(folder), folder / "model.onnx", digits.test.images[:100])
+    assert (folder / "model.onnx").read_text() == "the old one"
+    assert not list(folder.glob(".*onnx*"))
+
+
+def test_without_the_extra_the_error_says_what_to_install(
+    run_here: RunHere, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_here("x")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"onnxruntime is missing: pip install -e '\.\[onnx\]'"):
+        export.export_onnx(load(folder), folder / "model.onnx", digits.test.images[:100])
