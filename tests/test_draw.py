@@ -731,8 +731,6 @@ def test_every_digit_drawn_with_the_mouse_is_read_by_a_trained_network(
     model, rng = load(cnn_run), np.random.default_rng(0)
     with serving_a_run(cnn_run) as address:
         tab = Tab(browser, address, viewport=viewport)
-        sent: list[bytes] = []
-        tab.page.on("request", lambda request: sent.append(request.post_data_buffer or b""))
         for digit, hands in HANDS.items():
             tab.page.keyboard.press("c")
             tab.sees("Draw a digit")
@@ -746,7 +744,8 @@ def test_every_digit_drawn_with_the_mouse_is_read_by_a_trained_network(
             tab.sees(str(digit))
             while not tab.page.evaluate("shown !== null && shown.about === drawn"):
                 tab.page.wait_for_timeout(20)
-            expected = model.predict(read_image(sent[-1]))
+            sent = tab.page.evaluate("picture().then(it => it.arrayBuffer()).then(it => [...new Uint8Array(it)])")
+            expected = model.predict(read_image(bytes(sent)))
             told = dict(zip(model.class_names, tab.page.evaluate("shown.probabilities"), strict=True))
             assert told == pytest.approx(expected.probabilities, abs=1e-6)
             assert tab.page.locator("#seen").get_attribute("src") == picture(expected.seen)
