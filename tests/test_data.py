@@ -42,7 +42,7 @@ def test_mnist_is_read_as_torchvision_reads_it(digits: ImageData, tmp_path: Path
     unpack_mnist(tmp_path / "MNIST" / "raw")
     for train, split in ((True, digits.train), (False, digits.test)):
         theirs = torchvision.datasets.MNIST(str(tmp_path), train=train)
-        assert torch.equal(split.images, theirs.data)
+        assert torch.equal(split.images[:], theirs.data)
         assert torch.equal(split.labels, theirs.targets)
     assert (len(digits.train), len(digits.test), digits.notes) == (60_000, 10_000, ())
 
@@ -150,8 +150,8 @@ def test_images_and_labels_that_do_not_belong_together_are_refused(tmp_path: Pat
 def test_validation_images_are_the_last_training_images_and_are_not_trained_on(digits: ImageData) -> None:
     cut = load_dataset("mnist", PROJECT_FOLDER / "data", validation_size=1000, limit_train_images=500)
     assert cut.validation is not None
-    assert torch.equal(cut.validation.images, digits.train.images[-1000:])
-    assert torch.equal(cut.train.images, digits.train.images[:500])
+    assert torch.equal(cut.validation.images[:], digits.train.images[-1000:])
+    assert torch.equal(cut.train.images[:], digits.train.images[:500])
     whole = load_dataset("mnist", PROJECT_FOLDER / "data", validation_size=1000, limit_train_images=60_000)
     assert len(whole.train) == 59_000
     with pytest.raises(ConfigError, match="--validation-size 60000"):

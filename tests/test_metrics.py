@@ -24,7 +24,7 @@ def test_evaluation_is_the_mean_over_the_images_and_counts_no_padding(
     model = Net()
     result = evaluate(model, accelerator.prepare(build_batches(images, batch_size=500)), LOSSES["nll"], accelerator)
     with torch.no_grad():
-        output = model(scale_pixels(images.images))
+        output = model(scale_pixels(images.images[:]))
     assert result.images == count
     assert result.correct == int((output.argmax(dim=1) == images.labels).sum())
     assert result.accuracy == result.correct / count
