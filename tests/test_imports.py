@@ -34,6 +34,7 @@ ALLOWED = {
     "draw": {"errors"},
     "export": {"errors", "predict", "storage", "transforms"},
     "data": {"transforms", "errors"},
+    "folders": {"data", "errors", "hardware", "images", "storage"},
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},
     "interruption": set(),
