@@ -28,7 +28,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist import distributed
-    from mnist.checkpoint import Checkpoints
+    from mnist.checkpoint import Checkpoints, has_checkpoint
     from mnist.data import build_batches, load_dataset, measured_splits
     from mnist.environment import describe_environment
     from mnist.evaluation import MISTAKES, Evaluation
@@ -64,24 +64,29 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
 
-    # --- data: images in memory, in batches for training and, as they lie, for measuring
-    with accelerator.local_main_process_first():
-        limits = config.limit_train_images, config.limit_test_images, config.validation_size
+    # --- data, and the network for it: images in memory, in batches for training and, as they lie, for measuring
+    limits = config.limit_train_images, config.limit_test_images, config.validation_size
+    pretrained = config.pretrained and not has_checkpoint(config)
+    with accelerator.local_main_process_first():  # which downloads what is missing
         data = load_dataset(config.dataset, config.data_dir, *limits)
+        description = ModelConfig.of(config.model, data)
+        net = model = build_model(config.model, len(data.class_names), description.image_shape, pretrained)
     accumulated = config.gradient_accumulation_steps
-    train_batches = build_batches(data.train, batch_size, processes, shuffle=True, seed=config.seed, window=accumulated)
+    device, varied = accelerator.device, {"augment": config.augment, "flips": data.flips}
+    train_batches = build_batches(
+        data.train, batch_size, processes, device, shuffle=True, seed=config.seed, window=accumulated, **varied
+    )
     measured_batches = {
-        part: accelerator.prepare(build_batches(split, 500 * processes, processes))
+        part: accelerator.prepare(build_batches(split, 500 * processes, processes, device))
         for part, split in measured_splits(data, config.seed).items()
     }
 
-    # --- model, loss, optimizer, schedule
+    # --- loss, optimizer, schedule
     steps_per_epoch = -(-len(train_batches) // accumulated)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    net = model = build_model(config.model, len(data.class_names))
+    loss_function = LOSSES[config.loss]
     keep_freed_memory()
     choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
-    description, loss_function = ModelConfig.of(config.model, data), LOSSES[config.loss]
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)

@@ -33,6 +33,15 @@ from mnist.saved_model import check_finite, save_json, save_tensors, weights_of
 from mnist.storage import new_folder, remove_folder, remove_leftovers
 
 
+def has_checkpoint(config: TrainConfig) -> bool:
+    """Whether the run that goes on has a checkpoint, from which its weights come; all processes must call it.
+
+    One that was ended before its first checkpoint starts as it did before.
+    """
+    folder = Path(config.resume or "") / "checkpoints"
+    return config.resume is not None and on_main_process(lambda: any(folder.glob("step-*")))
+
+
 class Stateful(Protocol):
     """What says in a dict of plain values where it is, and goes on from there."""
 

@@ -37,7 +37,7 @@ CHOICES = {
     ),
     "mixed_precision": ("no", "fp16", "bf16"),
 }
-"""What may be named; data, models, optim and tracking hold what the names stand for."""
+"""What may be named; data, models, optim and tracking hold what the names stand for. A model may be torchvision's."""
 
 MAY_CHANGE = {"epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "data_dir", "timeout_seconds"}
 """Settings that a run may go on with otherwise than it began: how long it is, what it says, where things are."""
@@ -91,8 +91,14 @@ class TrainConfig:
     validation_size: int = 0
     """Cut the last N training images off and measure on them too: choose settings by these, not by the test images."""
 
+    augment: bool = False
+    """Turn, zoom and shift the training images a little, anew in each epoch; mirror them where they are not writing."""
+
     model: str = "mlp"
-    """The network."""
+    """The network: mlp, cnn, or a classification model of torchvision's, as resnet18."""
+
+    pretrained: bool = False
+    """Start from torchvision's weights, made with ImageNet, for all but the last layer; not for mlp and cnn."""
 
     loss: str = "nll"
     """nll: cross-entropy, as negative log-likelihood of log-softmax; mse: squared error to one-hot targets."""
@@ -151,8 +157,19 @@ class TrainConfig:
         if self.run_name is not None:
             well = re.fullmatch(r"\w[\w.+=@-]*", self.run_name, re.ASCII) and self.run_name != "latest"
             self._require("run_name", well, "letters, digits and _ . + = @ - without a folder, and not 'latest'")
-        for name in ("dataset", "model", "loss", "optimizer", "schedule"):
+        for name in ("dataset", "loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
+        if self.model not in CHOICES["model"]:
+            from torchvision import models  # takes a second, which mlp and cnn can do without
+
+            theirs = models.list_models(module=models)
+            known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} of torchvision's, as resnet18"
+            check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
+        elif self.pretrained:
+            raise ConfigError(
+                f"--pretrained: there are no such weights for --model {self.model}. Choose a model of torchvision's, as"
+                " --model resnet18."
+            )
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
@@ -245,8 +262,8 @@ class TrainConfig:
 
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every seed",
-    "data": "dataset data_dir limit_train_images limit_test_images validation_size",
-    "model": "model loss",
+    "data": "dataset data_dir limit_train_images limit_test_images validation_size augment",
+    "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
     "length": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
     "processes": "mixed_precision timeout_seconds",
@@ -259,12 +276,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ConfigError, with the nearest names, where `value` is none of the choices."""
+def check_choice(name: str, value: str, choices: Sequence[str], known: str = "") -> None:
+    """Raise ConfigError, with the nearest names, where `value` is no choice; `known` is a shorter list of them."""
     if value not in choices:
         near = difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"{flag(name)} {value}: unknown.{hint} Known: {', '.join(choices)}.")
+        raise ConfigError(f"{flag(name)} {value}: unknown.{hint} Known: {known or ', '.join(choices)}.")
 
 
 def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -281,7 +298,7 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     check_choice("recipe", recipe, tuple(recipes))
     if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
         raise ConfigError("--batch-size and --global-batch-size: give one of them, for the other follows from it.")
-    choices = CHOICES | {"recipe": tuple(recipes)}
+    choices = CHOICES | {"recipe": tuple(recipes), "model": (*CHOICES["model"], "...")}  # as --help shows them
     config: TrainConfig = parse_flags(recipes[recipe], HELP_GROUPS, choices, arguments)
     return config
 

@@ -145,6 +145,7 @@ def load_folder(
         notes=tuple(notes),
         pixels_md5=hashlib.md5("\n".join(content).encode(), usedforsecurity=False).hexdigest(),
         skipped=tuple((printable(file), reason) for file, reason in skipped),
+        flips=True,
     )
 
 

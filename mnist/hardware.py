@@ -67,6 +67,12 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on an accelerator; 0 on one that does not say (Apple's), and for the CPU."""
+    memory = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if memory is None else int(memory(device)[0])
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has needed at most: of a CUDA device what torch had taken, otherwise of the machine."""
     if device.type == "cuda":

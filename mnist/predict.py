@@ -32,7 +32,7 @@ class Prediction:
     label: str | None  # a class name; None where the image shows no digit
     probability: float  # of the label
     probabilities: dict[str, float]  # by class name, the likeliest first; empty where there is no digit
-    seen: Tensor | None  # what the network was given, uint8 [height, width]
+    seen: Tensor | None  # what the network was given, uint8 [height, width] or [height, width, 3]
 
 
 class Model:
@@ -61,7 +61,7 @@ class Model:
         return answers if several else answers[0]
 
     def predict_prepared(self, images: Sequence[Tensor | None]) -> list[Prediction]:
-        """The answers to images that are prepared, uint8 [height, width]; None is one that shows nothing."""
+        """The answers to images that are prepared, as `prepare` gives them; None is one that shows nothing."""
         found = [image for image in images if image is not None]
         rows = iter(predict(self.net, torch.stack(found)) if found else ())
         return [
@@ -75,7 +75,9 @@ class Model:
         return Prediction(label, by_name[label], by_name, image)
 
     def prepare(self, image: Any) -> Tensor | None:
-        """What the network is given, uint8 [height, width]; None where there is no digit. Errors as in `predict`."""
+        """What the network is given, uint8 [height, width] or, in colour, [height, width, 3]; None where there is no
+        digit. Errors as in `predict`.
+        """
         from mnist.handwriting import prepare_digit
         from mnist.images import read_image
 
@@ -88,7 +90,7 @@ class Model:
                 f"An image of {picture.width} x {picture.height} for a model of {self.config.dataset}: only digits are"
                 f" prepared so far. Give it {width} x {height} pixels, as the images that it was trained on."
             )
-        return torch.from_numpy(np.array(picture.convert("L")))
+        return torch.from_numpy(np.array(picture.convert("RGB" if self.config.channels == 3 else "L")))
 
 
 def as_picture(image: Any) -> "Image.Image":
@@ -132,7 +134,7 @@ def load(source: str | os.PathLike[str]) -> Model:
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] of images, uint8 [N, height, width], computed where the model is."""
+    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], computed where the model is."""
     training, device = net.training, next(net.parameters()).device
     net.eval()
     outputs = [

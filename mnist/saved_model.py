@@ -28,12 +28,18 @@ class ModelConfig:
     class_names: tuple[str, ...]
     image_size: tuple[int, int]  # height, width in pixels
     dataset: str
+    channels: int = 1  # 3 for images in colour; models saved before there were any do not say it
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
         """The description of a model that was trained on `data`."""
-        height, width = data.train.images.shape[1:]
-        return cls(architecture, data.class_names, (height, width), data.name)
+        height, width, *colours = data.train.images.shape[1:]
+        return cls(architecture, data.class_names, (height, width), data.name, *colours)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model takes."""
+        return (self.channels, *self.image_size)
 
 
 def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
@@ -65,8 +71,9 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
         class_names=tuple(values["class_names"]),
         image_size=tuple(values["image_size"]),
         dataset=values["dataset"],
+        channels=values.get("channels", 1),
     )
-    model = build_model(config.architecture, len(config.class_names))
+    model = build_model(config.architecture, len(config.class_names), config.image_shape)
     model.load_state_dict(weights)
     return model.eval(), config
 

@@ -18,8 +18,8 @@ from tests.conftest import Launch
 
 FLAGS = """
     --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --seed
-    --dataset --data-dir --limit-train-images --limit-test-images --validation-size
-    --model --loss
+    --dataset --data-dir --limit-train-images --limit-test-images --validation-size --augment
+    --model --pretrained --loss
     --optimizer --learning-rate --weight-decay --schedule --warmup-steps --max-grad-norm
     --epochs --max-steps --batch-size --global-batch-size --gradient-accumulation-steps
     --mixed-precision --timeout-seconds
@@ -93,6 +93,9 @@ def test_a_boolean_may_stand_alone_or_with_a_value(arguments: list[str], expecte
     [
         ({"dataset": "mnits"}, ["--dataset mnits", "Did you mean", "mnist"]),
         ({"model": "cmn"}, ["--model cmn", "Did you mean cnn", "mlp"]),
+        ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, and", "torchvision"]),
+        ({"model": "raft_large"}, ["--model raft_large", "unknown"]),  # torchvision's, but for pairs of pictures
+        ({"pretrained": True}, ["--pretrained", "--model mlp", "--model resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
         ({"schedule": "onecycle"}, ["--schedule onecycle", "Did you mean one-cycle"]),
         ({"loss": "crossentropy"}, ["--loss crossentropy", "nll, mse"]),

@@ -8,11 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from mnist.config import PROJECT_FOLDER
-from mnist.data import FILES, SOURCES, ImageData, Split, build_batches, load_dataset, measured_splits, read_idx
+from mnist.data import (
+    FILES,
+    SOURCES,
+    BatchDataset,
+    ImageData,
+    Split,
+    build_batches,
+    load_dataset,
+    measured_splits,
+    read_idx,
+)
 from mnist.errors import ConfigError, UserError
+from mnist.transforms import augmentation_parameters
 
 RAW = PROJECT_FOLDER / "data" / "MNIST" / "raw"
 
@@ -213,6 +225,81 @@ def test_the_weights_of_each_optimizer_step_make_a_mean_over_its_true_number_of_
         assert len(real) == images
         # 4 and 3: what accelerator.backward and DistributedDataParallel divide by
         np.testing.assert_allclose(real, 4 * 3 / images, rtol=1e-6)
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def augmented(digits: ImageData, processes: int, rank: int, first: int = 0) -> list[Batch]:
+    """What a process gets of the second epoch of 107 images in batches of 20, from the batch `first` on."""
+    split = digits.train.take(slice(0, 107))
+    size = -(-20 // processes) * processes
+    batches = build_batches(split, 20, processes, shuffle=True, seed=3, augment=True)
+    batches.dataset.set_epoch(1)  # type: ignore[attr-defined]
+    share = size // processes
+    starts = range(first * size + rank * share, 6 * size, size)
+    return [batches.dataset.__getitems__(range(start, start + share)) for start in starts]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("processes", [2, 3])  # 20 does not divide by 3: a batch is filled up
+def test_an_image_is_augmented_alike_whatever_the_number_of_processes(processes: int, digits: ImageData) -> None:
+    alone = augmented(digits, 1, 0)
+    shares = [augmented(digits, processes, rank) for rank in range(processes)]
+    for number, (X, y, _) in enumerate(alone):
+        together = [torch.cat([share[number][part] for share in shares])[:20] for part in (0, 1)]
+        assert torch.equal(X, together[0])
+        assert torch.equal(y, together[1])
+
+
+def test_an_epoch_that_is_entered_in_its_middle_has_the_same_images(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchDataset, "READ_AHEAD", 40 * 28 * 28)
+    whole, rest = augmented(digits, 1, 0), augmented(digits, 1, 0, first=3)
+    for left, right in zip(whole[3:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_augmented_images_are_those_of_the_split_changed_and_otherwise_in_each_epoch(digits: ImageData) -> None:
+    split = digits.train.take(slice(0, 50))
+    plain, changed = (build_batches(split, 50, shuffle=True, augment=augment) for augment in (False, True))
+    (X, *others), (Z, *same) = next(iter(plain)), next(iter(changed))
+    assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
+    assert not any(torch.allclose(before, after) for before, after in zip(X, Z, strict=True))
+    assert F.cosine_similarity(X.flatten(1), Z.flatten(1)).median() > 0.4  # still the same digits
+    changed.dataset.set_epoch(1)  # type: ignore[attr-defined]
+    assert not torch.equal(changed.dataset.parameters, augmentation_parameters(50, 0, 0, flip=False))  # type: ignore[attr-defined]
+
+
+def test_only_what_is_not_written_is_mirrored(digits: ImageData) -> None:
+    assert {name: source.flips for name, source in SOURCES.items()} == {
+        "mnist": False,
+        "fashion-mnist": True,
+        "kmnist": False,
+    }
+    assert not digits.flips
+    split = digits.train.take(slice(0, 50))
+    for flips in (False, True):
+        batches = build_batches(split, 50, shuffle=True, augment=True, flips=flips)
+        assert bool(batches.dataset.parameters[:, 4].any()) is flips  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("free", "home"), [(4 * 107 * 784, "meta"), (4 * 107 * 784 - 1, "cpu")])
+def test_images_that_take_a_quarter_of_an_accelerators_free_memory_lie_there(
+    free: int, home: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist.data.free_memory", lambda device: free)
+    split, meta = digits.train.take(slice(0, 107)), torch.device("meta")  # a device that holds shapes alone
+    batches = build_batches(split, 20, 3, meta, shuffle=True, augment=True)
+    assert {values.device.type for values in batches.dataset.split} == {home}  # type: ignore[attr-defined]
+    for batch in batches:
+        assert [values.device.type for values in batch] == ["meta"] * 3
+        assert [values.shape for values in batch] == [(21, 1, 28, 28), (21,), (21,)]
+
+
+def test_on_the_cpu_images_are_not_copied(digits: ImageData) -> None:
+    batches = build_batches(digits.train, 10, device=torch.device("cpu"))
+    assert batches.dataset.split.images[:].data_ptr() == digits.train.images.data_ptr()  # type: ignore[attr-defined]
 
 
 def test_a_batch_larger_than_the_training_images_is_refused() -> None:

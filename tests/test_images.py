@@ -437,7 +437,7 @@ def test_pasted_and_drawn_digits_are_read(cnn_run: Path, digits: ImageData, tmp_
     rng = np.random.default_rng(SEED)
     places = rng.permutation(len(digits.test))[:MEASURED]
     images, labels = digits.test.take(torch.from_numpy(places))
-    pasted = read_right(cnn_run, tmp_path / "pasted", (paste_digit(it, rng) for it in images), labels.tolist())
+    pasted = read_right(cnn_run, tmp_path / "pasted", (paste_digit(it, rng) for it in images[:]), labels.tolist())
     written = [number % len(HANDS) for number in range(MEASURED)]
     drawn = read_right(cnn_run, tmp_path / "drawn", (draw_digit(it, rng) for it in written), written)
     print(f"pasted {pasted:.2%}, drawn {drawn:.2%}")
@@ -449,6 +449,6 @@ def test_pasted_and_drawn_digits_are_read(cnn_run: Path, digits: ImageData, tmp_
 def test_mnists_own_images_are_read_at_the_accuracy_of_the_run(
     cnn_run: Path, digits: ImageData, tmp_path: Path
 ) -> None:
-    images = (Image.fromarray(image.numpy()) for image in digits.test.images)
+    images = (Image.fromarray(image.numpy()) for image in digits.test.images[:])
     right = read_right(cnn_run, tmp_path / "mnist", images, digits.test.labels.tolist())
     assert right == metrics_of(cnn_run)[-1]["test/accuracy"]

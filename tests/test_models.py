@@ -1,17 +1,32 @@
 """Networks, and the folder from which one is built again."""
 
+import hashlib
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
-from mnist.errors import UserError
+from mnist.data import ImageData, Split
+from mnist.errors import ConfigError, UserError
+from mnist.hardware import choose_threads
 from mnist.models import MODELS, Net, build_model, count_parameters
 from mnist.saved_model import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Else each of many small operations waits for another thread, for long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tutorial_state(path: Path) -> dict[str, Tensor]:
@@ -38,10 +53,199 @@ def test_a_state_dict_of_the_tutorials_code_loads_and_gives_the_same_outputs(tmp
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_network_gives_log_probabilities_of_any_number_of_classes(name: str) -> None:
-    output = build_model(name, 7)(torch.rand(5, 1, 28, 28))
-    assert output.shape == (5, 7)
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 8), (3, 64, 64), (1, 100, 40), (3, 31, 57), (3, 224, 224)])
+def test_every_network_gives_log_probabilities_for_any_shape_and_number_of_classes(
+    name: str, classes: int, shape: tuple[int, int, int]
+) -> None:
+    output = build_model(name, classes, shape)(torch.rand(5, *shape))
+    assert output.shape == (5, classes)
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "first_outputs"),
+    [
+        ("mlp", "c2c3a657fcc9fd1b25a62b2c6c33ec679f0591d24e9c1a5a5a6310ba4201a296", [-2.274238, -2.455480, -2.339671]),
+        ("cnn", "53f0a65c2c92c3317d6e72920057013f8ac7ea75da8fa091cdc58e685d42cd7b", [-2.329966, -2.224728, -2.223681]),
+    ],
+)
+def test_the_networks_for_digits_begin_with_the_weights_that_they_always_had(
+    name: str, digest: str, first_outputs: list[float]
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, 10)
+    weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    assert hashlib.sha256(weights).hexdigest() == digest
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(images)[0, :3], torch.tensor(first_outputs))
+
+
+def test_the_cnn_refuses_images_of_which_nothing_would_be_left() -> None:
+    with pytest.raises(ConfigError, match="--model cnn: does not take images of 28 x 3 pixels"):
+        build_model("cnn", 10, (1, 3, 28))
+
+
+FAMILIES = {  # of torchvision's models, the smallest of each, and a size that it takes
+    "resnet18": 28,
+    "mobilenet_v2": 28,
+    "mobilenet_v3_small": 28,
+    "efficientnet_b0": 28,
+    "shufflenet_v2_x0_5": 28,
+    "mnasnet0_5": 28,
+    "squeezenet1_1": 28,
+    "regnet_y_400mf": 28,
+    "googlenet": 28,
+    "swin_t": 28,
+    "densenet121": 64,
+    "convnext_tiny": 64,
+    "inception_v3": 75,
+}
+
+
+@pytest.mark.parametrize(("name", "size"), FAMILIES.items())
+@pytest.mark.parametrize("channels", [1, 3])
+def test_models_of_torchvision_fit_channels_and_classes_and_are_built_again(
+    name: str, size: int, channels: int, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build_model(name, 3, (channels, size, size))
+    images = torch.rand(4, channels, size, size)
+    output = model(images)  # in training mode, where auxiliary heads would answer too
+    torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(4))
+    assert output.shape == (4, 3)
+    output[:, 0].sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    config = ModelConfig(name, ("a", "b", "c"), (size, size), "photographs", channels)
+    save_model(model, tmp_path / "model", config)
+    again, found = load_model(tmp_path / "model")
+    assert found == config
+    with torch.no_grad():
+        assert torch.equal(again(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("vgg11", (1, 28, 28), ["28 x 28", "--image-size 32"]),
+        ("alexnet", (3, 64, 28), ["28 x 64", "--image-size 63"]),
+        ("maxvit_t", (3, 64, 64), ["64 x 64", "--image-size 224"]),
+        ("vit_b_32", (3, 64, 96), ["96 x 64", "--image-size 224"]),
+        ("vit_b_32", (3, 28, 28), ["28 x 28", "--image-size 224"]),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_refused_with_one_that_it_takes(
+    name: str, shape: tuple[int, int, int], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=f"--model {name}: does not take images of") as caught:
+        build_model(name, 3, shape)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_vision_transformer_is_built_for_the_size_of_the_images() -> None:
+    assert build_model("vit_b_32", 3, (1, 64, 64))(torch.rand(2, 1, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["cnm", "raft_large", "quantized_resnet18"])
+def test_what_is_no_classification_model_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--model {name}: neither mlp nor cnn nor one of torchvision's"):
+        build_model(name, 3)
+
+
+def test_a_model_for_grey_images_answers_as_that_in_colour_to_a_grey_picture() -> None:
+    torch.manual_seed(0)
+    colour = build_model("resnet18", 3, (3, 32, 32)).eval()
+    torch.manual_seed(0)
+    grey = build_model("resnet18", 3, (1, 32, 32)).eval()
+    images = torch.rand(4, 1, 32, 32)
+    normalised = (images - grey.mean) / grey.std * colour.std + colour.mean  # type: ignore[operator]
+    torch.testing.assert_close(grey(images), colour(normalised), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def weights_of_resnet18(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """A file such as torchvision would download, where it would lie; and no network to download it again."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    torch.manual_seed(7)
+    state: dict[str, Tensor] = models.resnet18().state_dict()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    return state
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pretrained_weights_are_taken_for_all_but_the_last_layer(
+    channels: int, weights_of_resnet18: dict[str, Tensor]
+) -> None:
+    model = build_model("resnet18", 3, (channels, 64, 64), pretrained=True)
+    found = {name.removeprefix("net."): value for name, value in model.state_dict().items()}
+    assert found["fc.weight"].shape == (3, 512)
+    if channels == 1:
+        weights_of_resnet18["conv1.weight"] = weights_of_resnet18["conv1.weight"].sum(dim=1, keepdim=True)
+    for name, value in weights_of_resnet18.items():
+        assert name.startswith("fc.") or torch.equal(found[name], value), name
+
+
+def test_a_saved_model_is_built_again_without_the_weights_that_it_began_with(
+    weights_of_resnet18: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model = build_model("resnet18", 3, (3, 64, 64), pretrained=True)
+    save_model(model, tmp_path / "model", ModelConfig("resnet18", ("a", "b", "c"), (64, 64), "photographs", 3))
+    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").unlink()
+    again, _ = load_model(tmp_path / "model")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(again(images), model.eval()(images))
+
+
+def test_pretrained_weights_that_cannot_be_had_are_named_with_the_place_for_them(
+    weights_of_resnet18: dict[str, Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        build_model("resnet18", 3, (3, 64, 64), pretrained=True)
+    file.unlink()
+    with pytest.raises(UserError, match=r"--pretrained: the weights of resnet18 cannot be had \(URLError") as caught:
+        build_model("resnet18", 3, (3, 64, 64), pretrained=True)
+    assert "download.pytorch.org" in str(caught.value)
+    assert str(file) in str(caught.value)
+    with pytest.raises(ConfigError, match="--pretrained: there are no such weights for cnn"):
+        build_model("cnn", 3, pretrained=True)
+
+
+def test_every_model_of_torchvision_has_pretrained_weights_and_a_smallest_size() -> None:
+    for name in models.list_models(module=models):
+        weights = models.get_model_weights(name).DEFAULT
+        assert weights.url.startswith("https://download.pytorch.org/models/")
+        assert weights.meta["min_size"]
+        assert weights.transforms().mean
+
+
+def test_choosing_the_threads_leaves_a_model_with_batchnorm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    model = build_model("resnet18", 3, (3, 64, 64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert choose_threads(model, torch.rand(10, 3, 64, 64)) >= 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_description_tells_colour_from_grey_and_an_old_one_means_grey(tmp_path: Path) -> None:
+    for channels, shape in ((1, (5, 20, 30)), (3, (5, 20, 30, 3))):
+        split = Split(torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+        config = ModelConfig.of("cnn", ImageData("made up", ("a", "b"), split, None, split))
+        assert config.image_shape == (channels, 20, 30)
+        save_model(build_model("cnn", 2, config.image_shape), tmp_path / "model", config)
+        assert load_model(tmp_path / "model")[1] == config
+    save_model(Net(), tmp_path / "model", DIGITS)
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    del values["channels"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    assert load_model(tmp_path / "model")[1] == DIGITS
 
 
 def test_a_saved_model_is_built_again_with_no_flag(tmp_path: Path) -> None:

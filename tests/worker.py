@@ -92,6 +92,7 @@ def train_case(folder: Path, name: str) -> None:
         log_every=5,
         model=model,
         schedule=schedule,
+        augment=schedule == "linear",  # an image is to be changed alike wherever it is trained on
         warmup_steps=0 if schedule == "constant" else 4,
         gradient_accumulation_steps=accumulation,
         batch_size=GLOBAL_BATCH // world_size(),
