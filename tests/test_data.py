@@ -299,7 +299,7 @@ def test_images_that_take_a_quarter_of_an_accelerators_free_memory_lie_there(
 
 def test_on_the_cpu_images_are_not_copied(digits: ImageData) -> None:
     batches = build_batches(digits.train, 10, device=torch.device("cpu"))
-    assert batches.dataset.split.images[:].data_ptr() == digits.train.images.data_ptr()  # type: ignore[attr-defined]
+    assert batches.dataset.split.images.data_ptr() == digits.train.images[:].data_ptr()  # type: ignore[attr-defined]
 
 
 def test_a_batch_larger_than_the_training_images_is_refused() -> None:
