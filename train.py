@@ -11,6 +11,7 @@ the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on 
 
 import contextlib
 import dataclasses
+import functools
 import sys
 
 from mnist.config import TrainConfig, given_settings, parse_command_line
@@ -29,7 +30,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
 
     from mnist import distributed
     from mnist.checkpoint import Checkpoints, has_checkpoint
-    from mnist.data import build_batches, load_dataset, measured_splits
+    from mnist.data import build_batches, measured_splits
+    from mnist.datasets import decode_folder, load_dataset
     from mnist.environment import describe_environment
     from mnist.evaluation import MISTAKES, Evaluation
     from mnist.gradients import share_gradients
@@ -41,13 +43,15 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.predict import predict
     from mnist.progress import Progress
     from mnist.report import LiveReport
-    from mnist.run import Run, find_run
+    from mnist.run import Run, find_run, find_run_here
     from mnist.saved_model import ModelConfig, save_model
     from mnist.terminal import Terminal
     from mnist.tracking import Tracking, check_trackers
     from mnist.transforms import scale_pixels
 
     # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
+    here = find_run_here(config, given)
+    decode_folder(here.dataset, here.data_dir, here.image_size)  # which may take longer than processes wait for others
     joined = distributed.join_processes(config.timeout_seconds)
     config = find_run(config, given).share_batch(joined.num_processes)
     check_trackers(config.tracker_names)
@@ -64,20 +68,20 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
 
-    # --- data, and the network for it: images in memory, in batches for training and, as they lie, for measuring
+    # --- data, in batches for training and, as they lie, for measuring; and the network for them
     limits = config.limit_train_images, config.limit_test_images, config.validation_size
     pretrained = config.pretrained and not has_checkpoint(config)
     with accelerator.local_main_process_first():  # which downloads what is missing
-        data = load_dataset(config.dataset, config.data_dir, *limits)
+        data = load_dataset(config.dataset, config.data_dir, *limits, config.image_size, config.test_fraction)
         description = ModelConfig.of(config.model, data)
         net = model = build_model(config.model, len(data.class_names), description.image_shape, pretrained)
-    accumulated = config.gradient_accumulation_steps
-    device, varied = accelerator.device, {"augment": config.augment, "flips": data.flips}
-    train_batches = build_batches(
-        data.train, batch_size, processes, device, shuffle=True, seed=config.seed, window=accumulated, **varied
+    batches_of = functools.partial(build_batches, num_processes=processes, device=accelerator.device)
+    accumulated, flips = config.gradient_accumulation_steps, data.flips
+    train_batches = batches_of(
+        data.train, batch_size, shuffle=True, seed=config.seed, window=accumulated, augment=config.augment, flips=flips
     )
     measured_batches = {
-        part: accelerator.prepare(build_batches(split, 500 * processes, processes, device))
+        part: accelerator.prepare(batches_of(split, 500 * processes))
         for part, split in measured_splits(data, config.seed).items()
     }
 
@@ -96,6 +100,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config)
     environment = describe_environment(accelerator) | {
+        "data": data.title,
         "dataset_md5": data.checksum,
         "train_images": len(data.train),
         "test_images": len(data.test),
@@ -103,13 +108,13 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
-    run.describe(environment)
+    run.describe(environment, data.skipped)
     is_main = accelerator.is_main_process
     terminal = Terminal(is_main, config.epochs)
     terminal.header(config, environment, run.folder, data.notes)
     settings = dataclasses.asdict(config) | environment
     tracking = Tracking(is_main, run.folder, run.id, settings, config.tracker_names)
-    evaluation = Evaluation(run.folder, data.test, data.class_names)
+    evaluation = Evaluation(run.folder, data)
     report = LiveReport(run.folder, writes=is_main)
     interruption = Interruption(accelerator, at_once=run.note)
     progress = Progress(

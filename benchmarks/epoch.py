@@ -38,7 +38,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist.data import FILES, load_dataset  # noqa: E402
+from mnist.datasets import FILES, load_dataset  # noqa: E402
 from mnist.hardware import choose_threads, device_name  # noqa: E402
 from mnist.models import Net  # noqa: E402
 

@@ -198,22 +198,40 @@ def draw_digits(options: argparse.Namespace) -> None:
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, dict[str, Any]]":
     """The data set to test on, and what its run was set to; of a model without a run, what the tutorial's is."""
-    from mnist.config import CHOICES, TrainConfig, check_choice
-    from mnist.data import load_dataset
+    from mnist.config import TrainConfig
+    from mnist.datasets import SOURCES, load_dataset
     from mnist.errors import ConfigError
     from mnist.record import Record
 
     run = _run_of(options)
-    settings = dataclasses.asdict(TrainConfig()) | (Record.read(run).config if run else {})
-    dataset = options.dataset or model.config.dataset
-    check_choice("dataset", dataset, CHOICES["dataset"])
-    limit = settings["limit_test_images"] if dataset == settings["dataset"] else None
-    data = load_dataset(dataset, options.data_dir or settings["data_dir"], limit_test_images=limit)
-    if len(data.class_names) != len(model.class_names):
+    settings = dataclasses.asdict(TrainConfig()) | (Record.read(run).config if run else {"dataset": None})
+    dataset = options.dataset or settings["dataset"] or model.config.dataset
+    TrainConfig(dataset=dataset)  # raises ConfigError for a name that is none
+    same = dataset == settings["dataset"]
+    data = load_dataset(
+        dataset,
+        options.data_dir or settings["data_dir"],
+        limit_test_images=settings["limit_test_images"] if same else None,
+        image_size=None if dataset in SOURCES else model.config.image_size[0],
+        test_fraction=settings["test_fraction"] if same else None,
+    )
+    found, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
+    if (len(data.class_names), found) != (len(model.class_names), wanted):
         raise ConfigError(
-            f"--dataset {dataset}: has {len(data.class_names)} classes, the model {len(model.class_names)}."
+            f"--dataset {dataset}: has {len(data.class_names)} classes and images of {shape_in_words(found)}, the model"
+            f" {len(model.class_names)} and {shape_in_words(wanted)}."
+        )
+    if data.preparation == "fit" and data.class_names != model.class_names:
+        raise ConfigError(
+            f"--dataset {dataset}: its classes are {', '.join(data.class_names)}, the model's"
+            f" {', '.join(model.class_names)}."
         )
     return data, settings
+
+
+def shape_in_words(pixels: Sequence[int]) -> str:
+    """`64 x 64 pixels in colour`, for height, width and, in colour, 3."""
+    return f"{pixels[1]} x {pixels[0]} pixels in {'colour' if len(pixels) == 3 else 'grey'}"
 
 
 def _run_of(options: argparse.Namespace) -> Path | None:

@@ -77,10 +77,16 @@ class TrainConfig:
     """Seed of the first weights and of the order of the images."""
 
     dataset: str = "mnist"
-    """The images to learn from."""
+    """The images to learn from: mnist, fashion-mnist, kmnist, or a folder of pictures with a folder a class."""
 
     data_dir: str = str(PROJECT_FOLDER / "data")
-    """Folder of the data sets, as torchvision lays it out: MNIST/raw/, FashionMNIST/raw/, KMNIST/raw/."""
+    """Folder of the data sets, as torchvision lays it out (MNIST/raw/ ...), and of decoded pictures (cache/)."""
+
+    image_size: int | None = None
+    """Width and height to which the pictures of a folder are brought; by default 28 in grey, 64 in colour."""
+
+    test_fraction: float | None = None
+    """Share of a folder's pictures to test on, by default 0.2; not where it holds train/ and test/ (or val/)."""
 
     limit_train_images: int | None = None
     """Train on the first N images only."""
@@ -157,8 +163,13 @@ class TrainConfig:
         if self.run_name is not None:
             well = re.fullmatch(r"\w[\w.+=@-]*", self.run_name, re.ASCII) and self.run_name != "latest"
             self._require("run_name", well, "letters, digits and _ . + = @ - without a folder, and not 'latest'")
-        for name in ("dataset", "loss", "optimizer", "schedule"):
+        size, share = self.image_size, self.test_fraction
+        self._require("image_size", size is None or 8 <= size <= 1024, "a whole number from 8 to 1024")
+        self._require("test_fraction", share is None or 0 < share < 1, "a share between 0 and 1, as 0.2")
+        for name in ("loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
+        if not is_path(self.dataset):
+            check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
         if self.model not in CHOICES["model"]:
             from torchvision import models  # takes a second, which mlp and cnn can do without
 
@@ -262,7 +273,7 @@ class TrainConfig:
 
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every seed",
-    "data": "dataset data_dir limit_train_images limit_test_images validation_size augment",
+    "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
     "length": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
@@ -274,6 +285,11 @@ HELP_GROUPS = {
 def flag(name: str) -> str:
     """The flag of a field: `--learning-rate` for `learning_rate`."""
     return "--" + name.replace("_", "-")
+
+
+def is_path(dataset: str) -> bool:
+    """Whether --dataset means a folder: it has a separator, or a folder of that name is here and no data set is."""
+    return dataset not in CHOICES["dataset"] and (Path(dataset).name != dataset or Path(dataset).is_dir())
 
 
 def check_choice(name: str, value: str, choices: Sequence[str], known: str = "") -> None:
@@ -298,7 +314,8 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     check_choice("recipe", recipe, tuple(recipes))
     if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
         raise ConfigError("--batch-size and --global-batch-size: give one of them, for the other follows from it.")
-    choices = CHOICES | {"recipe": tuple(recipes), "model": (*CHOICES["model"], "...")}  # as --help shows them
+    open_ended = {name: (*CHOICES[name], "...") for name in ("dataset", "model")}
+    choices = CHOICES | open_ended | {"recipe": tuple(recipes)}  # as --help shows them
     config: TrainConfig = parse_flags(recipes[recipe], HELP_GROUPS, choices, arguments)
     return config
 

@@ -1,21 +1,15 @@
-"""A data set by name -> images in memory -> batches that know what each image counts.
+"""Images in memory or in a file -> batches that know what each image counts.
 
-    data = load_dataset("mnist", "data")
-    batches = build_batches(data.train, batch_size=10, shuffle=True, seed=0)
-    for X, y, weight in batches: ...          # [10, 1, 28, 28] in [0, 1], [10], [10]
-
-The four files of a data set are read as they lie on the disk, .gz or raw, and never unpacked there: a read-only
-folder will do, and processes that start together cannot race.
+data = load_dataset("mnist", "data")      # datasets.py
+batches = build_batches(data.train, batch_size=10, shuffle=True, seed=0)
+for X, y, weight in batches: ...          # [10, 1, 28, 28] in [0, 1], [10], [10]
 """
 
 import copy
-import gzip
 import hashlib
 import math
 import mmap
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +106,15 @@ class ImageData:
     files: Mapping[Path, str] = field(default_factory=dict)  # that it was read from, with their MD5 sums
     pixels_md5: str = ""  # of what was decoded, where it comes from a folder of pictures
     skipped: tuple[tuple[str, str], ...] = ()  # files in that folder that are not in the data set, and why
+    preparation: str = "none"  # of a person's image for a model of these, see saved_model.py
     flips: bool = False  # whether an image that is mirrored is still one of its class, as writing is not
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: `mnist`, `PetImages at 64 x 64 in colour`."""
+        height, width, *colours = self.test.images.shape[1:]
+        size = f" at {width} x {height} in {'colour' if colours else 'grey'}"
+        return self.name + size if self.preparation == "fit" else self.name
 
     @property
     def checksum(self) -> str:
@@ -120,98 +122,6 @@ class ImageData:
         if self.pixels_md5:
             return self.pixels_md5
         return hashlib.md5("".join(self.files.values()).encode(), usedforsecurity=False).hexdigest()
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a data set of MNIST's form lies below --data-dir, and what its files must be."""
-
-    torchvision_class: str
-    class_names: tuple[str, ...]
-    md5: dict[str, str]  # of the .gz files, as torchvision's classes give them
-    flips: bool  # as in ImageData
-
-    def folder(self, data_dir: str | Path) -> Path:
-        return Path(data_dir) / self.torchvision_class / "raw"
-
-
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-
-def _source(torchvision_class: str, class_names: str, *md5: str, flips: bool = False) -> Source:
-    return Source(torchvision_class, tuple(class_names.split(", ")), dict(zip(FILES, md5, strict=True)), flips)
-
-
-SOURCES = {
-    "mnist": _source(
-        "MNIST",
-        "0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
-        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "d53e105ee54ea40749a09fcbcd1e9432",
-        "9fb629c4189551a2d022fa330f9573f3",
-        "ec29112dd5afa0611ce80d1b7f02629c",
-    ),
-    "fashion-mnist": _source(
-        "FashionMNIST",
-        "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot",
-        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "25c81989df183df01b3e8a0aad5dffbe",
-        "bef4ecab320f06d8554ea6380940ec79",
-        "bb300cfdad3c16e7a12a480ee83cd310",
-        flips=True,
-    ),
-    "kmnist": _source(
-        "KMNIST",
-        "o, ki, su, tsu, na, ha, ma, ya, re, wo",
-        "bdb82020997e1d708af4cf47b453dcf7",
-        "e144d726b3acfaa3e44228e80efcd344",
-        "5c965bf0a639b31b8f53240b1b52f4d7",
-        "7320c461ea6c1c855c0b718fb2a4b134",
-    ),
-}
-
-
-def load_dataset(
-    name: str,
-    data_dir: str | Path,
-    limit_train_images: int | None = None,
-    limit_test_images: int | None = None,
-    validation_size: int = 0,
-) -> ImageData:
-    """Read a data set, downloading through torchvision what does not lie in `data_dir`.
-
-    Raises UserError for a file that is missing or corrupt, ConfigError where a limit leaves no image.
-    """
-    source = SOURCES[name]
-    folder = source.folder(data_dir)
-    if not all(_find(folder, file) for file in FILES):
-        _download(name, source, data_dir)
-    paths = {file: _find(folder, file) or folder / file for file in FILES}
-    # the project carries MNIST as published; other files may have been compressed again, as Debian's are
-    strict = {
-        file: source.md5[file] if name == "mnist" and path.suffix == ".gz" else None for file, path in paths.items()
-    }
-    images, labels, test_images, test_labels = (read_idx(path, strict[file]) for file, path in paths.items())
-    files = {path: strict[file] or _md5(path) for file, path in paths.items()}  # the former were checked as it was read
-    unverified = [path.name for file, path in paths.items() if not strict[file] and files[path] != source.md5[file]]
-    train = _split(folder, "train", images, labels, source.class_names)
-    test = _split(folder, "t10k", test_images, test_labels, source.class_names)
-    train, validation = cut_off(train, validation_size, limit_train_images, name)
-    return ImageData(
-        name,
-        source.class_names,
-        train=train,
-        validation=validation,
-        test=test.take(slice(0, limit_test_images)),
-        notes=(f"read, but not byte for byte as published: {', '.join(unverified)}",) if unverified else (),
-        files=files,
-        flips=source.flips,
-    )
 
 
 def cut_off(
@@ -228,72 +138,6 @@ def cut_off(
     rest = len(train) - validation_size
     validation = train.take(slice(rest, None)) if validation_size else None
     return train.take(slice(0, min(rest, limit_train_images or rest))), validation
-
-
-def _find(folder: Path, file: str) -> Path | None:
-    candidates = (folder / f"{file}.gz", folder / file)
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Split:
-    if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or len(images) == 0:
-        shapes = f"{list(images.shape)} and {list(labels.shape)}"
-        raise UserError(f"{folder}/{prefix}-*: images and labels of shapes {shapes} do not belong together.")
-    if int(labels.max()) >= len(class_names):
-        raise UserError(f"{folder}/{prefix}-labels: class {int(labels.max())} of only {len(class_names)} classes.")
-    return Split(images, labels.long())
-
-
-def read_idx(path: Path, md5: str | None = None) -> Tensor:
-    """Read an IDX file of bytes, .gz or raw, as uint8 [N, ...]; a .gz file must have the MD5 sum, where one is given.
-
-    Without one the checksum inside the .gz file still finds what is corrupt. Raises UserError, naming the file.
-    Format: the MNIST database's page, "THE IDX FILE FORMAT".
-    """
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        if md5 is not None and (found := _md5(path)) != md5:
-            raise UserError(
-                f"{path}: corrupt, MD5 {found}, expected {md5}. Restore it (git checkout -- {path}) where the project"
-                " carries it; otherwise delete it, and it is downloaded again."
-            )
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a whole .gz file ({error}). Delete it and fetch it again.") from error
-    # two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as big-endian uint32
-    dimensions = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
-    header = 4 + 4 * dimensions
-    if dimensions == 0 or len(content) < header:
-        raise UserError(f"{path}: not an IDX file of bytes. Delete it and fetch it again.")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != int(np.prod(shape)):
-        raise UserError(
-            f"{path}: {len(content) - header:,} bytes of data where its shape {list(shape)} needs"
-            f" {int(np.prod(shape)):,}. Delete it and fetch it again."
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
-
-
-def _download(name: str, source: Source, data_dir: str | Path) -> None:
-    """Let torchvision fetch the files into `data_dir`; say where to put them by hand where it cannot."""
-    import torchvision
-
-    print(f"Downloading {name} into {data_dir} ...", flush=True)
-    try:
-        getattr(torchvision.datasets, source.torchvision_class)(str(data_dir), download=True)
-    except (OSError, RuntimeError) as error:
-        missing = [f"{file}.gz" for file in FILES if not _find(source.folder(data_dir), file)]
-        raise UserError(
-            f"--dataset {name}: cannot be downloaded into {data_dir} ({error}).\n"
-            f"Put these files into {source.folder(data_dir)} by hand, as .gz or unpacked, and start again:\n"
-            + "\n".join(f"  {file}  (MD5 {source.md5[file.removesuffix('.gz')]})" for file in missing)
-            + ("\nThe project carries them: git checkout -- data" if name == "mnist" else "")
-        ) from error
 
 
 class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):

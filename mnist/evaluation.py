@@ -1,7 +1,7 @@
 """What the last evaluation has seen, for people to look at: which class was taken for which, the surest mistakes, and
 ten test images whose answers are followed through the training. It lies in the run's folder, evaluation.json.
 
-    evaluation = Evaluation(run.folder, data.test, data.class_names)
+    evaluation = Evaluation(run.folder, data)
     evaluation.update({"step": 600, "epoch": 1}, result, predict(net, evaluation.images))
     Record.read(run.folder).evaluation["confusion"]["counts"]
 """
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mnist.data import Split
+from mnist.data import ImageData
 from mnist.metrics import Mistake, Result
 from mnist.storage import write_file
 
@@ -30,17 +30,18 @@ OTHERS = "all others"
 class Evaluation:
     """For the main process to write, and for all to carry its state."""
 
-    def __init__(self, folder: Path, split: Split, class_names: Sequence[str]) -> None:
-        """`split` are the images that are evaluated."""
+    def __init__(self, folder: Path, data: ImageData) -> None:
+        """Of the test images of `data`."""
         self.path = folder / "evaluation.json"
-        self.split = split
-        self.class_names = tuple(class_names)
-        self.examples = first_of_each_class(split.labels, count=10)
+        self.split = data.test
+        self.class_names = data.class_names
+        self.bright_on_black = data.preparation != "fit"  # as sets of MNIST's form: on paper they are shown dark
+        self.examples = first_of_each_class(data.test.labels, count=10)
         self.history: list[dict[str, Any]] = []  # what the network made of the examples, an entry an evaluation
 
     @property
     def images(self) -> Tensor:
-        """The examples, uint8 [10, height, width]; fewer where the split has fewer."""
+        """The examples, uint8 [10, height, width(, 3)]; fewer where there are fewer."""
         return self.split.images[self.examples]
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Evaluation:
         content = {
             **position,
             "class_names": self.class_names,
-            "gray": self.split.images.dim() == 3,
+            "bright_on_black": self.bright_on_black,
             "images": counts.sum(dim=1).tolist(),
             "correct": counts.diagonal().tolist(),
             "confusion": cut(counts, self.class_names),
@@ -116,9 +117,11 @@ def cut(counts: Tensor, class_names: Sequence[str], most: int = MOST_CLASSES_SHO
 
 
 def picture(image: Tensor) -> str:
-    """An image, uint8 [height, width], as the address of a PNG that is all in the address itself."""
+    """An image, uint8 [height, width], as the address of a PNG that is all in the address itself; in colour, [height,
+    width, 3], of a JPEG, a fifth as large.
+    """
     small = Image.fromarray(image.numpy())
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    buffer, kind = io.BytesIO(), "png" if image.dim() == 2 else "jpeg"
+    small.save(buffer, format=kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -3,8 +3,8 @@
 mnist export --model runs/latest                        # runs/latest/model.onnx
 largest = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
 
-The file takes `images`, float32 [batch, 1, height, width] from 0 to 1, and gives `probabilities`, float32 [batch,
-classes]. Its metadata hold what else a program must know: `class_names` and `preprocessing`, both as JSON.
+The file takes `images`, float32 [batch, channels, height, width] from 0 to 1, and gives `probabilities`, float32
+[batch, classes]. Its metadata hold what else a program must know: `class_names` and `preprocessing`, both as JSON.
 """
 
 import json
@@ -26,6 +26,8 @@ DIGITS = (
     " middle"
 )
 
+FITTED = "the shorter side brought to the size, bicubic and antialiased, then cropped to the middle; colours as RGB"
+
 
 class Probabilities(nn.Module):
     """A network whose answer is what people ask for."""
@@ -42,8 +44,8 @@ class Probabilities(nn.Module):
 def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     """Write the model to `path` and return the largest difference between its probabilities and the original's.
 
-    It is taken over `images`, uint8 [N, height, width], one alone and the others in batches. Raises UserError, and
-    writes nothing, where a package is missing or the difference is above LARGEST_DIFFERENCE.
+    It is taken over `images`, uint8 [N, height, width] or [N, height, width, 3], one alone and the others in batches.
+    Raises UserError, and writes nothing, where a package is missing or the difference is above LARGEST_DIFFERENCE.
     """
     try:
         import onnxruntime
@@ -51,7 +53,7 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     except ImportError as error:
         raise UserError(f"The package {error.name} is missing: pip install -e '.[onnx]'") from error
 
-    X = scale_pixels(images[:2])  # [2, 1, height, width]
+    X = scale_pixels(images[:2])  # [2, channels, height, width]
     program = torch.onnx.export(
         Probabilities(model.net).eval(),
         (X,),
@@ -83,15 +85,14 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
 
 
 def run(session: Any, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] that an exported model gives, in onnxruntime, for uint8 [N, height, width]."""
+    """The probabilities [N, classes] that an exported model gives, in onnxruntime, for uint8 images."""
     return torch.from_numpy(session.run(["probabilities"], {"images": scale_pixels(images).numpy()})[0])
 
 
 def metadata(model: Model, shape: tuple[int, ...]) -> dict[str, str]:
     """What stands in the file besides the network; `shape` is that of an image that it takes."""
-    preprocessing = {"layout": "NCHW", "shape": list(shape), "scale": "uint8 / 255"}
-    if model.config.dataset == "mnist":
-        preprocessing["digits"] = DIGITS
+    prepared = {"digit": DIGITS, "fit": FITTED}.get(model.config.preparation, "none")
+    preprocessing = {"layout": "NCHW", "shape": list(shape), "scale": "uint8 / 255", "image": prepared}
     return {
         "class_names": json.dumps(model.class_names),
         "preprocessing": json.dumps(preprocessing),

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from mnist.data import ImageData, MappedImages, Split, cut_off
@@ -45,8 +46,10 @@ FORMAT = 1  # of the cache, and of how images are read and fitted: a new number 
 FOOTER = struct.Struct("<Q8s")  # at the end of a cache: the length of the text before it, and who wrote it
 MAGIC = b"mnist-u8"
 GREY_SIZE, COLOUR_SIZE = 28, 64
+TEST_FRACTION = 0.2  # of the images of each class, where the folder does not say what to test on
 MOST_BROKEN = 0.1  # of the files that should be images
 CHUNK = 32  # images that a process decodes before it hands them over
+MOST_NAMED = 6  # classes whose counts are shown
 SPARE_BYTES = 64 << 20  # on the disk, when the cache has been written
 LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 
@@ -59,7 +62,7 @@ class File(NamedTuple):
 
     name: str  # below the folder, with slashes
     label: int
-    in_test: bool  # where the folder says so
+    part: str  # "train", "val" or "test", where the folder says so
     stamp: tuple[int, ...]  # by which a change of it is noticed
 
 
@@ -71,7 +74,7 @@ class Folder:
     given: str  # as the command line names it
     class_names: tuple[str, ...] = ()
     files: list[File] = field(default_factory=list)  # sorted by part, class and name
-    is_split: bool = False  # into train/ and test/ or val/
+    is_split: bool = False  # into train/ and test/ or val/, or all three
     skipped: list[tuple[str, str]] = field(default_factory=list)  # what is no image, and why
     notes: list[str] = field(default_factory=list)
 
@@ -90,19 +93,20 @@ class Cache(NamedTuple):
 def load_folder(
     path: str | Path,
     cache_dir: str | Path,
-    image_size: int | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
     limit_train_images: int | None = None,
     limit_test_images: int | None = None,
     validation_size: int = 0,
+    image_size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Read a folder of pictures, decoding it into a file in `cache_dir` unless that has been done.
 
     Images are `image_size` pixels wide and high; None stands for 28 where all are grey, which includes colour files
     whose channels are equal everywhere, and for 64 otherwise. Where the folder is not split, `test_fraction` of each
-    class is for testing, at least one image and not all. Either part has an order that the seed gives, so that the
-    first images and the last are of all classes. Processes that call it at once decode once: the others wait.
+    class, a fifth unless told otherwise, is for testing, at least one image and not all. Either part has an order that
+    the seed gives, so that the first images and the last are of all classes. Processes that call it at once decode
+    once: the others wait.
 
     Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError where more
     than a tenth of the images, or all of a class, cannot be read, or the cache cannot be written.
@@ -112,24 +116,30 @@ def load_folder(
     files = [file for file in folder.files if file.name not in cache.broken]
     labels = torch.tensor([file.label for file in files])
     rng = np.random.default_rng(seed)
+    if folder.is_split and test_fraction is not None:
+        raise ConfigError(f"--test-fraction {test_fraction}: {folder.given} says by its folders what to test on.")
     if folder.is_split:
-        in_test = np.array([file.in_test for file in files])
+        parts = np.array([file.part for file in files])
     else:
-        in_test = choose_test_images(labels.numpy(), test_fraction, rng)
-    if not in_test.any():
+        parts = choose_parts(labels.numpy(), TEST_FRACTION if test_fraction is None else test_fraction, rng)
+    splits = {
+        part: Split(cache.images, labels).take(torch.from_numpy(rng.permutation(np.flatnonzero(parts == part))))
+        for part in ("train", "val", "test")
+    }
+    train, test = splits["train"], splits["test"]
+    if not len(test):
         raise folder.error("no class has two images, one to train on and one to test on. Add some.")
-    everything = Split(cache.images, labels)
-    train, test = (
-        everything.take(torch.from_numpy(rng.permutation(np.flatnonzero(part)))) for part in (~in_test, in_test)
-    )
     skipped = sorted(folder.skipped + list(cache.broken.items()))
-    notes = [_describe_counts(folder, train, test), *folder.notes]
+    notes = [_describe_counts(folder, labels, test), *folder.notes]
     if skipped:
         notes.append(
-            f"{len(skipped):,} of {len(folder.files) + len(folder.skipped):,} files skipped: {_reasons(skipped)}"
+            f"{len(skipped):,} of {len(folder.files) + len(folder.skipped):,} files skipped, listed in skipped.txt:"
+            f" {_reasons(skipped)}"
         )
-    notes += _describe_duplicates(files, cache.digests, in_test)
+    notes += _describe_duplicates(files, cache.digests, parts)
     name = printable(folder.path.name)
+    if validation_size and len(splits["val"]):
+        raise ConfigError(f"--validation-size {validation_size}: {folder.given} has val/, which is used for that.")
     train, validation = cut_off(train, validation_size, limit_train_images, name)
     content = [
         name,
@@ -140,28 +150,29 @@ def load_folder(
         name,
         folder.class_names,
         train=train,
-        validation=validation,
+        validation=splits["val"] if len(splits["val"]) else validation,
         test=test.take(slice(0, limit_test_images)),
         notes=tuple(notes),
         pixels_md5=hashlib.md5("\n".join(content).encode(), usedforsecurity=False).hexdigest(),
         skipped=tuple((printable(file), reason) for file, reason in skipped),
+        preparation="fit",
         flips=True,
     )
 
 
-def choose_test_images(labels: NDArray[np.int64], test_fraction: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which images are for testing: that share of each class, at least one and not all; of one alone, none.
+def choose_parts(labels: NDArray[np.int64], test_fraction: float, rng: np.random.Generator) -> NDArray[np.str_]:
+    """ "test" for that share of the images of each class, at least one and not all; of one alone, and else, "train".
 
     Raises ConfigError for a share that is none.
     """
     if not 0 < test_fraction < 1:
         raise ConfigError(f"--test-fraction {test_fraction}: a share between 0 and 1 is needed, as 0.2.")
-    in_test = np.zeros(len(labels), bool)
+    parts = np.full(len(labels), "train")
     for label in np.unique(labels):
         places = rng.permutation(np.flatnonzero(labels == label))
         count = min(max(round(test_fraction * len(places)), 1), len(places) - 1)
-        in_test[places[:count]] = True
-    return in_test
+        parts[places[:count]] = "test"
+    return parts
 
 
 # --- what lies in the folder
@@ -184,15 +195,15 @@ def find_files(path: str | Path) -> Folder:
 
 def _find_classes(folder: Folder) -> None:
     top = _subfolders(folder, "")
-    test_part = next((name for name in ("test", "val") if name in top), None)
-    if "train" in top and test_part is not None:
+    test_part = "test" if "test" in top else "val"
+    if {"train", test_part} <= top.keys():
         folder.is_split = True
-        parts = {part: _subfolders(folder, part) for part in ("train", test_part)}
+        parts = {part: _subfolders(folder, part) for part in ("train", "val", "test") if part in top}
         if others := sorted(top.keys() - parts.keys()):
-            folder.notes.append(f"beside train/ and {test_part}/, not read: {printable(', '.join(others))}")
+            folder.notes.append(f"beside {'/, '.join(parts)}/, not read: {printable(', '.join(others))}")
     else:
-        parts = {"": top}
-    names, *test_names = [sorted(part) for part in parts.values()]
+        parts = {"train": top}
+    names = sorted(parts["train"])
     folder.class_names = tuple(printable(name) for name in names)
     place = f"{folder.given}/train" if folder.is_split else folder.given
     if not names:
@@ -206,23 +217,25 @@ def _find_classes(folder: Folder) -> None:
         )
     if len(names) == 1:
         raise folder.error(f"one class only, {printable(names[0])}: there is nothing to tell apart. Add a folder.")
-    for unknown in test_names:
-        if missing := sorted(set(unknown) - set(names)):
+    for part, classes in parts.items():
+        if missing := sorted(set(classes) - set(names)):
             raise folder.error(
-                f"{test_part}/ has classes that train/ lacks: {printable(_a_few(missing))}. Training cannot learn them:"
+                f"{part}/ has classes that train/ lacks: {printable(_a_few(missing))}. Training cannot learn them:"
                 " move them out of there, or add images of theirs to train/."
             )
     for part, classes in parts.items():
         for label, name in enumerate(names):
             found = sorted(_images_below(folder, classes[name])) if name in classes else []
-            folder.files += [File(it, label, part == test_part, _stamp(folder.path / it)) for it in found]
-            if not found and part != test_part:
+            # what is called val/ beside train/ alone is what to test on
+            role = part if test_part == "test" or part == "train" else "test"
+            folder.files += [File(it, label, role, _stamp(folder.path / it)) for it in found]
+            if not found and part == "train":
                 below = [it for it in folder.skipped if it[0].startswith(f"{classes[name]}/")]
                 raise folder.error(
                     f"{printable(classes[name])}/ holds no image"
                     f"{f', only what is skipped: {_reasons(below)}' if below else ''}. Put some there, or remove it."
                 )
-    if folder.is_split and not any(file.in_test for file in folder.files):
+    if folder.is_split and not any(file.part == "test" for file in folder.files):
         raise folder.error(f"{test_part}/ holds no image of a class. Put some there, or remove it.")
 
 
@@ -416,16 +429,14 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
             f" one in ten: {_reasons(broken.items())}. For example {_a_few([printable(name) for name in broken])}."
             " Mend or remove them."
         )
-    for part in {file.in_test for file in folder.files}:
-        left = {file.label for file in folder.files if file.in_test == part and file.name not in broken}
+    for part in {file.part for file in folder.files}:
+        left = {file.label for file in folder.files if file.part == part and file.name not in broken}
         if not left:
-            raise UserError(f"--dataset {printable(folder.given)}: no image to test on can be read. Mend some.")
+            raise UserError(f"--dataset {printable(folder.given)}: no image of the {part} part can be read. Mend some.")
         for label, name in enumerate(folder.class_names):
-            if label not in left and not part:
+            if label not in left and part == "train":
                 lost = [
-                    (file.name, broken[file.name])
-                    for file in folder.files
-                    if (file.label, file.in_test) == (label, part)
+                    (file.name, broken[file.name]) for file in folder.files if (file.label, file.part) == (label, part)
                 ]
                 raise UserError(
                     f"--dataset {printable(folder.given)}: no image of the class {name} can be read: {_reasons(lost)}."
@@ -480,32 +491,31 @@ def _on_all_cores(
 # --- what is said
 
 
-def _describe_counts(folder: Folder, train: Split, test: Split) -> str:
-    counts = torch.bincount(train.labels, minlength=len(folder.class_names)).tolist()
-    few, many = counts.index(min(counts)), counts.index(max(counts))
-    untested = sorted({*range(len(counts))} - {*test.labels.tolist()})
-    names = [folder.class_names[label] for label in untested]
-    return (
-        f"{len(train):,} training and {len(test):,} test images of {len(counts)} classes, from"
-        f" {counts[few]:,} ({folder.class_names[few]}) to {counts[many]:,} ({folder.class_names[many]}) a class"
-        + (f"; none to test on: {_a_few(names)}" if names else "")
-    )
+def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
+    """How many images of each class there are, or of the smallest and the largest where there are many."""
+    names = folder.class_names
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    order = sorted(range(len(names)), key=counts.__getitem__)
+    if len(names) <= MOST_NAMED:
+        told = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    else:
+        least, most = (f"{names[label]} {counts[label]:,}" for label in (order[0], order[-1]))
+        told = f"{len(names):,} classes, from {least} to {most} images"
+    untested = [name for label, name in enumerate(names) if label not in set(test.labels.tolist())]
+    return f"{told}; none to test on: {_a_few(untested)}" if untested else told
 
 
-def _describe_duplicates(files: Sequence[File], digests: Sequence[str], in_test: NDArray[np.bool_]) -> list[str]:
+def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: NDArray[np.str_]) -> list[str]:
     """A line on test images that training sees too, pixel for pixel at the size of the data set."""
-    trained_on = {digest: file.name for file, digest, test in zip(files, digests, in_test, strict=True) if not test}
-    twice = [
-        (file.name, trained_on[digest])
-        for file, digest, test in zip(files, digests, in_test, strict=True)
-        if test and digest in trained_on
-    ]
+    known = list(zip(files, digests, parts, strict=True))
+    trained_on = {digest: file.name for file, digest, part in known if part == "train"}
+    twice = [(file.name, trained_on[digest]) for file, digest, part in known if part == "test" and digest in trained_on]
     if not twice:
         return []
     first, same = (printable(name) for name in twice[0])
     return [
-        f"{len(twice):,} of {int(in_test.sum()):,} test images are training images too, pixel for pixel, and flatter"
-        f" the accuracy: {first} is {same}{', and so on' if len(twice) > 1 else ''}"
+        f"{len(twice):,} of {int((parts == 'test').sum()):,} test images are training images too, pixel for pixel, and"
+        f" flatter the accuracy: {first} is {same}{', and so on' if len(twice) > 1 else ''}"
     ]
 
 

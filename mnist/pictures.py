@@ -193,10 +193,8 @@ def mistakes(evaluation: dict[str, Any], most: int = 32) -> Any:
         for place, mistake in enumerate(found):
             row, column = divmod(place, columns)
             x, y = column, 1.25 * row
-            image = pixels(mistake["image"])
-            axes.imshow(
-                image, cmap="gray_r" if image.mode == "L" else None, extent=(x + 0.12, x + 0.88, y + 0.98, y + 0.22)
-            )
+            place_on_paper = (x + 0.12, x + 0.88, y + 0.98, y + 0.22)
+            axes.imshow(pixels(mistake["image"]), cmap=gray_of(evaluation), extent=place_on_paper)
             truth, taken = shortened(names[mistake["truth"]], 8), shortened(names[mistake["prediction"]], 8)
             axes.text(x + 0.5, y + 0.12, f"{truth} → {taken}", ha="center", va="center", fontsize=9, fontweight="bold")
             axes.text(x + 0.5, y + 1.06, f"{100 * mistake['probability']:.1f} %", ha="center", va="center", fontsize=8)
@@ -205,14 +203,18 @@ def mistakes(evaluation: dict[str, Any], most: int = 32) -> Any:
         return figure
 
 
+def gray_of(evaluation: dict[str, Any]) -> str:
+    """The colour map of images without colours: what is bright ink on black is shown as dark on the paper."""
+    return "gray_r" if evaluation["bright_on_black"] else "gray"
+
+
 def prediction(evaluation: dict[str, Any]) -> Any:
     """A test image beside the network's answer, as a figure."""
     example, names = evaluation["examples"][0], evaluation["class_names"]
     with drawing() as Figure:
         figure = Figure(figsize=(7, 3.2))
         picture, bars = figure.subplots(1, 2, width_ratios=(1, 1.4))
-        image = pixels(example["image"])
-        picture.imshow(image, cmap="gray_r" if image.mode == "L" else None)
+        picture.imshow(pixels(example["image"]), cmap=gray_of(evaluation))
         picture.set_title(f"A test image: {shortened(names[example['truth']])}")
         picture.set_axis_off()
         answer = max(example["likeliest"], key=lambda it: it[1])[0]
@@ -237,7 +239,7 @@ def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
         for (original, seen, words), (name, image, found) in zip(rows, answers, strict=True):
             for axes in (original, seen, words):
                 axes.set_axis_off()
-            original.imshow(image, cmap="gray" if image.mode == "L" else None)
+            original.imshow(image, cmap="gray")
             if found.seen is not None:
                 seen.imshow(found.seen.numpy(), cmap="gray")
             sure = f"{100 * found.probability:.1f} %"

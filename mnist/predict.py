@@ -78,19 +78,20 @@ class Model:
         """What the network is given, uint8 [height, width] or, in colour, [height, width, 3]; None where there is no
         digit. Errors as in `predict`.
         """
-        from mnist.handwriting import prepare_digit
-        from mnist.images import read_image
+        from mnist.images import fit_image, read_image
 
         picture = read_image(Path(image)) if isinstance(image, (str, os.PathLike)) else as_picture(image)
-        if self.config.dataset == "mnist":
+        if self.config.preparation == "digit":
+            from mnist.handwriting import prepare_digit
+
             return prepare_digit(picture)
         height, width = self.config.image_size
-        if picture.size != (width, height):  # a digit's preparation would make nonsense of a shoe
-            raise ImageError(
-                f"An image of {picture.width} x {picture.height} for a model of {self.config.dataset}: only digits are"
-                f" prepared so far. Give it {width} x {height} pixels, as the images that it was trained on."
+        if self.config.preparation == "none" and picture.size != (width, height):
+            raise ImageError(  # fitted, a photographed shoe would still not be the set's bright shape on black
+                f"An image of {picture.width} x {picture.height} for a model of {self.config.dataset}: only digits and"
+                f" pictures of a folder's kinds are prepared. Give it {width} x {height} pixels, as it was trained on."
             )
-        return torch.from_numpy(np.array(picture.convert("RGB" if self.config.channels == 3 else "L")))
+        return torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
 
 
 def as_picture(image: Any) -> "Image.Image":

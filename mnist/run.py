@@ -45,6 +45,13 @@ def find_run(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     return on_main_process(lambda: _find(config, given))
 
 
+def find_run_here(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """The same before the processes have met, as far as this machine has the folder; errors are left to `find_run`."""
+    with contextlib.suppress(UserError, OSError):
+        return _find(config, given)
+    return config
+
+
 def _find(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     folder, parent = None, Path(config.output_dir)
     if config.resume not in (None, "auto"):
@@ -163,10 +170,14 @@ class Run:
         process = f"{os.getpid()} on {socket.gethostname()}"
         self.note(status="running", error=None, exit_code=None, job=job_id(), process=process, commands=commands)
 
-    def describe(self, environment: Mapping[str, Any]) -> None:
-        """Write environment.json: what this run is made with, besides its settings."""
+    def describe(self, environment: Mapping[str, Any], skipped: Collection[tuple[str, str]] = ()) -> None:
+        """Write environment.json: what this run is made with, besides its settings; and skipped.txt, the files of its
+        data set that it is made without, and why.
+        """
         if self.writes:
             write_file(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+        if self.writes and skipped:
+            write_file(self.folder / "skipped.txt", "".join(f"{name}: {reason}\n" for name, reason in skipped))
 
     def note(self, **values: Any) -> None:
         """Replace state.json, with these values in it, in one step: a reader finds the old one or the new one."""

@@ -28,18 +28,25 @@ class ModelConfig:
     class_names: tuple[str, ...]
     image_size: tuple[int, int]  # height, width in pixels
     dataset: str
-    channels: int = 1  # 3 for images in colour; models saved before there were any do not say it
+    channels: int = 1  # 3 for images in colour
+    preparation: str = "none"  # of a person's image: "digit" as MNIST's were, "fit" to the size, "none" if it has it
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
         """The description of a model that was trained on `data`."""
         height, width, *colours = data.train.images.shape[1:]
-        return cls(architecture, data.class_names, (height, width), data.name, *colours)
+        channels = colours[0] if colours else 1
+        return cls(architecture, data.class_names, (height, width), data.name, channels, data.preparation)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the model takes."""
         return (self.channels, *self.image_size)
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The same as pixels are kept: height and width, and in colour 3."""
+        return self.image_size if self.channels == 1 else (*self.image_size, self.channels)
 
 
 def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
@@ -71,7 +78,8 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
         class_names=tuple(values["class_names"]),
         image_size=tuple(values["image_size"]),
         dataset=values["dataset"],
-        channels=values.get("channels", 1),
+        channels=values.get("channels", 1),  # which the first versions did not write
+        preparation=values.get("preparation", "digit" if values["dataset"] == "mnist" else "none"),
     )
     model = build_model(config.architecture, len(config.class_names), config.image_shape)
     model.load_state_dict(weights)

@@ -52,7 +52,7 @@ class Terminal:
         if resolved["compiler"] != "no":
             self.row("compiler", resolved["compiler"])
         counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
-        self.row("data", f"{config.dataset}, {counts}")
+        self.row("data", f"{resolved['data']}, {counts}")
         for note in notes:
             self.row("", note)
         self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
@@ -104,8 +104,8 @@ class Terminal:
         self.last_line = time.monotonic()
 
     def draw(self, evaluation: Evaluation) -> None:
-        """A test image in characters with the network's answer, on a terminal only."""
-        if self.interactive and evaluation.history:
+        """A test image in characters with the network's answer, on a terminal only; a photograph would not be seen."""
+        if self.interactive and evaluation.history and evaluation.bright_on_black:
             seen, names = evaluation.history[-1], evaluation.class_names
             answer, truth = names[seen["predictions"][0]], names[int(evaluation.split.labels[evaluation.examples[0]])]
             self.print(f"\n{draw_image(evaluation.images[0])}\n")

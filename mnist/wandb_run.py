@@ -234,6 +234,9 @@ def _use(run: Any, data: Used) -> Any:
     artifact = wandb.Artifact(data.name, type="dataset", metadata=dict(data.metadata))
     for path in data.files:
         artifact.add_reference(path.resolve().as_uri(), name=path.name)
+    if not data.files:  # a folder of many pictures: its content is told from another's by this line
+        with artifact.new_file("pixels.md5") as file:
+            file.write(data.metadata["md5"])
     # what use_artifact does with a new artifact, but it refuses to offline
     return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 

@@ -14,7 +14,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.data import ImageData, load_dataset
+from mnist.data import ImageData
+from mnist.datasets import load_dataset
 from mnist.report import LiveReport
 from train import train
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mnist.config import TrainConfig
-from mnist.data import Split
+from mnist.data import ImageData, Split
 from mnist.evaluation import Evaluation
 from mnist.metrics import Mistake, Result
 from mnist.record import Record
@@ -20,7 +20,8 @@ def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str,
     names = names or tuple(f"class {number}" for number in range(classes))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2 * classes, 28, 28), dtype=torch.uint8, generator=generator)
-    evaluation = Evaluation(folder, Split(images, torch.arange(2 * classes) % classes), names)
+    split = Split(images, torch.arange(2 * classes) % classes)
+    evaluation = Evaluation(folder, ImageData("made-up", names, split, None, split))
     lines = []
     for epoch in range(1, epochs + 1):
         confusion = torch.randint(3, (classes, classes), generator=generator) + 50 * torch.eye(

@@ -18,7 +18,8 @@ from tests.conftest import Launch
 
 FLAGS = """
     --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --seed
-    --dataset --data-dir --limit-train-images --limit-test-images --validation-size --augment
+    --dataset --data-dir --image-size --test-fraction
+    --limit-train-images --limit-test-images --validation-size --augment
     --model --pretrained --loss
     --optimizer --learning-rate --weight-decay --schedule --warmup-steps --max-grad-norm
     --epochs --max-steps --batch-size --global-batch-size --gradient-accumulation-steps
@@ -178,7 +179,7 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
 
 
 def test_every_name_that_may_be_chosen_is_there() -> None:
-    from mnist.data import SOURCES
+    from mnist.datasets import SOURCES
     from mnist.models import MODELS
     from mnist.optim import LOSSES, OPTIMIZERS, schedule_factor
 

@@ -12,17 +12,8 @@ import torch.nn.functional as F
 import torchvision
 
 from mnist.config import PROJECT_FOLDER
-from mnist.data import (
-    FILES,
-    SOURCES,
-    BatchDataset,
-    ImageData,
-    Split,
-    build_batches,
-    load_dataset,
-    measured_splits,
-    read_idx,
-)
+from mnist.data import BatchDataset, ImageData, Split, build_batches, measured_splits
+from mnist.datasets import FILES, SOURCES, load_dataset, read_idx
 from mnist.errors import ConfigError, UserError
 from mnist.transforms import augmentation_parameters
 

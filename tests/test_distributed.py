@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.data import FILES
+from mnist.datasets import FILES
 from mnist.distributed import check_environment, check_precision, interface_towards, launch_command, waiting_for_others
 from mnist.errors import ConfigError, UserError
 from mnist.gradients import SHARED_MEMORY

@@ -51,7 +51,7 @@ def test_the_file_is_valid_takes_any_number_of_images_and_says_how_they_are_prep
     assert json.loads(metadata["class_names"]) == [str(number) for number in range(10)]
     preprocessing = json.loads(metadata["preprocessing"])
     assert (preprocessing["shape"], preprocessing["scale"]) == ([1, 28, 28], "uint8 / 255")
-    assert "centre of mass" in preprocessing["digits"]
+    assert "centre of mass" in preprocessing["image"]
 
 
 def test_a_program_without_torch_can_use_the_file(run_here: RunHere, digits: ImageData, tmp_path: Path) -> None:

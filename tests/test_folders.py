@@ -121,9 +121,24 @@ def test_a_folder_that_is_split_stays_split(pets: Path, tmp_path: Path, test_par
     data = load(tmp_path / "split")
     assert contents(data.train) == expected((range(20), 0), (range(100, 110), 1))
     assert contents(data.test) == expected((range(200, 203), 1))
-    assert "30 training and 3 test images of 2 classes, from 10 (dog) to 20 (cat)" in data.notes[0]
-    assert "none to test on: cat" in data.notes[0]
-    assert data.notes[1] == f"beside train/ and {test_part}/, not read: extra"
+    assert data.validation is None
+    assert data.notes == ("cat 20, dog 13; none to test on: cat", f"beside train/, {test_part}/, not read: extra")
+    with pytest.raises(ConfigError, match=r"--test-fraction 0.3: .*split says by its folders what to test on"):
+        load(tmp_path / "split", test_fraction=0.3)
+
+
+def test_with_all_three_parts_val_is_for_choosing(pets: Path, tmp_path: Path) -> None:
+    for part, first in (("val", 200), ("test", 300)):
+        write_images(tmp_path / "split" / part / "cat", 2, first=first)
+        write_images(tmp_path / "split" / part / "dog", 3, first=first + 50)
+    pets.rename(tmp_path / "split" / "train")
+    data = load(tmp_path / "split", limit_train_images=25)
+    assert data.validation is not None
+    assert contents(data.validation) == expected((range(200, 202), 0), (range(250, 253), 1))
+    assert contents(data.test) == expected((range(300, 302), 0), (range(350, 353), 1))
+    assert len(data.train) == 25
+    with pytest.raises(ConfigError, match="--validation-size 5: .*split has val/, which is used for that"):
+        load(tmp_path / "split", validation_size=5)
 
 
 def test_the_first_images_and_the_last_are_of_all_classes(pets: Path) -> None:
@@ -241,7 +256,7 @@ def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there
     }
     assert len(data.skipped) == 16
     (note,) = (note for note in data.notes if "skipped" in note)
-    assert note.startswith("16 of 111 files skipped: ")
+    assert note.startswith("16 of 111 files skipped, listed in skipped.txt: ")
     for part in ("a link that leads out of the folder (3)", "not an image (2)", "too large (2)", "an empty file (1)"):
         assert part in note
     kept = contents(data.train, data.test)

@@ -29,11 +29,12 @@ ALLOWED = {
     "report": {"pictures", "record", "storage"},
     "cli": {
         *("config", "data", "draw", "errors", "evaluation", "hardware", "images", "metrics", "optim", "pictures"),
-        *("export", "predict", "record", "report", "transforms"),
+        *("datasets", "export", "predict", "record", "report", "transforms"),
     },
     "draw": {"errors"},
     "export": {"errors", "predict", "storage", "transforms"},
     "data": {"transforms", "errors", "hardware"},  # where the images lie depends on the memory that is free there
+    "datasets": {"data", "errors", "folders"},
     "folders": {"data", "errors", "hardware", "images", "storage"},
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},

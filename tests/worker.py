@@ -25,7 +25,7 @@ from accelerate.utils import DataLoaderConfiguration, gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist.data
+import mnist.datasets
 import mnist.gradients
 import mnist.metrics
 import train
@@ -57,14 +57,14 @@ def world_size() -> int:
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Without what takes time and is not looked at here: reading MNIST once more for each training, pictures."""
-    kept = mnist.data.load_dataset, LiveReport.write, Accelerator.end_training
-    mnist.data.load_dataset = functools.cache(mnist.data.load_dataset)
+    kept = mnist.datasets.load_dataset, LiveReport.write, Accelerator.end_training
+    mnist.datasets.load_dataset = functools.cache(mnist.datasets.load_dataset)
     LiveReport.write = lambda self, status=None: None  # type: ignore[method-assign]
     Accelerator.end_training = compare_weights  # instead of ending the process group, which serves all tasks
     try:
         yield
     finally:
-        mnist.data.load_dataset, LiveReport.write, Accelerator.end_training = kept  # type: ignore[method-assign]
+        mnist.datasets.load_dataset, LiveReport.write, Accelerator.end_training = kept  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float32)
 
 
@@ -139,7 +139,7 @@ def evaluate_all(folder: Path) -> None:
     for size in SIZES:
         new_accelerate()
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-        images = mnist.data.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
+        images = mnist.datasets.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
         torch.manual_seed(1)
         batches = mnist.data.build_batches(images, batch_size=500 * world_size(), num_processes=world_size())
         model, batches = accelerator.prepare(build_model("cnn", 10), batches)
@@ -190,7 +190,7 @@ def download(folder: Path) -> None:
     import torchvision
 
     new_accelerate()
-    mnist.data.load_dataset.cache_clear()  # type: ignore[attr-defined]
+    mnist.datasets.load_dataset.cache_clear()  # type: ignore[attr-defined]
     torchvision.datasets.MNIST.mirrors = [os.environ["MIRROR"]]
     settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "max_steps": 1, "trackers": "none"}
     train.train(TrainConfig(data_dir=str(folder / "data"), output_dir=str(folder / "downloaded"), **settings))
