@@ -137,7 +137,7 @@ def test_with_all_three_parts_val_is_for_choosing(pets: Path, tmp_path: Path) ->
     assert contents(data.validation) == expected((range(200, 202), 0), (range(250, 253), 1))
     assert contents(data.test) == expected((range(300, 302), 0), (range(350, 353), 1))
     assert len(data.train) == 25
-    with pytest.raises(ConfigError, match="--validation-size 5: .*split has val/, which is used for that"):
+    with pytest.raises(ConfigError, match=r"--validation-size 5: .*split has val/, which is used for that"):
         load(tmp_path / "split", validation_size=5)
 
 
