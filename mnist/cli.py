@@ -198,7 +198,7 @@ def draw_digits(options: argparse.Namespace) -> None:
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, dict[str, Any]]":
     """The data set to test on, and what its run was set to; of a model without a run, what the tutorial's is."""
-    from mnist.config import TrainConfig
+    from mnist.config import PROJECT_FOLDER, TrainConfig
     from mnist.datasets import SOURCES, load_dataset
     from mnist.errors import ConfigError
     from mnist.record import Record
@@ -207,14 +207,12 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     settings = dataclasses.asdict(TrainConfig()) | (Record.read(run).config if run else {"dataset": None})
     dataset = options.dataset or settings["dataset"] or model.config.dataset
     TrainConfig(dataset=dataset)  # raises ConfigError for a name that is none
-    same = dataset == settings["dataset"]
-    data = load_dataset(
-        dataset,
-        options.data_dir or settings["data_dir"],
-        limit_test_images=settings["limit_test_images"] if same else None,
-        image_size=None if dataset in SOURCES else model.config.image_size[0],
-        test_fraction=settings["test_fraction"] if same else None,
-    )
+    if dataset == settings["dataset"]:
+        of_run = {name: settings[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
+    else:
+        size = None if dataset in SOURCES else model.config.image_size[0]
+        of_run = {"data_dir": PROJECT_FOLDER / "data", "image_size": size}
+    data = load_dataset(dataset, **of_run | ({"data_dir": options.data_dir} if options.data_dir else {}))
     found, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), found) != (len(model.class_names), wanted):
         raise ConfigError(
@@ -262,7 +260,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
     print(f"{data.name}, {result.images:,} test images: {figures}\n")
     width = max(len(name) for name in data.class_names)
-    cell = max(len(f"{int(result.confusion.max())}"), 4)
+    cell = max(len(f"{int(result.confusion.max())}"), 4, min(width, 10))
     print(f"{'class':{width}}  accuracy  taken for " + " ".join(f"{name[:cell]:>{cell}}" for name in data.class_names))
     for number, name in enumerate(data.class_names):
         row = result.confusion[number]
