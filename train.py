@@ -88,6 +88,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     # --- loss, optimizer, schedule
     steps_per_epoch = -(-len(train_batches) // accumulated)
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    log_every = config.log_every or min(100, -(-steps_per_epoch // 10))
     loss_function = LOSSES[config.loss]
     keep_freed_memory()
     choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
@@ -118,7 +119,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     report = LiveReport(run.folder, writes=is_main)
     interruption = Interruption(accelerator, at_once=run.note)
     progress = Progress(
-        accelerator, terminal, tracking.log, scheduler, config.log_every, batch_size, len(data.train), total_steps
+        accelerator, terminal, tracking.log, scheduler, log_every, batch_size, len(data.train), total_steps
     )
     parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
     checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)

@@ -70,8 +70,8 @@ class TrainConfig:
     trackers: str = "wandb"
     """Where the metrics go besides metrics.jsonl, separated by commas."""
 
-    log_every: int = 100
-    """Optimizer steps between two values of the training loss."""
+    log_every: int | None = None
+    """Optimizer steps between two values of the training loss; by default 100, or ten an epoch where it is shorter."""
 
     seed: int = 0
     """Seed of the first weights and of the order of the images."""
@@ -149,9 +149,12 @@ class TrainConfig:
     """How long a process waits for the others before it gives up, and with it the job."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
             self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        for name in ("limit_train_images", "limit_test_images", "max_steps", "global_batch_size", "checkpoint_every"):
+        for name in (
+            *("log_every", "checkpoint_every", "limit_train_images", "limit_test_images", "max_steps"),
+            "global_batch_size",
+        ):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("validation_size", "warmup_steps"):
             self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")

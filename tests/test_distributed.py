@@ -183,7 +183,7 @@ def test_where_shared_memory_is_too_small_gradients_go_through_gloo_and_nothing_
     assert (two_processes / "left in shared memory").read_text() == "set()"
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
     count: int, one_process: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -324,9 +324,10 @@ def documented_commands(rendezvous: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("hosts", "rendezvous", "killed"),
-    [("static", "static", 0), pytest.param("c10d", "c10d", 1, marks=pytest.mark.slow)],
+    [("static", "static", 0), ("c10d", "c10d", 1)],
     indirect=["hosts"],
 )
+@pytest.mark.slow
 def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other_ends(
     rendezvous: str, killed: int, hosts: tuple[Host, Host], one_process: Path, tmp_path: Path
 ) -> None:

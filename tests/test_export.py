@@ -19,7 +19,7 @@ from mnist.errors import UserError
 from tests.conftest import RunHere
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "cnn"])
+@pytest.mark.parametrize("architecture", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_the_exported_model_gives_the_models_predictions_on_the_whole_test_set(
     architecture: str, run_here: RunHere, digits: ImageData, capsys: pytest.CaptureFixture[str]
 ) -> None:

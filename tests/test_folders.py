@@ -644,6 +644,7 @@ def test_a_file_that_is_cut_off_in_use_is_an_error(tmp_path: Path, monkeypatch: 
         images[:]
 
 
+@pytest.mark.slow
 def test_reading_all_of_a_large_file_needs_little_memory(tmp_path: Path) -> None:
     size = 600 << 20
     with (tmp_path / "images.u8").open("wb") as file:

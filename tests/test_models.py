@@ -101,9 +101,13 @@ FAMILIES = {  # of torchvision's models, the smallest of each, and a size that i
     "convnext_tiny": 64,
     "inception_v3": 75,
 }
+QUICK = {"resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet"}
 
 
-@pytest.mark.parametrize(("name", "size"), FAMILIES.items())
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(*it, marks=[] if it[0] in QUICK else pytest.mark.slow) for it in FAMILIES.items()],
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_models_of_torchvision_fit_channels_and_classes_and_are_built_again(
     name: str, size: int, channels: int, tmp_path: Path

@@ -210,7 +210,7 @@ def test_a_model_of_something_else_than_digits_takes_only_images_of_its_own_size
     run: Path, digits: ImageData, tmp_path: Path
 ) -> None:
     model = load(run)
-    shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist"))
+    shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist", preparation="none"))
     shifted = digits.test.images[0].roll(5, dims=1)  # which a digit's preparation would move back
     assert torch.equal(shoes.predict(shifted).seen, shifted)
     assert not torch.equal(model.predict(shifted).seen, shifted)

@@ -107,7 +107,7 @@ def kill_and_resume(processes: int, kills: int, folder: Path, *settings: str) ->
     assert len(steps) == len(set(steps))
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("processes", "kills"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_bit(
     processes: int, kills: int, tmp_path: Path
 ) -> None:
@@ -147,7 +147,13 @@ READ_ONLY = """
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
-@pytest.mark.parametrize(("script", "words"), [(FULL_DISK, "No space left"), (READ_ONLY, "Read-only file system")])
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (FULL_DISK, "No space left"),
+        pytest.param(READ_ONLY, "Read-only file system", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_is_full_or_read_only_ends_a_run_with_a_clear_error_and_what_was_saved_is_whole(
     script: str, words: str, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def wait_for(job: "subprocess.Popen[str]") -> tuple[str, str, float]:
     return stdout, stderr, gone
 
 
+@pytest.mark.slow
 def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warning(tmp_path: Path) -> None:
     servers: dict[str, AbstractContextManager[str]] = {
         "refuses": refusing_server(),

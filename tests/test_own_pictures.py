@@ -1,0 +1,215 @@
+"""A person's own pictures, from the folder to an answer: through the launcher, by one process and by two, killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist import load
+from mnist.cli import main
+from mnist.config import PROJECT_FOLDER
+from mnist.data import ImageData
+from mnist.datasets import load_dataset
+from mnist.errors import ConfigError
+from mnist.predict import predict
+from tests.conftest import RunHere, metrics_of
+from tests.photographs import KINDS, fill_folder, take_photograph
+from tests.test_checkpoint import end_of
+from tests.test_distributed import TORCHRUN
+from tests.test_resume import kill_and_resume
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+RECIPE = ("--epochs=8", "--global-batch-size=32", "--learning-rate=2e-3", "--schedule=one-cycle", "--trackers=none")
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each kind 200 pictures in colour, of mixed sizes, with dirt."""
+    return fill_folder(tmp_path_factory.mktemp("own") / "things", 200)
+
+
+def train(things: Path, folder: Path, *flags: str, processes: int = 1) -> Path:
+    """A run on the things, in `folder`, with its data in there too."""
+    command = (sys.executable,) if processes == 1 else (*TORCHRUN, str(processes))
+    places = (f"--dataset={things}", f"--data-dir={folder / 'data'}", f"--output-dir={folder}", "--run-name=x")
+    done = subprocess.run(
+        [*command, "train.py", *RECIPE, *places, *flags],
+        cwd=PROJECT_FOLDER,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Decoding 602 images of things at 64 x 64 in colour") == 1
+    assert "data        things at 64 x 64 in colour, 480 training and 120 test images" in done.stdout
+    assert "ball 200, box 200, tent 200" in done.stdout
+    return folder / "x"
+
+
+def check_answers(run: Path, folder: Path) -> None:
+    """What `mnist predict` says to pictures that were taken later, of any size."""
+    rng, folder = np.random.default_rng(99), folder / "later"
+    folder.mkdir()
+    for number in range(30):
+        take_photograph(KINDS[number % 3], rng).save(folder / f"{number:02}.png")
+    command = [sys.executable, "-m", "mnist.cli", "predict", str(folder), "--json", "--model", str(run)]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=True)
+    answers = [row["label"] for row in json.loads(done.stdout)]
+    assert sum(answer == KINDS[number % 3] for number, answer in enumerate(answers)) >= 25, answers
+    with Image.open(folder / "00.png") as picture:
+        seen = load(run).predict(picture).seen
+    assert seen.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_folder_of_pictures_trains_and_its_classes_are_named(things: Path, tmp_path: Path, processes: int) -> None:
+    run = train(things, tmp_path, "--model=cnn", "--augment", processes=processes)
+    assert metrics_of(run)[-1]["test/accuracy"] > 0.9
+    assert [line.split(" (")[0] for line in (run / "skipped.txt").read_text().splitlines()] == [
+        "ball/666.jpg: an empty file",
+        "ball/Thumbs.db: left by a system",
+        "box/11702.jpg: the image is broken or cut off",
+        "box/Thumbs.db: left by a system",
+        "tent/Thumbs.db: left by a system",
+    ]
+    assert json.loads((run / "model" / "config.json").read_text())["class_names"] == list(KINDS)
+    page = (run / "report.html").read_text()
+    assert all(f">{kind}<" in page for kind in KINDS)
+    check_answers(run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_of_torchvisions_learns_the_folder(things: Path, tmp_path: Path, processes: int) -> None:
+    run = train(things, tmp_path, "--model=resnet18", "--augment", processes=processes)
+    assert metrics_of(run)[-1]["test/accuracy"] > 0.9
+    check_answers(run, tmp_path)
+    assert main(["export", "--model", str(run)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_on_a_folder_with_augmentation_that_is_killed_comes_to_the_same_end(
+    things: Path, tmp_path: Path, processes: int
+) -> None:
+    flags = ("--augment", "--model=cnn", "--limit-train-images=307", "--validation-size=50", "--checkpoint-every=5")
+    kill_and_resume(processes, 1, tmp_path, f"--dataset={things}", f"--data-dir={tmp_path}", *flags)
+
+
+def test_from_the_cache_comes_the_same_run_and_its_model_is_measured_again(
+    things: Path, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"dataset": str(things), "data_dir": str(tmp_path / "data"), "model": "cnn", "limit_test_images": None}
+    first = run_here("first", **settings)
+    assert "Decoding 602 images" in capsys.readouterr().out
+    second = run_here("second", **settings)
+    assert "Decoding" not in capsys.readouterr().out
+    assert end_of(first) == end_of(second)
+    assert main(["evaluate", "--model", str(second)]) == 0
+    printed = capsys.readouterr().out
+    last = metrics_of(second)[-1]
+    accuracy = f"accuracy {100 * last['test/accuracy']:.2f} %"
+    assert printed.startswith(f"things, 120 test images: loss {last['test/loss']:.4f}, {accuracy}\n")
+    assert main(["evaluate", "--model", str(second), "--dataset", "mnist"]) == 2
+    assert "has 10 classes and images of 28 x 28 pixels in grey, the model 3 and 64 x 64" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_decoding_may_take_longer_than_processes_wait_for_each_other(things: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    for kind in ("a", "b"):
+        (large / kind).mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (4000, 5000, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(large / kind / "0.jpg")
+        for number in range(1, 30):
+            os.link(large / kind / "0.jpg", large / kind / f"{number}.jpg")
+    flags = (f"--dataset={large}", f"--data-dir={tmp_path}", f"--output-dir={tmp_path}", "--timeout-seconds=3")
+    started = time.monotonic()
+    done = subprocess.run(
+        [*TORCHRUN, "2", "train.py", *flags, "--trackers=none", "--epochs=1", "--model=cnn"],
+        cwd=PROJECT_FOLDER,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started > 3
+    assert "test images are training images too, pixel for pixel" in done.stdout
+
+
+def write_as_folders(data: ImageData, folder: Path) -> None:
+    """Every image as a PNG, in train/ and test/ with a folder a class."""
+    for part, split in (("train", data.train), ("test", data.test)):
+        for label in range(len(data.class_names)):
+            (folder / part / str(label)).mkdir(parents=True)
+        for number, (image, label) in enumerate(zip(split.images[:].numpy(), split.labels.tolist(), strict=True)):
+            Image.fromarray(image).save(folder / part / str(label) / f"{number:05}.png", compress_level=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="apt install dataset-fashion-mnist")
+def test_fashion_mnist_in_folders_is_what_it_is_by_name(tmp_path: Path, run_here: RunHere) -> None:
+    shutil.copytree(FASHION_MNIST, tmp_path / "data" / "FashionMNIST" / "raw")
+    by_name = load_dataset("fashion-mnist", tmp_path / "data")
+    write_as_folders(by_name, tmp_path / "fashion")
+    in_folders = load_dataset(str(tmp_path / "fashion"), tmp_path / "data")
+    for one, other in ((by_name.train, in_folders.train), (by_name.test, in_folders.test)):
+        found = sorted(zip((it.tobytes() for it in other.images[:].numpy()), other.labels.tolist(), strict=True))
+        assert found == sorted(zip((it.tobytes() for it in one.images[:].numpy()), one.labels.tolist(), strict=True))
+    whole = {"data_dir": str(tmp_path / "data"), "limit_train_images": None, "limit_test_images": None}
+    runs = [
+        run_here(name.rpartition("/")[2], dataset=name, batch_size=50, epochs=3, **whole)
+        for name in ("fashion-mnist", str(tmp_path / "fashion"))
+    ]
+    accuracies = [metrics_of(run)[-1]["test/accuracy"] for run in runs]
+    print(accuracies)
+    assert accuracies[0] > 0.84
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.015)  # the images come in another order
+    net = load(runs[0]).net  # and the same network finds the same in both
+    right = [int((predict(net, it.test.images[:]).argmax(1) == it.test.labels).sum()) for it in (by_name, in_folders)]
+    assert right[0] == right[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "fashion"}, "--dataset fashion: unknown. Did you mean fashion-mnist?"),
+        ({"dataset": "nowhere/pets"}, "--dataset nowhere/pets: no such folder."),
+        ({"dataset": "mnist", "image_size": 64}, "--image-size 64: for a folder of pictures only"),
+        ({"dataset": "mnist", "test_fraction": 0.5}, "--test-fraction 0.5: for a folder of pictures only"),
+        ({"image_size": 4}, "--image-size 4: must be a whole number from 8 to 1024"),
+        ({"test_fraction": 1.0}, "--test-fraction 1.0: must be a share between 0 and 1"),
+    ],
+)
+def test_settings_of_folders_that_cannot_be_are_refused_before_anything_is_made(
+    settings: dict[str, object], message: str, run_here: RunHere, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_here("x", **settings)
+    assert message in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_same_images_are_tested_on_whatever_the_seed(things: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """So that runs with several seeds can be compared."""
+    runs = [
+        run_here(f"seed-{seed}", dataset=str(things), data_dir=str(tmp_path / "data"), seed=seed, image_size=16)
+        for seed in (0, 1)
+    ]
+    weights, shown = zip(
+        *(
+            (load(run).net.state_dict()["fc1.weight"], json.loads((run / "evaluation.json").read_text())["examples"])
+            for run in runs
+        ),
+        strict=True,
+    )
+    assert not torch.equal(*weights)
+    assert [it["image"] for it in shown[0]] == [it["image"] for it in shown[1]]
