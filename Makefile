@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format bench bench-applied bench-logging bench-scaling soak
+.PHONY: train test test-slow lint format bench bench-applied bench-folder bench-logging bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -23,6 +23,9 @@ bench: ## one epoch beside plain PyTorch and the tutorial's own way, interleaved
 
 bench-applied: ## mnist predict beside importing torch, and an answer on the page to draw on
 	python benchmarks/applied.py
+
+bench-folder: ## a folder of pictures: decoding it, an epoch from the cache, memory
+	python benchmarks/folder.py
 
 bench-logging: ## what metrics, trackers, pictures and the report cost
 	python benchmarks/logging_cost.py

@@ -499,8 +499,8 @@ def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
     if len(names) <= MOST_NAMED:
         told = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     else:
-        least, most = (f"{names[label]} {counts[label]:,}" for label in (order[0], order[-1]))
-        told = f"{len(names):,} classes, from {least} to {most} images"
+        least, most = (f"{counts[label]:,} ({names[label]})" for label in (order[0], order[-1]))
+        told = f"{len(names):,} classes, from {least} to {most} images each"
     untested = [name for label, name in enumerate(names) if label not in set(test.labels.tolist())]
     return f"{told}; none to test on: {_a_few(untested)}" if untested else told
 
