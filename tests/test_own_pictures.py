@@ -20,7 +20,7 @@ from mnist.data import ImageData
 from mnist.datasets import load_dataset
 from mnist.errors import ConfigError
 from mnist.predict import predict
-from tests.conftest import RunHere, metrics_of
+from tests.conftest import ResumeHere, RunHere, metrics_of
 from tests.photographs import KINDS, fill_folder, take_photograph
 from tests.test_checkpoint import end_of
 from tests.test_distributed import TORCHRUN
@@ -213,3 +213,18 @@ def test_the_same_images_are_tested_on_whatever_the_seed(things: Path, tmp_path:
     )
     assert not torch.equal(*weights)
     assert [it["image"] for it in shown[0]] == [it["image"] for it in shown[1]]
+
+
+def test_a_pretrained_run_goes_on_without_the_weights_that_it_began_with(
+    tmp_path: Path, run_here: RunHere, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import resnet18
+
+    weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), weights)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = run_here("x", model="resnet18", pretrained=True, limit_train_images=40, limit_test_images=10)
+    weights.unlink()
+    resume_here(folder, epochs=2)
+    assert metrics_of(folder)[-1]["epoch"] == 2
