@@ -18,8 +18,8 @@ format:
 	ruff check --fix .
 	ruff format .
 
-bench: ## one epoch beside plain PyTorch and the tutorial's own way, interleaved
-	python benchmarks/epoch.py
+bench: ## one epoch beside what people would use instead, as far as it is installed (pip install -e '.[bench]')
+	python benchmarks/peers.py
 
 bench-applied: ## mnist predict beside importing torch, and an answer on the page to draw on
 	python benchmarks/applied.py

@@ -41,6 +41,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.models import build_model, count_parameters
     from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule, clip_gradients
     from mnist.predict import predict
+    from mnist.profiling import Profile
     from mnist.progress import Progress
     from mnist.report import LiveReport
     from mnist.run import Run, find_run, find_run_here
@@ -123,6 +124,12 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     )
     parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
     checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)
+    if config.profile:
+        watched = {"zero_grad": (optimizer, "zero_grad"), "forward": (model, "forward")}
+        watched |= {"backward": (accelerator, "backward"), "optimizer": (optimizer, "step")}
+        watched |= {"schedule": (scheduler, "step"), "logging": (progress, "update")}
+        watched |= {"checkpoints": (checkpoints, "after_step")}
+        Profile(run.folder, accelerator, terminal.print).watch(progress, watched)
     with report, interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
         for note in checkpoints.resume():
             terminal.row("resumed", note)

@@ -39,7 +39,9 @@ CHOICES = {
 }
 """What may be named; data, models, optim and tracking hold what the names stand for. A model may be torchvision's."""
 
-MAY_CHANGE = {"epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "data_dir", "timeout_seconds"}
+MAY_CHANGE = {
+    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "data_dir", "profile", "timeout_seconds"),
+}
 """Settings that a run may go on with otherwise than it began: how long it is, what it says, where things are."""
 
 SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
@@ -72,6 +74,9 @@ class TrainConfig:
 
     log_every: int | None = None
     """Optimizer steps between two values of the training loss; by default 100, or ten an epoch where it is shorter."""
+
+    profile: bool = False
+    """Say where the time of a training step goes, and leave a trace of some in the run's folder."""
 
     seed: int = 0
     """Seed of the first weights and of the order of the images."""
@@ -275,7 +280,7 @@ class TrainConfig:
 
 
 HELP_GROUPS = {
-    "run": "recipe run_name output_dir resume checkpoint_every trackers log_every seed",
+    "run": "recipe run_name output_dir resume checkpoint_every trackers log_every profile seed",
     "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",

@@ -17,7 +17,7 @@ from mnist.recipes import RECIPES
 from tests.conftest import Launch
 
 FLAGS = """
-    --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --seed
+    --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --profile --seed
     --dataset --data-dir --image-size --test-fraction
     --limit-train-images --limit-test-images --validation-size --augment
     --model --pretrained --loss

@@ -36,6 +36,7 @@ ALLOWED = {
     "data": {"transforms", "errors", "hardware"},  # where the images lie depends on the memory that is free there
     "datasets": {"data", "errors", "folders"},
     "folders": {"data", "errors", "hardware", "images", "storage"},
+    "profiling": {"progress"},
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},
     "interruption": set(),

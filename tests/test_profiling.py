@@ -1,0 +1,60 @@
+"""Where the time of a step goes, and that watching it changes nothing."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Launch, RunHere
+from tests.test_checkpoint import end_of
+
+PARTS = ["data", "zero_grad", "forward", "backward", "optimizer", "schedule", "logging", "checkpoints"]
+
+
+def test_a_table_and_a_trace_are_left_and_the_run_is_the_same(
+    run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run_here("plain", limit_train_images=4000, checkpoint_every=400)
+    capsys.readouterr()
+    watched = run_here("watched", limit_train_images=4000, checkpoint_every=400, profile=True)
+    printed = capsys.readouterr().out
+    assert end_of(watched) == end_of(plain)
+    table = (watched / "profile" / "steps.txt").read_text()
+    assert table in printed
+    microseconds = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"^  (.+?) +([\d,]+) us", table, re.MULTILINE)
+    }
+    assert list(microseconds) == [*PARTS, "the rest", "a step"]
+    assert sum(microseconds.values()) - microseconds["a step"] == pytest.approx(microseconds["a step"], abs=10)
+    assert all(microseconds[name] > 0 for name in PARTS)
+    events = json.loads((watched / "profile" / "trace-0.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    assert {name: names.count(name) for name in PARTS} == dict.fromkeys(PARTS, 20)
+    assert any("addmm" in str(event.get("name")) for event in events)
+    assert not (plain / "profile").exists()
+
+
+def test_a_run_that_is_over_before_has_a_table_of_what_there_was(run_here: RunHere) -> None:
+    folder = run_here("short", limit_train_images=700, profile=True)  # 70 batches, 20 of them timed
+    assert "(20 batches)" in (folder / "profile" / "steps.txt").read_text()
+
+
+def test_every_process_leaves_a_trace_and_one_a_table(launch: Launch, tmp_path: Path) -> None:
+    flags = (
+        "--nproc-per-node=2",
+        "train.py",
+        "--profile",
+        "--epochs=1",
+        "--limit-train-images=6000",
+        "--trackers=none",
+    )
+    done = launch(*flags, f"--output-dir={tmp_path}", "--run-name=x", command=("-m", "torch.distributed.run"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(it.name for it in (tmp_path / "x" / "profile").iterdir()) == [
+        "steps.txt",
+        "trace-0.json",
+        "trace-1.json",
+    ]
+    assert done.stdout.count("Where a step's time goes") == 1
+    assert "USDT" not in done.stdout + done.stderr
