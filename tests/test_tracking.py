@@ -78,7 +78,7 @@ def test_a_launched_run_without_an_account_logs_to_wandb_offline_what_metrics_js
 def test_a_run_without_trackers_leaves_nothing_of_wandbs(run_here: RunHere) -> None:
     folder = run_here("x", trackers="none")
     assert not (folder / "wandb").exists()
-    assert len(metrics_of(folder)) == 1
+    assert metrics_of(folder)[-1]["epoch"] == 1
 
 
 @pytest.mark.slow
