@@ -48,7 +48,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.saved_model import ModelConfig, save_model
     from mnist.terminal import Terminal
     from mnist.tracking import Tracking, check_trackers
-    from mnist.transforms import scale_pixels
+    from mnist.transforms import images_at_once, scale_pixels
 
     # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
     here = find_run_here(config, given)
@@ -82,7 +82,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         data.train, batch_size, shuffle=True, seed=config.seed, window=accumulated, augment=config.augment, flips=flips
     )
     measured_batches = {
-        part: accelerator.prepare(batches_of(split, 500 * processes))
+        part: accelerator.prepare(batches_of(split, images_at_once(description.pixels) * processes))
         for part, split in measured_splits(data, config.seed).items()
     }
 

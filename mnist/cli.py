@@ -248,13 +248,13 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from mnist.metrics import evaluate
     from mnist.optim import LOSSES
     from mnist.predict import load
-    from mnist.transforms import scale_pixels
+    from mnist.transforms import images_at_once, scale_pixels
 
     model = load(options.model)
     data, settings = _load_data(options, model)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     choose_threads(model.net, scale_pixels(data.test.images[: settings["batch_size"]]))
-    batches = accelerator.prepare(build_batches(data.test, 500))
+    batches = accelerator.prepare(build_batches(data.test, images_at_once(data.test.images.shape[1:])))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
     result = evaluate(net, batches, LOSSES[settings["loss"]], accelerator)
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"

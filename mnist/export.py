@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist.errors import UserError
 from mnist.predict import Model, predict
 from mnist.storage import temporary_name
-from mnist.transforms import scale_pixels
+from mnist.transforms import images_at_once, scale_pixels
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
 DIGITS = (
@@ -70,7 +70,9 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
         program.save(str(temporary))
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         expected = predict(model.net, images)
-        found = torch.cat([run(session, part) for part in (images[:1], *torch.split(images[1:], 500))])
+        found = torch.cat(
+            [run(session, part) for part in (images[:1], *torch.split(images[1:], images_at_once(images.shape[1:])))]
+        )
         difference = float((found - expected).abs().max())
         if not difference <= LARGEST_DIFFERENCE:  # also where it is no number
             raise UserError(

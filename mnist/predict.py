@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.saved_model import ModelConfig, load_model
-from mnist.transforms import scale_pixels
+from mnist.transforms import images_at_once, scale_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
-
-BATCH = 500  # images at a time
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,8 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     training, device = net.training, next(net.parameters()).device
     net.eval()
     outputs = [
-        net(scale_pixels(batch).to(device)).exp().cpu() for batch in torch.split(images, BATCH)
+        net(scale_pixels(batch).to(device)).exp().cpu()
+        for batch in torch.split(images, images_at_once(images.shape[1:]))
     ]  # of log-probabilities
     net.train(training)
     return torch.cat(outputs)

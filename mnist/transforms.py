@@ -5,12 +5,14 @@ X = augment(X, augmentation_parameters(len(X), seed=0, epoch=1, flip=False))
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_AT_ONCE = 500, 2_000_000  # images, and values in them, of which a network makes much more memory
 LARGEST_ANGLE = math.radians(10)
 LARGEST_ZOOM = 0.1  # by which share an image becomes larger or smaller
 LARGEST_SHIFT = 0.1  # of the image's width and height
@@ -23,6 +25,12 @@ def scale_pixels(images: Tensor) -> Tensor:
     # bytes are put in order before they become floats four times as large
     images = images.movedim(-1, -3).contiguous() if images.shape[-1] == 3 else images.unsqueeze(-3)
     return images.to(torch.get_default_dtype()).div_(255)
+
+
+def images_at_once(pixels: Sequence[int]) -> int:
+    """How many images, each of that shape, a network is given at once where it does not learn."""
+    images, values = MOST_AT_ONCE
+    return max(1, min(images, values // math.prod(pixels)))
 
 
 def augmentation_parameters(count: int, seed: int, epoch: int, flip: bool) -> Tensor:

@@ -87,7 +87,7 @@ def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_
     done = launch(*small, f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "x" / "wandb").exists()
-    assert len(metrics_of(tmp_path / "x")) == 1
+    assert metrics_of(tmp_path / "x")[-1]["epoch"] == 1
     assert "wandb sync" not in done.stdout
     assert "warning" not in done.stdout
 
@@ -315,7 +315,7 @@ def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path
     assert job.returncode == 0, stderr
     assert stderr == ""
     assert (tmp_path / "run" / "wandb" / "cache").is_dir()
-    assert len(logged_by_wandb(log_of(tmp_path / "run"))) == 3
+    assert [line["step"] for line in logged_by_wandb(log_of(tmp_path / "run")) if "train/loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
