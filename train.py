@@ -15,7 +15,7 @@ import functools
 import sys
 
 from mnist.config import TrainConfig, given_settings, parse_command_line
-from mnist.errors import UserError, end_process, report_failure
+from mnist.errors import UserError, end_process, print_any_text, report_failure
 from mnist.recipes import RECIPES
 
 
@@ -100,7 +100,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     share_gradients(model, accelerator, config.timeout_seconds)
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
-    run = Run.open(config)
+    run = Run.open(config, data.checksum)
     environment = describe_environment(accelerator) | {
         "data": data.title,
         "dataset_md5": data.checksum,
@@ -189,6 +189,7 @@ def main() -> int:
 
     follow_launcher()
     end_at_once()
+    print_any_text()
     try:
         config = parse_command_line(RECIPES)
         from mnist.distributed import waiting_for_others

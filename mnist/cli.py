@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist.errors import UserError
+from mnist.errors import UserError, print_any_text
 
 if TYPE_CHECKING:
     from mnist.data import ImageData
     from mnist.predict import Model, Prediction
+    from mnist.record import Record
 
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
+MOST_LETTERS = 24  # of a class's name in a table
 MOST_DRAWN = 40  # images and answers in one figure
 CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compared with its original
 
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.set_defaults(do=write_report)
 
     options = parser.parse_args(arguments)
+    print_any_text()
     try:
         exit_code = int(options.do(options) or 0)
         sys.stdout.flush()
@@ -87,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mnist {options.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, and says nothing
         return 1
@@ -111,13 +116,19 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def predict_images(options: argparse.Namespace) -> int:
     """A row, or an object, an image; images that cannot be read are named, skipped, and make the exit code 1."""
     from mnist.errors import ConfigError, ImageError
-    from mnist.images import find_images, read_image
+    from mnist.images import find_images, printable, read_image
     from mnist.predict import load
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1.")
-    if options.save and options.save.suffix not in FIGURES:
+    if "" in options.images:
+        raise ConfigError("IMAGE '': an empty name.")
+    if options.save and options.save.suffix.lower() not in FIGURES:
         raise ConfigError(f"--save {options.save}: no kind of picture. Its name may end in {', '.join(FIGURES)}.")
+    if options.save and not options.save.parent.is_dir():
+        raise ConfigError(f"--save {options.save}: the folder {options.save.parent} is not there.")
+    if options.show_input and options.show_input.exists() and not options.show_input.is_dir():
+        raise ConfigError(f"--show-input {options.show_input}: a file, where a folder is needed.")
     model = load(options.model)
     sources: dict[str, Path | bytes] = {}
     for path in find_images([Path(word) for word in options.images if word != "-"]):
@@ -126,7 +137,7 @@ def predict_images(options: argparse.Namespace) -> int:
         sources["-"] = sys.stdin.buffer.read()
     if not sources:
         raise ConfigError(f"{', '.join(options.images)}: no images are in there.")
-    width = max(len(name) for name in sources)
+    width = max(len(printable(name)) for name in sources)
     rows: list[dict[str, Any]] = []
     drawn: list[tuple[str, Any, Prediction]] = []
     for name, source in sources.items():
@@ -139,12 +150,12 @@ def predict_images(options: argparse.Namespace) -> int:
         top = [{"label": label, "probability": p} for label, p in list(found.probabilities.items())[: options.top]]
         rows.append({"file": name, "label": found.label, "probability": found.probability, "top": top})
         if not options.json:
-            print(f"{name:{width}}  {in_words(top)}")
+            print(f"{printable(name):{width}}  {in_words(top)}")
         if options.show_input and found.seen is not None:
             write_input(options.show_input, f"{len(rows):03}-{'stdin' if name == '-' else Path(name).stem}", found)
         if options.save and len(drawn) < MOST_DRAWN:
             picture.thumbnail((400, 400))
-            drawn.append((name, picture, found))
+            drawn.append((printable(name), picture, found))
     if options.json:
         print(json.dumps(rows, indent=2))
     if drawn:
@@ -196,35 +207,48 @@ def draw_digits(options: argparse.Namespace) -> None:
     serve(answer, model.class_names, title, options.host, options.port)
 
 
-def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, dict[str, Any]]":
-    """The data set to test on, and what its run was set to; of a model without a run, what the tutorial's is."""
+def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, Record | None]":
+    """The data set to test on, and the run of the model, if there is one."""
     from mnist.config import PROJECT_FOLDER, TrainConfig
     from mnist.datasets import SOURCES, load_dataset
     from mnist.errors import ConfigError
+    from mnist.folders import find_files
     from mnist.record import Record
 
-    run = _run_of(options)
-    settings = dataclasses.asdict(TrainConfig()) | (Record.read(run).config if run else {"dataset": None})
-    dataset = options.dataset or settings["dataset"] or model.config.dataset
-    TrainConfig(dataset=dataset)  # raises ConfigError for a name that is none
-    if dataset == settings["dataset"]:
-        of_run = {name: settings[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
-    else:
-        size = None if dataset in SOURCES else model.config.image_size[0]
-        of_run = {"data_dir": PROJECT_FOLDER / "data", "image_size": size}
-    data = load_dataset(dataset, **of_run | ({"data_dir": options.data_dir} if options.data_dir else {}))
-    found, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
-    if (len(data.class_names), found) != (len(model.class_names), wanted):
+    folder = next((it for it in (Path(options.model), Path(options.model).parent) if is_run(it)), None)
+    run = Record.read(folder) if folder else None
+    if not options.dataset and not run and model.config.preparation == "fit":
         raise ConfigError(
-            f"--dataset {dataset}: has {len(data.class_names)} classes and images of {shape_in_words(found)}, the model"
-            f" {len(model.class_names)} and {shape_in_words(wanted)}."
+            f"--model {options.model}: was trained on the folder {model.config.dataset}. Name one to test on: --dataset"
         )
-    if data.preparation == "fit" and data.class_names != model.class_names:
+    of_run = run.config["dataset"] if run else model.config.dataset
+    dataset = TrainConfig(dataset=options.dataset or of_run).dataset  # raises ConfigError for what is none
+    settings: dict[str, Any] = {"data_dir": PROJECT_FOLDER / "data"}
+    if run and dataset == of_run:
+        settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
+    elif dataset not in SOURCES:
+        found = find_files(dataset)
+        if found.class_names != model.class_names:
+            raise ConfigError(
+                f"--dataset {dataset}: its classes are {', '.join(found.class_names)}; the model's are"
+                f" {', '.join(model.class_names)}."
+            )
+        # all of it is to test on, where it does not say itself what is
+        settings |= {"image_size": model.config.image_size[0], "test_fraction": None if found.is_split else 1}
+    data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
+    shape, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
+    if (len(data.class_names), shape) != (len(model.class_names), wanted):
         raise ConfigError(
-            f"--dataset {dataset}: its classes are {', '.join(data.class_names)}, the model's"
-            f" {', '.join(model.class_names)}."
+            f"--dataset {dataset}: has {len(data.class_names)} classes and images of {shape_in_words(shape)}; the model"
+            f" has {len(model.class_names)}, for images of {shape_in_words(wanted)}."
         )
-    return data, settings
+    if run and dataset == of_run and data.checksum != run.environment.get("dataset_md5", data.checksum):
+        print(f"{dataset}: its images are others than when the run was made.", file=sys.stderr)
+    return data, run
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
 
 
 def shape_in_words(pixels: Sequence[int]) -> str:
@@ -232,40 +256,45 @@ def shape_in_words(pixels: Sequence[int]) -> str:
     return f"{pixels[1]} x {pixels[0]} pixels in {'colour' if len(pixels) == 3 else 'grey'}"
 
 
-def _run_of(options: argparse.Namespace) -> Path | None:
-    """The folder of the run that --model names, or lies in."""
-    model = Path(options.model)
-    return next((folder for folder in (model, model.parent) if (folder / "config.yaml").is_file()), None)
-
-
 def evaluate_model(options: argparse.Namespace) -> None:
     """The figures of a model on test images, as a run has them."""
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
+    from mnist.config import TrainConfig
     from mnist.data import build_batches
+    from mnist.evaluation import cut
     from mnist.hardware import choose_threads
+    from mnist.images import printable
     from mnist.metrics import evaluate
     from mnist.optim import LOSSES
     from mnist.predict import load
     from mnist.transforms import images_at_once, scale_pixels
 
     model = load(options.model)
-    data, settings = _load_data(options, model)
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    data, run = _load_data(options, model)
+    settings = run.config if run else dataclasses.asdict(TrainConfig())
+    precision = run.environment.get("precision", "float32") if run else "float32"
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "float32" else precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
     choose_threads(model.net, scale_pixels(data.test.images[: settings["batch_size"]]))
     batches = accelerator.prepare(build_batches(data.test, images_at_once(data.test.images.shape[1:])))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
     result = evaluate(net, batches, LOSSES[settings["loss"]], accelerator)
-    figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
-    print(f"{data.name}, {result.images:,} test images: {figures}\n")
-    width = max(len(name) for name in data.class_names)
-    cell = max(len(f"{int(result.confusion.max())}"), 4, min(width, 10))
-    print(f"{'class':{width}}  accuracy  taken for " + " ".join(f"{name[:cell]:>{cell}}" for name in data.class_names))
-    for number, name in enumerate(data.class_names):
-        row = result.confusion[number]
-        share = f"{100 * int(row[number]) / max(1, int(row.sum())):.2f} %"
-        print(f"{name:{width}}  {share:>8}            " + " ".join(f"{int(count):>{cell}}" for count in row))
+    print(f"{data.name}, {result.images:,} test images: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %")
+    if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
+        print(f"(the best weights by validation loss; the last ones: --model {options.model}/model)")
+    table = cut(result.confusion, data.class_names)
+    names = [printable(name)[:MOST_LETTERS] for name in table["names"]]
+    width, most = max(len(name) for name in names), max(max(row) for row in table["counts"])
+    cell = max(len(f"{most}"), 4, min(width, 10))
+    print(f"\n{'class':{width}}  accuracy  taken for " + " ".join(f"{name[:cell]:>{cell}}" for name in names))
+    for number, (name, row) in enumerate(zip(names, table["counts"], strict=True)):
+        right = row[number] - (table["within"] if number == len(names) - 1 else 0)
+        share = f"{100 * right / sum(row):.2f} %" if sum(row) else "-"
+        print(f"{name:{width}}  {share:>8}            " + " ".join(f"{count:>{cell}}" for count in row))
 
 
 def export_model(options: argparse.Namespace) -> None:
@@ -274,8 +303,9 @@ def export_model(options: argparse.Namespace) -> None:
     from mnist.predict import load
 
     model = load(options.model)
-    images = _load_data(options, model)[0].test.images[:CHECKED_IMAGES]
-    path = options.output or (_run_of(options) or Path()) / "model.onnx"
+    data, run = _load_data(options, model)
+    images = data.test.images[:CHECKED_IMAGES]
+    path = options.output or (run.folder if run else Path()) / "model.onnx"
     difference = export_onnx(model, path, images)
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, checked against the model on {len(images):,} test images:")
     print(f"  probabilities differ by {difference:.1e} at most")

@@ -40,7 +40,8 @@ CHOICES = {
 """What may be named; data, models, optim and tracking hold what the names stand for. A model may be torchvision's."""
 
 MAY_CHANGE = {
-    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "data_dir", "profile", "timeout_seconds"),
+    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds"),
+    *("dataset", "data_dir"),  # the images themselves may not: run.py compares them
 }
 """Settings that a run may go on with otherwise than it began: how long it is, what it says, where things are."""
 
@@ -176,7 +177,9 @@ class TrainConfig:
         self._require("test_fraction", share is None or 0 < share < 1, "a share between 0 and 1, as 0.2")
         for name in ("loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
-        if not is_path(self.dataset):
+        if is_path(self.dataset):  # kept whole: a run may be gone on with from another folder
+            object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
+        else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
         if self.model not in CHOICES["model"]:
             from torchvision import models  # takes a second, which mlp and cnn can do without
@@ -297,7 +300,7 @@ def flag(name: str) -> str:
 
 def is_path(dataset: str) -> bool:
     """Whether --dataset means a folder: it has a separator, or a folder of that name is here and no data set is."""
-    return dataset not in CHOICES["dataset"] and (Path(dataset).name != dataset or Path(dataset).is_dir())
+    return dataset not in ("", *CHOICES["dataset"]) and (Path(dataset).name != dataset or Path(dataset).is_dir())
 
 
 def check_choice(name: str, value: str, choices: Sequence[str], known: str = "") -> None:

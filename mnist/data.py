@@ -131,7 +131,7 @@ def cut_off(
 
     Raises ConfigError where the latter are all.
     """
-    if validation_size >= len(train):
+    if validation_size and validation_size >= len(train):
         raise ConfigError(
             f"--validation-size {validation_size}: leaves nothing of the {len(train):,} training images of {name}."
         )

@@ -5,6 +5,7 @@ Everything else that goes wrong is a bug or a broken machine, and keeps its trac
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import sys
@@ -50,6 +51,13 @@ def report_failure(error: Exception) -> None:
         time.sleep(2)
         trace = f"Process {rank}: {trace}"
     print(trace, file=sys.stderr, flush=True)
+
+
+def print_any_text() -> None:
+    """Let a terminal that lacks a letter of a name show it as an escape, instead of ending the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def end_process(exit_code: int) -> NoReturn:

@@ -48,9 +48,19 @@ MAGIC = b"mnist-u8"
 GREY_SIZE, COLOUR_SIZE = 28, 64
 TEST_FRACTION = 0.2  # of the images of each class, where the folder does not say what to test on
 MOST_BROKEN = 0.1  # of the files that should be images
-CHUNK = 32  # images that a process decodes before it hands them over
+CHUNK = 16  # images that a process decodes before it hands them over
 MOST_NAMED = 6  # classes whose counts are shown
 SPARE_BYTES = 64 << 20  # on the disk, when the cache has been written
+PARTS = {  # how a split's folders are called
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
+LINK_OUT = "a link that leads out of the folder"
 LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 
 Answer = TypeVar("Answer")
@@ -98,15 +108,14 @@ def load_folder(
     validation_size: int = 0,
     image_size: int | None = None,
     test_fraction: float | None = None,
-    seed: int = 0,
 ) -> ImageData:
     """Read a folder of pictures, decoding it into a file in `cache_dir` unless that has been done.
 
     Images are `image_size` pixels wide and high; None stands for 28 where all are grey, which includes colour files
     whose channels are equal everywhere, and for 64 otherwise. Where the folder is not split, `test_fraction` of each
-    class, a fifth unless told otherwise, is for testing, at least one image and not all. Either part has an order that
-    the seed gives, so that the first images and the last are of all classes. Processes that call it at once decode
-    once: the others wait.
+    class, a fifth unless told otherwise, is for testing, at least one image and, of a share below 1, not all. The order
+    of the images is a random one, but always the same, so that the first and the last are of all classes. Processes
+    that call it at once decode once: the others wait.
 
     Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError where more
     than a tenth of the images, or all of a class, cannot be read, or the cache cannot be written.
@@ -115,13 +124,13 @@ def load_folder(
     cache = open_cache(folder, Path(cache_dir), image_size)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels = torch.tensor([file.label for file in files])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if folder.is_split and test_fraction is not None:
         raise ConfigError(f"--test-fraction {test_fraction}: {folder.given} says by its folders what to test on.")
     if folder.is_split:
         parts = np.array([file.part for file in files])
     else:
-        parts = choose_parts(labels.numpy(), TEST_FRACTION if test_fraction is None else test_fraction, rng)
+        parts = choose_parts(files, TEST_FRACTION if test_fraction is None else test_fraction)
     splits = {
         part: Split(cache.images, labels).take(torch.from_numpy(rng.permutation(np.flatnonzero(parts == part))))
         for part in ("train", "val", "test")
@@ -142,7 +151,6 @@ def load_folder(
         raise ConfigError(f"--validation-size {validation_size}: {folder.given} has val/, which is used for that.")
     train, validation = cut_off(train, validation_size, limit_train_images, name)
     content = [
-        name,
         *folder.class_names,
         *(f"{file.label} {it}" for file, it in zip(files, cache.digests, strict=True)),
     ]
@@ -160,17 +168,17 @@ def load_folder(
     )
 
 
-def choose_parts(labels: NDArray[np.int64], test_fraction: float, rng: np.random.Generator) -> NDArray[np.str_]:
+def choose_parts(files: Sequence[File], test_fraction: float) -> NDArray[np.str_]:
     """ "test" for that share of the images of each class, at least one and not all; of one alone, and else, "train".
 
-    Raises ConfigError for a share that is none.
+    By a hash of their names, so that files that are added or removed move next to none of the others. A share of 1 is
+    all of them.
     """
-    if not 0 < test_fraction < 1:
-        raise ConfigError(f"--test-fraction {test_fraction}: a share between 0 and 1 is needed, as 0.2.")
-    parts = np.full(len(labels), "train")
-    for label in np.unique(labels):
-        places = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(test_fraction * len(places)), 1), len(places) - 1)
+    parts = np.full(len(files), "train")
+    order = sorted(range(len(files)), key=lambda place: hashlib.sha256(os.fsencode(files[place].name)).digest())
+    for label in {file.label for file in files}:
+        places = [place for place in order if files[place].label == label]
+        count = min(max(round(test_fraction * len(places)), 1), len(places) - (test_fraction < 1))
         parts[places[:count]] = "test"
     return parts
 
@@ -182,7 +190,7 @@ def find_files(path: str | Path) -> Folder:
     """Walk through a folder of pictures; raises ConfigError where it is no data set."""
     folder = Folder(Path(path).resolve(), str(path))
     if not folder.path.exists():
-        raise folder.error("no such folder.")
+        raise folder.error("no such folder. Where it lies elsewhere now, name it there: --dataset PATH")
     if not folder.path.is_dir():
         raise folder.error("a file, where a folder with a folder a class is needed.")
     try:
@@ -195,12 +203,22 @@ def find_files(path: str | Path) -> Folder:
 
 def _find_classes(folder: Folder) -> None:
     top = _subfolders(folder, "")
-    test_part = "test" if "test" in top else "val"
-    if {"train", test_part} <= top.keys():
+    if linked := [name for name, reason in folder.skipped if reason == LINK_OUT]:
+        folder.notes.append(f"left out, for they are links that lead out of the folder: {printable(_a_few(linked))}")
+    called = {PARTS[name.lower()]: name for name in sorted(top, reverse=True) if name.lower() in PARTS}
+    test_part = "test" if "test" in called else "val"
+    if {"train", test_part} <= called.keys():
         folder.is_split = True
-        parts = {part: _subfolders(folder, part) for part in ("train", "val", "test") if part in top}
-        if others := sorted(top.keys() - parts.keys()):
-            folder.notes.append(f"beside {'/, '.join(parts)}/, not read: {printable(', '.join(others))}")
+        parts = {part: _subfolders(folder, called[part]) for part in ("train", "val", "test") if part in called}
+        if others := sorted(top.keys() - {called[part] for part in parts}):
+            read = "/, ".join(called[part] for part in parts)
+            folder.notes.append(f"beside {read}/, not read: {printable(', '.join(others))}")
+    elif top and len(called) == len(top):
+        raise folder.error(
+            f"{'/, '.join(sorted(top))}/ is there, but not both train/ and test/ (or val/). Put the images to train on"
+            " and those to test on there; or name the folder in which the classes are, and a share is taken for"
+            f" testing: --dataset {printable(str(Path(folder.given, sorted(top)[0])))}"
+        )
     else:
         parts = {"train": top}
     names = sorted(parts["train"])
@@ -209,11 +227,6 @@ def _find_classes(folder: Folder) -> None:
     if not names:
         raise folder.error(
             f"{printable(place)} holds no folders. Make a folder for each class, and put the images of the class there."
-        )
-    if names == ["train"]:
-        raise folder.error(
-            "train/ is there, but neither test/ nor val/. Put the images to test on there, or name the folder in which"
-            f" the classes are, and a share is taken for testing: --dataset {printable(place)}/train"
         )
     if len(names) == 1:
         raise folder.error(f"one class only, {printable(names[0])}: there is nothing to tell apart. Add a folder.")
@@ -279,7 +292,7 @@ def _entries(folder: Folder, parent: str) -> Iterator["os.DirEntry[str]"]:
             elif entry.name.lower() in LEFT_BY_SYSTEMS:
                 reason = "left by a system"
             elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(folder.path):
-                reason = "a link that leads out of the folder"
+                reason = LINK_OUT
             if reason is None:
                 yield entry
             else:
@@ -347,6 +360,8 @@ def _read(path: Path) -> Cache | None:
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}. Mend that, or remove it.") from error
+    except (ValueError, KeyError, TypeError):  # another's text
+        return None
 
 
 @contextlib.contextmanager
@@ -414,7 +429,8 @@ def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
     if size + SPARE_BYTES > free:
         raise UserError(
             f"{path.parent}: {mebibytes} are needed for the {len(folder.files):,} images of {name} at {pixels}, and"
-            f" {free >> 20:,} MiB are free. Make room, name another disk with --data-dir, or a smaller --image-size."
+            f" {SPARE_BYTES >> 20} MiB to spare; {free >> 20:,} MiB are free. Make room, name another disk with"
+            " --data-dir, or a smaller --image-size."
         )
     colour = "colour" if len(shape) == 3 else "grey"
     print(f"Decoding {len(folder.files):,} images of {name} at {pixels} in {colour} into {path} ({mebibytes}) ...")
@@ -464,7 +480,9 @@ def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
             " want of memory. Start again, with more of it, or with fewer cores (taskset)."
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # After Ctrl-C or on a full disk too they end what they are at, a few chunks: one that is ended while it hands
+        # something over has this process wait for the rest of it for ever, and so does one that is not waited for.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _on_all_cores(

@@ -101,16 +101,16 @@ class Run:
     resume_command: str = ""
 
     @classmethod
-    def open(cls, config: TrainConfig) -> "Run":
+    def open(cls, config: TrainConfig, dataset_md5: str) -> "Run":
         """Make a run, or take up the one that `find_run` has found; all processes must call it.
 
-        Raises ConfigError for a name that holds a run already, UserError for a folder that cannot be written or that
-        another job is using.
+        Raises ConfigError for a name that holds a run already and for one that was trained on other images, UserError
+        for a folder that cannot be written or that another job is using.
         """
         opened: list[Run] = []  # a lock cannot be sent
 
         def open_here() -> Path:
-            opened.append(cls.reopen(config) if config.resume else cls.create(config))
+            opened.append(cls.reopen(config, dataset_md5) if config.resume else cls.create(config))
             return opened[0].folder
 
         folder = on_main_process(open_here)
@@ -137,9 +137,16 @@ class Run:
         return run
 
     @classmethod
-    def reopen(cls, config: TrainConfig) -> "Run":
+    def reopen(cls, config: TrainConfig, dataset_md5: str) -> "Run":
         """Take up the run in the folder `config.resume`, with what of its settings has changed."""
         folder = Path(str(config.resume))
+        if (folder / "environment.json").is_file():
+            before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            if before["dataset_md5"] != dataset_md5:
+                raise ConfigError(
+                    f"--resume {folder}: this run began with other images than {config.dataset} has now (MD5"
+                    f" {before['dataset_md5']}, now {dataset_md5}). Put them back as they were, or start another run."
+                )
         run = cls(folder, writes=True)
         with storage_errors(folder, "try again"):
             run._take()

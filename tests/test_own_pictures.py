@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from mnist.data import ImageData
 from mnist.datasets import load_dataset
 from mnist.errors import ConfigError
 from mnist.predict import predict
-from tests.conftest import ResumeHere, RunHere, metrics_of
+from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
 from tests.photographs import KINDS, fill_folder, take_photograph
 from tests.test_checkpoint import end_of
 from tests.test_distributed import TORCHRUN
@@ -119,7 +120,135 @@ def test_from_the_cache_comes_the_same_run_and_its_model_is_measured_again(
     accuracy = f"accuracy {100 * last['test/accuracy']:.2f} %"
     assert printed.startswith(f"things, 120 test images: loss {last['test/loss']:.4f}, {accuracy}\n")
     assert main(["evaluate", "--model", str(second), "--dataset", "mnist"]) == 2
-    assert "has 10 classes and images of 28 x 28 pixels in grey, the model 3 and 64 x 64" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "has 10 classes and images of 28 x 28 pixels in grey; the model has 3, for images of 64 x 64" in printed
+    assert main(["export", "--model", str(second)]) == 0
+
+
+def copy_few(things: Path, folder: Path) -> Path:
+    """Ten pictures of each kind."""
+    for kind in KINDS:
+        (folder / kind).mkdir(parents=True)
+        for number in range(10):
+            shutil.copy2(things / kind / f"{number}.jpg", folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["add", "swap", "rename", "another class"])
+def test_a_run_does_not_go_on_with_other_images_than_it_began_with(
+    change: str, things: Path, tmp_path: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    few = copy_few(things, tmp_path / "few")
+    run = run_here("x", dataset=str(few), data_dir=str(tmp_path / "data"), limit_train_images=None, image_size=16)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    if change == "add":
+        shutil.copy(things / "box" / "100.jpg", few / "ball")
+    elif change == "swap":
+        (few / "ball").rename(few / "other")
+        (few / "box").rename(few / "ball")
+        (few / "other").rename(few / "box")
+    elif change == "rename":
+        (few / "ball").rename(few / "sphere")
+    else:
+        shutil.copytree(few / "ball", few / "zebra")
+    with pytest.raises(ConfigError, match=r"this run began with other images than .*few has now"):
+        resume_here(run, epochs=2)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_folder_may_be_moved_and_a_run_gone_on_with_and_measured_from_another_place(
+    things: Path,
+    tmp_path: Path,
+    run_here: RunHere,
+    resume_here: ResumeHere,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = copy_few(things, tmp_path / "here" / "few")
+    monkeypatch.chdir(tmp_path / "here")
+    settings = {"data_dir": str(tmp_path / "data"), "limit_train_images": None, "image_size": 16}
+    run = run_here("x", dataset="few/", **settings)
+    monkeypatch.chdir(tmp_path)
+    copy_few(things, tmp_path / "few")  # another of that name
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(run)]) == 0
+    assert "few, 6 test images" in capsys.readouterr().out
+    few.rename(tmp_path / "moved")
+    assert main(["evaluate", "--model", str(run)]) == 2
+    assert f"--dataset {few}: no such folder. Where it lies elsewhere now, name it" in capsys.readouterr().err
+    resume_here(run, dataset=str(tmp_path / "moved"), epochs=2)
+    assert metrics_of(run)[-1]["epoch"] == 2
+    assert main(["evaluate", "--model", str(run), "--dataset", str(things)]) == 0
+    assert "things, 600 test images" in capsys.readouterr().out  # all of what it was not made from
+    shutil.rmtree(tmp_path / "moved" / "tent")
+    assert main(["evaluate", "--model", str(run), "--dataset", str(tmp_path / "moved" / ".." / "few" / "..")]) == 2
+
+
+def test_ctrl_c_while_pictures_are_decoded_ends_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(things, large)
+    for kind in KINDS:
+        for number in range(20_000, 24_000):
+            os.link(large / kind / "1.jpg", large / kind / f"{number}.jpg")
+    command = [sys.executable, "train.py", f"--dataset={large}", f"--data-dir={tmp_path}", "--trackers=none"]
+    job = subprocess.Popen(
+        command,
+        cwd=PROJECT_FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=hear_ctrl_c,
+        start_new_session=True,
+    )
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline().startswith("Decoding")
+        time.sleep(0.5)
+        os.killpg(job.pid, signal.SIGINT)
+        assert "Traceback" not in job.communicate(timeout=10)[0]
+        assert job.returncode == 130
+    finally:
+        job.kill()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped_everywhere(things: Path, tmp_path: Path, launch: Launch) -> None:
+    few = copy_few(things, tmp_path / "few")
+    (few / "ball").rename(few / "b\u00e4ll \U0001f642 <b>$x$")
+    flags = (
+        f"--dataset={few}",
+        f"--data-dir={tmp_path}",
+        f"--output-dir={tmp_path}",
+        "--run-name=x",
+        "--trackers=none",
+    )
+    done = launch("train.py", *flags, "--epochs=1", command=(), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"b\xe4ll \U0001f642 <b>$x$ 10, tent 10" in done.stdout
+    odd = few / "box" / os.fsdecode(b"\xff\n.jpg")
+    odd.hardlink_to(few / "box" / "1.jpg")
+    for command in ("predict", "evaluate"):
+        paths = (str(odd), f"--save={tmp_path / 'answers.png'}") if command == "predict" else ()
+        done = launch(
+            command, *paths, f"--model={tmp_path / 'x'}", command=("-m", "mnist.cli"), PYTHONIOENCODING="ascii"
+        )
+        assert (done.returncode, done.stderr.splitlines()[1:]) == (0, []), done.stderr
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert "b\u00e4ll \U0001f642 &lt;b&gt;$x$" in page
+
+
+def test_the_weights_that_are_measured_are_named_and_the_precision_is_that_of_the_run(
+    things: Path, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = copy_few(things, tmp_path / "few")
+    settings = {"dataset": str(few), "data_dir": str(tmp_path / "data"), "model": "cnn", "limit_train_images": None}
+    run = run_here("x", validation_size=6, epochs=2, mixed_precision="bf16", **settings)
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(run)]) == 0
+    assert f"(the best weights by validation loss; the last ones: --model {run}/model)" in capsys.readouterr().out
+    assert main(["evaluate", "--model", str(run / "model")]) == 0
+    last = metrics_of(run)[-1]
+    assert f"loss {last['test/loss']:.4f}, accuracy {100 * last['test/accuracy']:.2f} %\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -182,7 +311,8 @@ def test_fashion_mnist_in_folders_is_what_it_is_by_name(tmp_path: Path, run_here
     ("settings", "message"),
     [
         ({"dataset": "fashion"}, "--dataset fashion: unknown. Did you mean fashion-mnist?"),
-        ({"dataset": "nowhere/pets"}, "--dataset nowhere/pets: no such folder."),
+        ({"dataset": "/nowhere/pets"}, "--dataset /nowhere/pets: no such folder."),
+        ({"dataset": ""}, "--dataset : unknown."),
         ({"dataset": "mnist", "image_size": 64}, "--image-size 64: for a folder of pictures only"),
         ({"dataset": "mnist", "test_fraction": 0.5}, "--test-fraction 0.5: for a folder of pictures only"),
         ({"image_size": 4}, "--image-size 4: must be a whole number from 8 to 1024"),

@@ -96,7 +96,7 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leave
     again = dataclasses.replace(config(tmp_path, "mine"), resume=str(first.folder))
     before = state_of(first.folder)
     with pytest.raises(UserError, match=f"mine: another job is training in this folder, process {os.getpid()} on "):
-        Run.reopen(again)
+        Run.reopen(again, "")
     assert state_of(first.folder) == before
     script = (
         f"from mnist.config import TrainConfig; from mnist.run import Run; import os, signal\n"
@@ -106,7 +106,7 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leave
     killed = subprocess.run([sys.executable, "-c", script], cwd=PROJECT_FOLDER, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert state_of(tmp_path / "killed")["status"] == "running"
-    Run.reopen(dataclasses.replace(again, output_dir=str(tmp_path), resume=str(tmp_path / "killed")))
+    Run.reopen(dataclasses.replace(again, output_dir=str(tmp_path), resume=str(tmp_path / "killed")), "")
 
 
 def test_a_run_that_is_taken_up_keeps_its_id_and_what_may_change_is_kept_in_its_settings(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_run_that_is_taken_up_keeps_its_id_and_what_may_change_is_kept_in_its_
         (run.folder / ".model.new.12ab").mkdir()
         (run.folder / ".state.json.new.12ab").write_text("half of it")
     again = dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder), epochs=9, batch_size=77)
-    with Run.reopen(again) as taken_up:
+    with Run.reopen(again, "") as taken_up:
         assert taken_up.id == run.id
         assert {path.name for path in run.folder.iterdir()} == {".lock", "config.yaml", "state.json"}
     saved = TrainConfig.load(run.folder / "config.yaml")
