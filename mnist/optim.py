@@ -44,6 +44,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, fused=True, **settings),
 }
 
+FUSED_UPDATES: dict[type[Optimizer], Callable[..., None]] = {
+    torch.optim.Adam: torch._fused_adam_,
+    torch.optim.AdamW: torch._fused_adamw_,
+}
+
 
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0
@@ -53,24 +58,67 @@ def build_optimizer(
 
 
 class LeanOptimizer(AcceleratedOptimizer):
-    """Accelerate's wrapper of an optimizer, without the work that it does anew at every call.
+    """Accelerate's wrapper of an optimizer, without the work that it and torch do anew at every call.
 
     Accelerate 1.15 searches the disk for a package in every `step` and reads a signature in every `zero_grad`: with
-    batches of 10 on a CPU that added a fifth of a plain step. The behaviour is the same: both calls do nothing inside a
+    batches of 10 on a CPU that added a fifth of a plain step. torch 2.14 gathers the tensors of a fused Adam anew in
+    every `step`, which takes as long as the update itself (the MLP: 93 us together, 51 without), and its `zero_grad`
+    takes 8 us for half a microsecond's work. The behaviour is the same, to the bit: both calls do nothing inside a
     window of accumulated batches.
     """
 
     _is_accelerate_prepared = True  # so accelerator.prepare() keeps it, instead of wrapping it once more
 
+    def __init__(self, optimizer: Optimizer, scaler: Any = None) -> None:
+        super().__init__(optimizer, scaler=scaler)
+        self.states: list[list[dict[str, Tensor]]] = []  # of the parameters of each group, as of the last full step
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.states = []  # the optimizer has other tensors now
+
     def zero_grad(self, set_to_none: bool | None = True) -> None:
         if self.gradient_state.sync_gradients:
-            self.optimizer.zero_grad(set_to_none is not False)
+            if set_to_none is False:
+                self.optimizer.zero_grad(set_to_none=False)
+            for group in self.optimizer.param_groups if set_to_none is not False else ():
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         if self.scaler is not None:  # fp16 on a GPU: the gradients are scaled, Accelerate's own way
             super().step(closure)
-        elif self.gradient_state.sync_gradients:
+        elif self.gradient_state.sync_gradients and not self._step_of_adam():
             self.optimizer.step(closure)
+            self.states = self._states_of_adam()
+
+    def _states_of_adam(self) -> list[list[dict[str, Tensor]]]:
+        """What a fused Adam keeps of its parameters, on the CPU; nothing of others, and before it is there."""
+        if type(self.optimizer) not in FUSED_UPDATES:
+            return []
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        alike = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+        if len(alike) > 1 or ("cpu", parameters[0].dtype) not in alike or not all(it in state for it in parameters):
+            return []
+        return [[state[parameter] for parameter in group["params"]] for group in groups]
+
+    @torch.no_grad()
+    def _step_of_adam(self) -> bool:
+        """The update as torch.optim makes it, from the tensors that are known; whether it could be made so."""
+        groups = self.optimizer.param_groups
+        gradients = [[parameter.grad for parameter in group["params"]] for group in groups] if self.states else []
+        if not gradients or any(gradient is None for of_group in gradients for gradient in of_group):
+            return False
+        update = FUSED_UPDATES[type(self.optimizer)]
+        for group, of_group, states in zip(groups, gradients, self.states, strict=True):
+            steps = [state["step"] for state in states]
+            first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+            torch._foreach_add_(steps, 1)
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            beta1, beta2 = group["betas"]
+            update(group["params"], of_group, first, second, [], steps, beta1=beta1, beta2=beta2, **settings)
+        return True
 
 
 def clip_gradients(

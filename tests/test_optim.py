@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -102,24 +103,36 @@ def test_five_accumulated_batches_of_10_equal_one_of_50_in_every_window(
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-12)
 
 
-def test_the_lean_optimizer_does_what_accelerates_own_does(fresh_accelerate: None) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
+    name: str, frozen: bool, fresh_accelerate: None
+) -> None:
     torch.manual_seed(0)
-    models = [nn.Linear(5, 2)]
+    models = [nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))]
+    models[0][0].bias.requires_grad_(not frozen)
     models.append(copy.deepcopy(models[0]))
-    batches = [(torch.randn(8, 5), torch.randint(2, (8,))) for _ in range(7)]
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    for model, lean in zip(models, (True, False), strict=True):
-        accelerator.step = 0
-        torch_optimizer = build_optimizer("adam", model.parameters(), 0.01)
-        optimizer = accelerator.prepare(LeanOptimizer(torch_optimizer) if lean else torch_optimizer)
-        assert isinstance(optimizer, LeanOptimizer) is lean
-        for X, y in batches:
-            optimizer.zero_grad()
-            with accelerator.accumulate(model):
-                accelerator.backward(F.cross_entropy(model(X), y))
-                optimizer.step()
-    assert torch.equal(models[0].weight, models[1].weight)
-    assert not torch.equal(models[0].weight, nn.Linear(5, 2).weight)
+    batches = [(torch.randn(8, 5), torch.randint(2, (8,))) for _ in range(14)]
+    for window in (3, 1):
+        for model, lean in zip(models, (True, False), strict=True):
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=window)
+            torch_optimizer = build_optimizer(name, model.parameters(), 0.01, 0.001)
+            scheduler = build_schedule("cosine", torch_optimizer, 2, 14)
+            optimizer = accelerator.prepare(LeanOptimizer(torch_optimizer) if lean else torch_optimizer)
+            assert isinstance(optimizer, LeanOptimizer) is lean
+            for number, (X, y) in enumerate(batches):
+                if number == 9:  # as a run that is resumed
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                optimizer.zero_grad()
+                with accelerator.accumulate(model):
+                    accelerator.backward(F.cross_entropy(model(X), y))
+                    optimizer.step()
+                    if accelerator.sync_gradients:
+                        scheduler.step()
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_a_longer_gradient_is_cut_to_max_grad_norm(run_here: RunHere) -> None:
