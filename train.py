@@ -25,7 +25,6 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     `given` are the settings that the command line names: a run that is resumed keeps its own.
     """
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
-    from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 
     from mnist import distributed
@@ -39,7 +38,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.interruption import Interruption
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
-    from mnist.optim import LOSSES, LeanOptimizer, build_optimizer, build_schedule, clip_gradients
+    from mnist.optim import LOSSES, LeanAccelerator, LeanOptimizer, build_optimizer, build_schedule, clip_gradients
     from mnist.predict import predict
     from mnist.profiling import Profile
     from mnist.progress import Progress
@@ -57,7 +56,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     config = find_run(config, given).share_batch(joined.num_processes)
     check_trackers(config.tracker_names)
     distributed.check_precision(config.mixed_precision, joined.device.type)
-    accelerator = Accelerator(
+    accelerator = LeanAccelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
         # as a plugin, for the number alone would give way to a variable of the environment

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist.optim import LOSSES, OPTIMIZERS, LeanOptimizer, build_optimizer, build_schedule
+from mnist.optim import LOSSES, OPTIMIZERS, LeanAccelerator, LeanOptimizer, build_optimizer, build_schedule
 from tests.conftest import RunHere
 
 
@@ -117,7 +117,7 @@ def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
         for model, lean in zip(models, (True, False), strict=True):
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
-            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=window)
+            accelerator = (LeanAccelerator if lean else Accelerator)(cpu=True, gradient_accumulation_steps=window)
             torch_optimizer = build_optimizer(name, model.parameters(), 0.01, 0.001)
             scheduler = build_schedule("cosine", torch_optimizer, 2, 14)
             optimizer = accelerator.prepare(LeanOptimizer(torch_optimizer) if lean else torch_optimizer)
