@@ -95,7 +95,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
-    model, optimizer, scheduler, train_batches = accelerator.prepare(model, optimizer, scheduler, train_batches)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    train_batches = accelerator.prepare_data_loader(train_batches, device_placement=False)  # they lie there already
     share_gradients(model, accelerator, config.timeout_seconds)
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
