@@ -226,7 +226,10 @@ class TrainConfig:
                 there, here = folder.resolve().parent, Path(here).resolve()
             if name == "run_name":
                 there = folder.resolve().name
-            if name not in MAY_CHANGE | {"resume"} and here != there:
+            may_change = name in MAY_CHANGE | {"resume"}
+            if name == "dataset":  # a folder may have been moved
+                may_change = is_path(there) and is_path(here)
+            if here != there and not may_change:
                 raise ConfigError(
                     f"{flag(name)} {here}: the run in {folder} has {there}, and goes on with that. Leave the flag away,"
                     f" or start another run. What may change: {', '.join(sorted(map(flag, MAY_CHANGE)))}."
