@@ -125,11 +125,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
     checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)
     if config.profile:
-        watched = {"zero_grad": (optimizer, "zero_grad"), "forward": (model, "forward")}
-        watched |= {"backward": (accelerator, "backward"), "optimizer": (optimizer, "step")}
-        watched |= {"schedule": (scheduler, "step"), "logging": (progress, "update")}
-        watched |= {"checkpoints": (checkpoints, "after_step")}
-        Profile(run.folder, accelerator, terminal.print).watch(progress, watched)
+        Profile(run.folder, accelerator, terminal.print).watch(progress, model, optimizer, scheduler, checkpoints)
     with report, interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
         for note in checkpoints.resume():
             terminal.row("resumed", note)

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: `--profile`.
 
-    Profile(run.folder, accelerator, terminal.print).watch(progress, {"forward": (model, "forward"), ...})
+    Profile(run.folder, accelerator, terminal.print).watch(progress, model, optimizer, scheduler, checkpoints)
 
 After a warm-up, TIMED batches are timed part by part; then TRACED batches are recorded by torch's profiler, operation
 by operation, in `profile/trace-0.json`, a file for https://ui.perfetto.dev or chrome://tracing.
@@ -11,12 +11,13 @@ import functools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mnist.progress import Progress
@@ -41,8 +42,17 @@ class Profile:
         self.inner = [0.0]  # seconds of what was watched inside of each part that is going on
         self.batches, self.whole = 0, 0.0
 
-    def watch(self, progress: Progress, parts: Mapping[str, tuple[Any, str]]) -> None:
-        """Watch the first batches that `progress.rest` gives; parts are an object and the name of its method."""
+    def watch(self, progress: Progress, model: nn.Module, optimizer: Any, scheduler: Any, checkpoints: Any) -> None:
+        """Watch the first batches that `progress.rest` gives, and what the loop calls for each of them."""
+        parts: dict[str, tuple[Any, str]] = {
+            "zero_grad": (optimizer, "zero_grad"),
+            "forward": (model, "forward"),
+            "backward": (self.accelerator, "backward"),
+            "optimizer": (optimizer, "step"),
+            "schedule": (scheduler, "step"),
+            "logging": (progress, "update"),
+            "checkpoints": (checkpoints, "after_step"),
+        }
         names = ["data", *parts]
         rest, methods = progress.rest, {name: getattr(place, method) for name, (place, method) in parts.items()}
 

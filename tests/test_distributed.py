@@ -449,7 +449,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", ["precision", "replicas", pytest.param("alone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["precision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("replicas", "alone"))]
+)
 def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
     config, expected = HOSTILE[name]
     home = tmp_path / "home" / ".cache" / "huggingface" / "accelerate"
@@ -464,6 +466,7 @@ def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, l
     assert ("precision   bf16" in done.stdout) == (name == "replicas")
 
 
+@pytest.mark.slow
 def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch, tmp_path: Path) -> None:
     small = ("--limit-train-images=300", "--limit-test-images=50", "--epochs=1", "--trackers=none", "--model=cnn")
     commands = {"plain": ("train.py",), "torchrun": (*TORCHRUN[1:], "1", "train.py")}

@@ -212,6 +212,7 @@ def test_ctrl_c_while_pictures_are_decoded_ends_at_once_and_leaves_nothing(thing
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_names_that_a_terminal_cannot_show_are_escaped_everywhere(things: Path, tmp_path: Path, launch: Launch) -> None:
     few = copy_few(things, tmp_path / "few")
     (few / "ball").rename(few / "b\u00e4ll \U0001f642 <b>$x$")

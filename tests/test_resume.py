@@ -107,7 +107,9 @@ def kill_and_resume(processes: int, kills: int, folder: Path, *settings: str) ->
     assert len(steps) == len(set(steps))
 
 
-@pytest.mark.parametrize(("processes", "kills"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(1, 1), *(pytest.param(*it, marks=pytest.mark.slow) for it in ((1, 2), (2, 1)))]
+)
 def test_a_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_bit(
     processes: int, kills: int, tmp_path: Path
 ) -> None:
@@ -203,6 +205,7 @@ def test_torchrun_restarts_a_job_that_has_lost_a_process_and_it_goes_on_from_its
     assert steps == list(range(50, 8 * 200 + 1, 50))
 
 
+@pytest.mark.slow
 def test_the_wandb_run_goes_on_under_its_id_and_points_that_come_twice_have_equal_values(tmp_path: Path) -> None:
     command = (sys.executable, "train.py", "--limit-train-images=3000", "--log-every=20", "--run-name=x")
     folder = tmp_path / "runs" / "x"

@@ -109,7 +109,7 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows, columns
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--trackers=none", "--limit-train-images=2000", "--epochs=1", "--log-every=10"]
+        [sys.executable, "train.py", "--trackers=none", "--limit-train-images=9000", "--epochs=1", "--log-every=10"]
         + [f"--output-dir={tmp_path}"],
         cwd=PROJECT_FOLDER,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
@@ -126,7 +126,7 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
         os.close(ours)
     assert process.wait() == 0
     text = shown.decode()
-    assert "/200 steps" in text
+    assert "/900 steps" in text
     assert "images/s:" in text or "images/s  " in text
     assert "█" in text
     assert "The network's answer:" in text
