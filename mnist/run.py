@@ -141,11 +141,11 @@ class Run:
         """Take up the run in the folder `config.resume`, with what of its settings has changed."""
         folder = Path(str(config.resume))
         if (folder / "environment.json").is_file():
-            before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            if before["dataset_md5"] != dataset_md5:
+            before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["dataset_md5"]
+            if before != dataset_md5:
                 raise ConfigError(
-                    f"--resume {folder}: this run began with other images than {config.dataset} has now (MD5"
-                    f" {before['dataset_md5']}, now {dataset_md5}). Put them back as they were, or start another run."
+                    f"--resume {folder}: this run began with other images than {config.dataset} has now (MD5 {before},"
+                    f" now {dataset_md5}). Put them back as they were, or start another run."
                 )
         run = cls(folder, writes=True)
         with storage_errors(folder, "try again"):
