@@ -1,6 +1,6 @@
 """A trained model in files that others can load: model.safetensors, and config.json from which it is built again.
 
-save_model(model, folder / "model", ModelConfig("mlp", ("0", "1", ...), (28, 28), "mnist"))
+save_model(model, folder / "model", ModelConfig("mlp", ("0", "1", ...), (28, 28), "mnist", preparation="digit"))
 model, config = load_model(folder / "model")
 """
 
