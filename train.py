@@ -102,10 +102,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config, data.checksum)
     environment = describe_environment(accelerator) | {
-        "data": data.title,
-        "dataset_md5": data.checksum,
-        "train_images": len(data.train),
-        "test_images": len(data.test),
+        **data.describe(),
         "parameters": count_parameters(net),
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,

@@ -3,7 +3,7 @@
     python benchmarks/folder.py                 # 20,000 JPEGs, five rounds: some minutes on two cores
     python benchmarks/folder.py --images 4000 --rounds 3 --gibibytes 1
 
-decode    load_folder, from nothing, in a process of its own: its start and torch's are not counted, its workers' are
+decode    load_dataset, from nothing, in a process of its own: its start and torch's are not counted, its workers' are
 batches   all batches of 64 of an epoch in a random order, per image, in time of the one core that makes them: from
           the cache, mapped (up to 512 MiB) and read (above that), beside the same images in memory
 memory    the most that a process has needed, over what it needed before, to read a made-up cache in a random order
@@ -33,9 +33,9 @@ import os, sys, time
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[3])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[4])])
-    from mnist.folders import load_folder
+    from mnist.datasets import load_dataset
     started = time.perf_counter()
-    load_folder(sys.argv[1], sys.argv[2])
+    load_dataset(sys.argv[1], sys.argv[2])
     print(time.perf_counter() - started)
 """
 MEMORY = """
@@ -113,7 +113,7 @@ def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
     import torch
 
     from mnist.data import MappedImages, Split, build_batches
-    from mnist.folders import load_folder
+    from mnist.datasets import load_dataset
 
     torch.set_num_threads(1)
 
@@ -131,11 +131,11 @@ def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
 
     for title, size in (("64 x 64 in colour", None), ("16 x 16: as many bytes as MNIST", 16)):
         contestants = {}
-        mapped = load_folder(folder, scratch / "cache", image_size=size).train
+        mapped = load_dataset(str(folder), scratch, image_size=size).train
         contestants["in memory"] = epoch_of(Split(mapped.images[:], mapped.labels))
         contestants["mapped"] = epoch_of(mapped)
         most, MappedImages.MAPPED = MappedImages.MAPPED, 0
-        contestants["read"] = epoch_of(load_folder(folder, scratch / "cache", image_size=size).train)
+        contestants["read"] = epoch_of(load_dataset(str(folder), scratch, image_size=size).train)
         MappedImages.MAPPED = most
         show(title, "us an image", measure(contestants, rounds))
 

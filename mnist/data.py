@@ -116,6 +116,11 @@ class ImageData:
         size = f" at {width} x {height} in {'colour' if colours else 'grey'}"
         return self.name + size if self.preparation == "fit" else self.name
 
+    def describe(self) -> dict[str, Any]:
+        """What a run should keep of it."""
+        counts = {"train_images": len(self.train), "test_images": len(self.test)}
+        return {"data": self.title, "dataset_md5": self.checksum, **counts}
+
     @property
     def checksum(self) -> str:
         """One MD5 sum for all that was read."""

@@ -9,18 +9,27 @@ read-only folder will do, and processes that start together cannot race.
 
 import gzip
 import hashlib
+import os
 import struct
 import zlib
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist.data import ImageData, Split, cut_off
+from mnist.decoding import open_cache
 from mnist.errors import ConfigError, UserError
-from mnist.folders import find_files, load_folder, open_cache
+from mnist.folders import File, Folder, a_few, find_files, reasons
+from mnist.images import printable
+
+TEST_FRACTION = 0.2  # of the images of each class, where a folder does not say what to test on
+MOST_NAMED = 6  # classes whose counts are shown
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,20 @@ def load_dataset(
     image_size: int | None = None,
     test_fraction: float | None = None,
 ) -> ImageData:
-    """A data set of SOURCES, or the pictures in a folder, decoded into `data_dir`/cache.
+    """A data set of SOURCES, or the pictures in a folder, decoded into a file in `data_dir`/cache.
 
-    Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`; `image_size` and `test_fraction` are
-    for folders (folders.py). Raises UserError for a file that is missing or corrupt, ConfigError where a limit leaves
-    no image, and what `load_folder` does.
+    Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`. Of a folder images are `image_size`
+    pixels wide and high; None stands for 28 where all are grey, which includes colour files whose channels are equal
+    everywhere, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless told
+    otherwise, is for testing; 1 is all of it. Processes that call it at once decode once: the others wait.
+
+    Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError for a file
+    that is missing or corrupt, where more than a tenth of a folder's images, or all of a class, cannot be read, or
+    where nothing can be written.
     """
     limits = limit_train_images, limit_test_images, validation_size
     if name not in SOURCES:
-        return load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction)
+        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction)
     for setting, value in (("--image-size", image_size), ("--test-fraction", test_fraction)):
         if value is not None:
             raise ConfigError(f"{setting} {value}: for a folder of pictures only; {name} is as it was published.")
@@ -110,6 +124,115 @@ def decode_folder(name: str, data_dir: str | Path, image_size: int | None) -> No
 def cache_folder(data_dir: str | Path) -> Path:
     """Where decoded folders are kept."""
     return Path(data_dir) / "cache"
+
+
+# --- folders of pictures
+
+
+def _load_folder(
+    path: str,
+    cache_dir: Path,
+    limit_train_images: int | None,
+    limit_test_images: int | None,
+    validation_size: int,
+    image_size: int | None,
+    test_fraction: float | None,
+) -> ImageData:
+    """The pictures in a folder. Their order is a random one, but always the same: the first are of all classes."""
+    folder = find_files(path)
+    cache = open_cache(folder, cache_dir, image_size)
+    files = [file for file in folder.files if file.name not in cache.broken]
+    labels = torch.tensor([file.label for file in files])
+    rng = np.random.default_rng(0)
+    if folder.is_split and test_fraction is not None:
+        raise ConfigError(f"--test-fraction {test_fraction}: {folder.path} says by its folders what to test on.")
+    if folder.is_split:
+        parts = np.array([file.part for file in files])
+    else:
+        parts = choose_parts(files, TEST_FRACTION if test_fraction is None else test_fraction)
+    splits = {
+        part: Split(cache.images, labels).take(torch.from_numpy(rng.permutation(np.flatnonzero(parts == part))))
+        for part in ("train", "val", "test")
+    }
+    train, test = splits["train"], splits["test"]
+    if not len(test):
+        raise folder.error("no class has two images, one to train on and one to test on. Add some.")
+    skipped = sorted(folder.skipped + list(cache.broken.items()))
+    notes = [_describe_counts(folder, labels, test), *folder.notes]
+    if skipped:
+        notes.append(
+            f"{len(skipped):,} of {len(folder.files) + len(folder.skipped):,} files skipped, listed in skipped.txt:"
+            f" {reasons(skipped)}"
+        )
+    notes += _describe_duplicates(files, cache.digests, parts)
+    name = printable(folder.path.name)
+    if validation_size and len(splits["val"]):
+        raise ConfigError(f"--validation-size {validation_size}: {folder.path} has val/, which is used for that.")
+    train, validation = cut_off(train, validation_size, limit_train_images, name)
+    content = [
+        *folder.class_names,
+        *(f"{file.label} {it}" for file, it in zip(files, cache.digests, strict=True)),
+    ]
+    return ImageData(
+        name,
+        folder.class_names,
+        train=train,
+        validation=splits["val"] if len(splits["val"]) else validation,
+        test=test.take(slice(0, limit_test_images)),
+        notes=tuple(notes),
+        pixels_md5=hashlib.md5("\n".join(content).encode(), usedforsecurity=False).hexdigest(),
+        skipped=tuple((printable(file), reason) for file, reason in skipped),
+        preparation="fit",
+        flips=True,
+    )
+
+
+def choose_parts(files: Sequence[File], test_fraction: float) -> NDArray[np.str_]:
+    """ "test" for that share of the images of each class, at least one and not all; of one alone, and else, "train".
+
+    By a hash of their names, so that files that are added or removed move next to none of the others. A share of 1 is
+    all of them.
+    """
+    parts = np.full(len(files), "train")
+    places: dict[int, list[int]] = defaultdict(list)  # of each class
+    for place in sorted(range(len(files)), key=lambda it: hashlib.sha256(os.fsencode(files[it].name)).digest()):
+        places[files[place].label].append(place)
+    for of_class in places.values():
+        count = min(max(round(test_fraction * len(of_class)), 1), len(of_class) - (test_fraction < 1))
+        parts[of_class[:count]] = "test"
+    return parts
+
+
+def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
+    """How many images of each class there are, or of the smallest and the largest where there are many."""
+    names = folder.class_names
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    order = sorted(range(len(names)), key=counts.__getitem__)
+    if len(names) <= MOST_NAMED:
+        told = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    else:
+        least, most = (f"{counts[label]:,} ({names[label]})" for label in (order[0], order[-1]))
+        told = f"{len(names):,} classes, from {least} to {most} images each"
+    tested = set(test.labels.tolist())
+    untested = [name for label, name in enumerate(names) if label not in tested]
+    return f"{told}; none to test on: {a_few(untested)}" if untested else told
+
+
+def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: NDArray[np.str_]) -> list[str]:
+    """A line on test images that training sees too, pixel for pixel at the size of the data set."""
+    known = list(zip(files, digests, parts, strict=True))
+    trained_on = {digest: file.name for file, digest, part in known if part == "train"}
+    twice = [(file.name, trained_on[digest]) for file, digest, part in known if part == "test" and digest in trained_on]
+    if not twice:
+        return []
+    first, same = (printable(name) for name in twice[0])
+    return [
+        f"{len(twice):,} of {int((parts == 'test').sum()):,} test images are training images too, pixel for pixel, and"
+        f" flatter the accuracy: {first} is {same}{', and so on' if len(twice) > 1 else ''}"
+    ]
+
+
+# --- data sets of MNIST's form
 
 
 def _load_source(

@@ -4,7 +4,7 @@ for path in find_images([Path("digits"), Path("photo.jpg")]):
     image = read_image(path)     # mode L or RGB
     pixels = fit_image(image, 64, colour=True)      # uint8 [64, 64, 3], what a network is trained on and asked about
 
-Nothing here loads torch: the processes that decode a folder (mnist/folders.py) import this module alone.
+Nothing here loads torch: the processes that decode a folder (mnist/decoding.py) import this module alone.
 """
 
 import contextlib

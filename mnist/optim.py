@@ -92,44 +92,48 @@ class LeanOptimizer(AcceleratedOptimizer):
 
     def __init__(self, optimizer: Optimizer, scaler: Any = None) -> None:
         super().__init__(optimizer, scaler=scaler)
-        self.states: list[list[dict[str, Tensor]]] = []  # of the parameters of each group, as of the last full step
+        # of the parameters of each group; empty where torch's own step is the one to take, None before it is known
+        self.states: list[list[dict[str, Tensor]]] | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.states = []  # the optimizer has other tensors now
+        self.states = None  # the optimizer has other tensors now
 
     def zero_grad(self, set_to_none: bool | None = True) -> None:
-        if self.gradient_state.sync_gradients:
-            if set_to_none is False:
-                self.optimizer.zero_grad(set_to_none=False)
-            for group in self.optimizer.param_groups if set_to_none is not False else ():
-                for parameter in group["params"]:
-                    parameter.grad = None
+        if not self.gradient_state.sync_gradients:
+            return
+        if set_to_none is False:
+            self.optimizer.zero_grad(set_to_none=False)
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         if self.scaler is not None:  # fp16 on a GPU: the gradients are scaled, Accelerate's own way
             super().step(closure)
         elif self.gradient_state.sync_gradients and not self._step_of_adam():
             self.optimizer.step(closure)
-            self.states = self._states_of_adam()
+            if self.states is None:
+                self.states = self._states_of_adam()
 
     def _states_of_adam(self) -> list[list[dict[str, Tensor]]]:
-        """What a fused Adam keeps of its parameters, on the CPU; nothing of others, and before it is there."""
-        if type(self.optimizer) not in FUSED_UPDATES:
-            return []
+        """What a fused Adam keeps of its parameters on the CPU, once it has stepped; nothing of others."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         parameters = [parameter for group in groups for parameter in group["params"]]
-        alike = {(parameter.device.type, parameter.dtype) for parameter in parameters}
-        if len(alike) > 1 or ("cpu", parameters[0].dtype) not in alike or not all(it in state for it in parameters):
+        on_cpu = all(it.device.type == "cpu" and it.dtype == parameters[0].dtype for it in parameters)
+        if type(self.optimizer) not in FUSED_UPDATES or not on_cpu or not all(it in state for it in parameters):
             return []
         return [[state[parameter] for parameter in group["params"]] for group in groups]
 
     @torch.no_grad()
     def _step_of_adam(self) -> bool:
         """The update as torch.optim makes it, from the tensors that are known; whether it could be made so."""
+        if not self.states:
+            return False
         groups = self.optimizer.param_groups
-        gradients = [[parameter.grad for parameter in group["params"]] for group in groups] if self.states else []
-        if not gradients or any(gradient is None for of_group in gradients for gradient in of_group):
+        gradients = [[parameter.grad for parameter in group["params"]] for group in groups]
+        if any(gradient is None for of_group in gradients for gradient in of_group):
             return False
         update = FUSED_UPDATES[type(self.optimizer)]
         for group, of_group, states in zip(groups, gradients, self.states, strict=True):

@@ -115,11 +115,14 @@ class Profile:
         timed = dict(self.seconds)  # what is traced is slower, and does not count
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.accelerator.device.type == "cuda" else [])]
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else its library tells when it starts, and of a missing GPU
-        with profile(activities=kinds) as recorder:
-            yield
-        self.seconds = defaultdict(float, timed)
-        self.folder.mkdir(exist_ok=True)
-        recorder.export_chrome_trace(str(self.folder / f"trace-{self.accelerator.process_index}.json"))
+        recorder = profile(activities=kinds)
+        try:
+            with recorder:
+                yield
+        finally:  # also where the run is over before
+            self.seconds = defaultdict(float, timed)
+            self.folder.mkdir(exist_ok=True)
+            recorder.export_chrome_trace(str(self.folder / f"trace-{self.accelerator.process_index}.json"))
 
     def _report(self, names: list[str]) -> None:
         if not self.accelerator.is_main_process or self.batches == 0:
@@ -133,4 +136,6 @@ class Profile:
         )
         self.folder.mkdir(exist_ok=True)
         (self.folder / "steps.txt").write_text(f"{table}\n", encoding="utf-8")
-        self.say(f"{table}\n  {self.folder}/ has it, and a trace of {TRACED} batches for https://ui.perfetto.dev")
+        traced = (self.folder / f"trace-{self.accelerator.process_index}.json").exists()
+        trace = ", and a trace of some more for https://ui.perfetto.dev" if traced else ""
+        self.say(f"{table}\n  {self.folder}/ has it{trace}")

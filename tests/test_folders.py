@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mnist import folders
+from mnist import decoding
 from mnist.config import PROJECT_FOLDER
 from mnist.data import ImageData, MappedImages, Split, build_batches, measured_splits
+from mnist.datasets import load_dataset
 from mnist.errors import ConfigError, UserError
-from mnist.folders import load_folder
 from mnist.images import fit_image, read_image
 from tests.test_images import png, png_claiming, saved
 
@@ -51,7 +51,7 @@ def pets(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> ImageData:
-    return load_folder(folder, folder.parent / "cache", **settings)
+    return load_dataset(str(folder), folder.parent, **settings)
 
 
 def contents(*splits: Split | None) -> list[tuple[bytes, int]]:
@@ -73,7 +73,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(folders, "_build", refuse)
+    monkeypatch.setattr(decoding, "_build", refuse)
 
 
 # --- what is in a data set
@@ -452,7 +452,7 @@ def test_a_change_in_the_folder_is_noticed_and_the_old_cache_removed(pets: Path,
     old = set((pets.parent / "cache").glob("*.u8"))
     act(pets)
     after = load(pets)
-    fresh = load_folder(pets, pets.parent / "fresh")
+    fresh = load_dataset(str(pets), pets.parent / "fresh")
     assert contents(after.train, after.test) == contents(fresh.train, fresh.test)
     assert (after.checksum == before.checksum) == (act is touch)
     now = set((pets.parent / "cache").glob("*.u8"))
@@ -513,9 +513,9 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_the_cache_is_there(
 ) -> None:
     (pets.parent / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"pets is not decoded there yet\. Name a folder for data that can: --data-dir"):
-        load_folder(pets, pets.parent / "file" / "cache")
+        load_dataset(str(pets), pets.parent / "file")
     load(pets)
-    monkeypatch.setattr(folders, "FileLock", None)
+    monkeypatch.setattr(decoding, "FileLock", None)
     load(pets)  # without a lock, which a read-only folder does not give
 
 
@@ -525,8 +525,8 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_the_cache_is_there(
 BUILD = """
 import sys
 if __name__ == "__main__":
-    from mnist.folders import load_folder
-    data = load_folder(sys.argv[1], sys.argv[2])
+    from mnist.datasets import load_dataset
+    data = load_dataset(sys.argv[1], sys.argv[2])
     print(data.checksum, int(data.train.images[:].sum()), len(data.test))
 """
 
@@ -558,7 +558,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_jobs_at_once_decode_once_and_see_the_same(slow: Path, tmp_path: Path) -> None:
-    jobs = [python(tmp_path, BUILD, slow, tmp_path / "cache") for _ in range(2)]
+    jobs = [python(tmp_path, BUILD, slow, tmp_path) for _ in range(2)]
     outputs = [job.communicate(timeout=100)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert sum("Decoding 200 images of slow at 64 x 64 in colour" in output for output in outputs) == 1
@@ -588,7 +588,7 @@ def test_a_builder_that_is_ended_half_way_leaves_nothing_that_is_used_or_stays(
 ) -> None:
     cache = tmp_path / "cache"
     hear = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    builder = python(tmp_path, hear + BUILD, slow, cache)
+    builder = python(tmp_path, hear + BUILD, slow, cache.parent)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in cache.glob(".*.new.*")):
         assert builder.poll() is None
@@ -604,7 +604,7 @@ def test_a_builder_that_is_ended_half_way_leaves_nothing_that_is_used_or_stays(
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    data = load_folder(slow, cache)
+    data = load_dataset(str(slow), cache.parent)
     assert "Decoding 200 images" in capsys.readouterr().out
     assert len(data.train) + len(data.test) == 200
     assert [path.suffix for path in cache.iterdir() if path.name != ".lock"] == [".u8"]

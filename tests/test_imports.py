@@ -46,8 +46,9 @@ ALLOWED = {
     "draw": {"errors"},
     "export": {"errors", "predict", "storage", "transforms"},
     "data": {"transforms", "errors", "hardware"},  # where the images lie depends on the memory that is free there
-    "datasets": {"data", "errors", "folders"},
-    "folders": {"data", "errors", "hardware", "images", "storage"},
+    "datasets": {"data", "decoding", "errors", "folders", "images"},
+    "decoding": {"data", "errors", "folders", "hardware", "images", "storage"},
+    "folders": {"errors", "images"},
     "profiling": {"progress"},
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},

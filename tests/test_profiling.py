@@ -35,9 +35,21 @@ def test_a_table_and_a_trace_are_left_and_the_run_is_the_same(
     assert not (plain / "profile").exists()
 
 
-def test_a_run_that_is_over_before_has_a_table_of_what_there_was(run_here: RunHere) -> None:
-    folder = run_here("short", limit_train_images=700, profile=True)  # 70 batches, 20 of them timed
-    assert "(20 batches)" in (folder / "profile" / "steps.txt").read_text()
+@pytest.mark.parametrize(("batches", "timed", "traced"), [(70, 20, 0), (255, 200, 5)])
+def test_a_run_that_is_over_before_has_a_table_and_a_trace_of_what_there_was(
+    batches: int, timed: int, traced: int, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_here("short", limit_train_images=10 * batches, profile=True) / "profile"
+    table = (folder / "steps.txt").read_text()
+    assert f"({timed} batches)" in table
+    shares = [float(share) for share in re.findall(r"([-\d.]+) %$", table, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert shares[-1] >= 0  # nothing that was traced, and slower, is in the parts
+    assert (folder / "trace-0.json").exists() == (traced > 0)
+    assert ("a trace of some more" in capsys.readouterr().out) == (traced > 0)
+    if traced:
+        events = json.loads((folder / "trace-0.json").read_text())["traceEvents"]
+        assert [it.get("name") for it in events if it.get("cat") == "user_annotation"].count("backward") == traced
 
 
 def test_every_process_leaves_a_trace_and_one_a_table(launch: Launch, tmp_path: Path) -> None:
