@@ -26,9 +26,11 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     """
     # imported here, so that --help and a mistyped flag are answered before torch has loaded
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+    from torch import Tensor
 
     from mnist import distributed
     from mnist.checkpoint import Checkpoints, has_checkpoint
+    from mnist.compiled import compile_loss
     from mnist.data import build_batches, measured_splits
     from mnist.datasets import decode_folder, load_dataset
     from mnist.environment import describe_environment
@@ -67,6 +69,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     )
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
+    is_main = accelerator.is_main_process
+    terminal = Terminal(is_main, config.epochs)
 
     # --- data, in batches for training and, as they lie, for measuring; and the network for them
     limits = config.limit_train_images, config.limit_test_images, config.validation_size
@@ -91,25 +95,35 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     log_every = config.log_every or min(100, -(-steps_per_epoch // 10))
     loss_function = LOSSES[config.loss]
     keep_freed_memory()
-    choose_threads(model, scale_pixels(data.train.images[: config.batch_size]))
+    example = scale_pixels(data.train.images[: config.batch_size])  # the shape of all batches of a process
+    choose_threads(model, example)
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     train_batches = accelerator.prepare_data_loader(train_batches, device_placement=False)  # they lie there already
-    share_gradients(model, accelerator, config.timeout_seconds)
+    average = share_gradients(model, accelerator, config.timeout_seconds)
+    compiled, not_compiled = None, ""
+    if config.compile:
+        terminal.print("Compiling: some seconds, the first time up to half a minute ...")
+        compiled, not_compiled = compile_loss(net, loss_function, accelerator, average, example)
+
+    def loss_of(X: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        if compiled:
+            return compiled(X, y, weight)  # the same in one graph, and the gradients with it
+        output = model(X)  # [B, classes] log-probabilities
+        return loss_function(output, y, weight)
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config, data.checksum)
-    environment = describe_environment(accelerator) | {
+    environment = describe_environment(accelerator, compiled is not None) | {
+        "not_compiled": not_compiled,
         **data.describe(),
         "parameters": count_parameters(net),
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
     }
     run.describe(environment, data.skipped)
-    is_main = accelerator.is_main_process
-    terminal = Terminal(is_main, config.epochs)
     terminal.header(config, environment, run.folder, data.notes)
     settings = dataclasses.asdict(config) | environment
     tracking = Tracking(is_main, run.folder, run.id, settings, config.tracker_names)
@@ -122,7 +136,9 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     parts = {"scheduler": scheduler, "tracking": tracking, "evaluation": evaluation}
     checkpoints = Checkpoints(run, config, environment, accelerator, interruption, progress, net, optimizer, parts)
     if config.profile:
-        Profile(run.folder, accelerator, terminal.print).watch(progress, model, optimizer, scheduler, checkpoints)
+        Profile(run.folder, accelerator, terminal.print).watch(
+            progress, compiled or model, optimizer, scheduler, checkpoints
+        )
     with report, interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
         for note in checkpoints.resume():
             terminal.row("resumed", note)
@@ -135,8 +151,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             for X, y, weight in progress.rest(train_batches):  # [B, 1, 28, 28] in [0, 1], [B], [B]: what each counts
                 optimizer.zero_grad()  # does nothing inside a window of accumulated batches
                 with accelerator.accumulate(model):
-                    output = model(X)  # [B, classes] log-probabilities
-                    loss = loss_function(output, y, weight)
+                    loss = loss_of(X, y, weight)  # loss_function(model(X), y, weight), or the same compiled
                     accelerator.backward(loss)
                     norm = clip_gradients(model, accelerator, config.max_grad_norm, measure=progress.logs_this_step)
                     optimizer.step()

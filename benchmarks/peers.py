@@ -6,6 +6,7 @@
     pip install -e '.[bench]'                           # Lightning, and Keras with JAX
 
 ours        accelerate launch train.py, with everything that is on by default, W&B (offline) included
+compiled    the same with --compile; compiling is not counted
 plain       the loop in plain PyTorch: images in memory as floats, fused Adam, no Accelerate, no logging
 tutorial    the tutorial's own way: DataLoader over torchvision's MNIST with ToTensor, Adam as it comes
 accelerate  as Accelerate's examples do it, on images in memory: a DataLoader, all of it prepared, no logging
@@ -66,10 +67,11 @@ class Result(NamedTuple):
     threads: int
 
 
-def train_ours(scratch: Path, seed: int, work: Work) -> Result:
+def train_ours(scratch: Path, seed: int, work: Work, *flags: str) -> Result:
     """The trainer, under its launcher."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", "--trackers=wandb", f"--seed={seed}"]
+    command += flags
     command += [f"--epochs={work.epochs}", f"--batch-size={work.batch_size}", "--run-name=ours"]
     command += [f"--output-dir={folder}", *([] if work.steps is None else [f"--max-steps={work.steps * work.epochs}"])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -79,6 +81,11 @@ def train_ours(scratch: Path, seed: int, work: Work) -> Result:
     lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.mean(line["perf/epoch_seconds"] for line in lines if "perf/epoch_seconds" in line)
     return Result(seconds, lines[-1]["test/accuracy"], int(threads[1]))
+
+
+def train_compiled(scratch: Path, seed: int, work: Work) -> Result:
+    """The trainer with forward and backward pass in one compiled graph."""
+    return train_ours(scratch, seed, work, "--compile")
 
 
 def train_plain(scratch: Path, seed: int, work: Work) -> Result:
@@ -207,12 +214,14 @@ def train_keras(scratch: Path, seed: int, work: Work) -> Result:
 
 CONTESTANTS: dict[str, Callable[[Path, int, Work], Result]] = {
     "ours": train_ours,
+    "compiled": train_compiled,
     "plain": train_plain,
     "tutorial": train_tutorial,
     "accelerate": train_accelerate,
     "lightning": train_lightning,
     "keras": train_keras,
 }
+OURS = ("ours", "compiled")
 NEEDS = {"lightning": ("lightning",), "keras": ("keras", "jax")}
 
 
@@ -239,8 +248,8 @@ def test_accuracy(net: torch.nn.Module) -> float:
 def timed(name: str, scratch: Path, seed: int, work: Work) -> tuple[Result, float]:
     """A contestant's result in a process of its own, and the seconds of the whole process."""
     started = time.perf_counter()
-    if name == "ours":  # starts a process itself
-        return train_ours(scratch, seed, work), time.perf_counter() - started
+    if name in OURS:  # starts a process itself
+        return CONTESTANTS[name](scratch, seed, work), time.perf_counter() - started
     fresh, batch = multiprocessing.get_context("spawn"), torch.zeros(work.batch_size, 1, 28, 28)
     with ProcessPoolExecutor(1, fresh, choose_threads, (Net(), batch)) as pool:  # as many threads as train.py
         result = pool.submit(CONTESTANTS[name], scratch, seed, work).result()
@@ -290,7 +299,7 @@ def draw(results: dict[str, list[tuple[Result, float]]], path: Path, title: str)
         for place, name in enumerate(names):
             found = ratios(results, name)
             middle = statistics.median(found)
-            axes.barh(place, middle, color=TRAIN if name == "ours" else REST)
+            axes.barh(place, middle, color=TRAIN if name in OURS else REST)
             axes.plot([min(found), max(found)], [place, place], color="black", linewidth=1)
             accuracy = statistics.median(result.accuracy for result, _ in results[name])
             axes.text(max(found) + 0.05, place, f"{middle:.2f}   ({100 * accuracy:.1f} %)", va="center", fontsize=9)

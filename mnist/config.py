@@ -40,10 +40,10 @@ CHOICES = {
 """What may be named; data, models, optim and tracking hold what the names stand for. A model may be torchvision's."""
 
 MAY_CHANGE = {
-    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds"),
+    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds", "compile"),
     *("dataset", "data_dir"),  # the images themselves may not: run.py compares them
 }
-"""Settings that a run may go on with otherwise than it began: how long it is, what it says, where things are."""
+"""Settings that a run may go on with otherwise than it began: how long it is, what it says, where and how it runs."""
 
 SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
 """Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
@@ -147,6 +147,9 @@ class TrainConfig:
 
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are summed up for one optimizer step: 5 batches of 10 equal one of 50."""
+
+    compile: bool = False
+    """Compile forward and backward pass into one graph, which takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
     """What the layers compute in; by default what the launcher says, which is `no` (float32) unless told otherwise."""
@@ -291,7 +294,7 @@ HELP_GROUPS = {
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
     "length": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
-    "processes": "mixed_precision timeout_seconds",
+    "processes": "compile mixed_precision timeout_seconds",
 }
 """The groups of `--help`; every field of TrainConfig stands in one."""
 

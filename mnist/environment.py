@@ -1,6 +1,6 @@
 """What a run is made with, besides its settings: the processes and what they run on, versions, the state of the code.
 
-environment = describe_environment(accelerator)
+environment = describe_environment(accelerator, loss_is_compiled=False)
 environment["device"], environment["git_commit"]
 """
 
@@ -19,11 +19,14 @@ from mnist.config import PROJECT_FOLDER
 from mnist.hardware import device_name
 
 
-def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
     """Plain values by name; all processes must call it.
 
     The commit is None where the code does not lie in a Git repository of its own, and on all but the main process.
     """
+    launched_compiler = (
+        accelerator.state.dynamo_plugin.backend.value.lower()
+    )  # "no", unless the launcher says otherwise
     asks = accelerator.is_main_process and (PROJECT_FOLDER / ".git").exists()
     commit = _git("rev-parse", "HEAD") if asks else None
     changes = _git("status", "--porcelain") if commit else None
@@ -33,7 +36,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": describe_processes(accelerator),
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "compiler": accelerator.state.dynamo_plugin.backend.value.lower(),
+        "compiler": "inductor, loss and gradients in one graph" if loss_is_compiled else launched_compiler,
         "torch": str(torch.__version__),  # a string of a kind of its own
         "accelerate": version("accelerate"),
         "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,

@@ -1,7 +1,8 @@
 """Gradients averaged over processes of one machine through memory that all of them see, where they train on its CPU.
 
     model = accelerator.prepare(model)
-    share_gradients(model, accelerator, 600)   # changes nothing for one process, on GPUs and between machines
+    average = share_gradients(model, accelerator, 600)    # changes nothing for one process, on GPUs, between machines
+    average(gradients)                                    # the same for a flat tensor of gradients, in place
 
 Through gloo the gradients go over the network's loopback, copied by the kernel and by gloo's threads, which take the
 cores from the training. `python benchmarks/scaling.py` shows what is left of that (docs/distributed.md).
@@ -12,28 +13,32 @@ import shutil
 import socket
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
 SHARED_MEMORY = Path("/dev/shm")  # Linux's folder of files that are memory
 
 
-def share_gradients(model: nn.Module, accelerator: Accelerator, timeout_seconds: int) -> None:
+def share_gradients(model: nn.Module, accelerator: Accelerator, timeout_seconds: int) -> Callable[[Tensor], None]:
     """Let the DistributedDataParallel that is in `model` average in shared memory where that can be done.
 
-    A process waits for the others for so many seconds at most.
+    Returns what averages a flat tensor of gradients in place in the same way. A process waits for the others for so
+    many seconds at most.
     """
     world_size = os.environ.get("WORLD_SIZE")
     on_one_machine = accelerator.num_processes > 1 and world_size == os.environ.get("LOCAL_WORLD_SIZE")
     if on_one_machine and accelerator.device.type == "cpu" and SHARED_MEMORY.is_dir():
         if (peers := connect(timeout_seconds)) is not None:
-            model.register_comm_hook(None, SharedMean(peers).hook)  # type: ignore[operator]
+            mean = SharedMean(peers)
+            model.register_comm_hook(None, mean.hook)  # type: ignore[operator]
+            return mean.average
+    return average_by_torch
 
 
 class SharedMean:
@@ -52,20 +57,25 @@ class SharedMean:
 
     def hook(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """What DistributedDataParallel calls with gradients, flat, that are ready; they come back averaged."""
-        gradients = bucket.buffer()
+        average: Future[Tensor] = Future()
+        self.average(bucket.buffer())
+        average.set_result(bucket.buffer())
+        return average
+
+    def average(self, gradients: Tensor) -> None:
+        """Average a flat tensor over the processes, in place."""
         key = len(gradients), gradients.dtype
         if key not in self.tables:
             self.tables[key] = shared_tensor((2, dist.get_world_size(), len(gradients)), gradients.dtype)
         tables = self.tables[key]
-        if tables is None:  # as in containers with 64 MiB of shared memory: DistributedDataParallel's own way
-            return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+        if tables is None:  # as in containers with 64 MiB of shared memory
+            average_by_torch(gradients)
+            return
         rows = tables[self.turn]  # [processes, length]
         self.turn = 1 - self.turn
         rows[dist.get_rank()].copy_(gradients)
         self.wait()
-        average: Future[Tensor] = Future()
-        average.set_result(torch.mean(rows, 0, out=gradients))
-        return average
+        torch.mean(rows, 0, out=gradients)
 
     def wait(self) -> None:
         """Until all processes are here; DistNetworkError, as from torch itself, where one is gone or too late."""
@@ -77,6 +87,11 @@ class SharedMean:
                     raise ConnectionResetError("it closed the connection")
         except OSError as error:
             raise dist.DistNetworkError(f"waiting for another process of this machine: {error}") from error
+
+
+def average_by_torch(gradients: Tensor) -> None:
+    """As SharedMean.average, by torch's own means: NCCL between GPUs, gloo through the network."""
+    dist.all_reduce(gradients.div_(dist.get_world_size()))
 
 
 def connect(timeout_seconds: int) -> "list[socket.socket] | None":

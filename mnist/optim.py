@@ -31,7 +31,7 @@ def nll_loss(output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 def mse_loss(output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Mean squared error of the probabilities to one-hot targets, averaged over the classes; shapes as in nll_loss."""
-    one_hot = F.one_hot(y, output.shape[1]).to(output.dtype)
+    one_hot = torch.zeros_like(output).scatter(1, y[:, None], 1)  # F.one_hot looks at y, and so waits for a GPU
     return torch.dot((output.exp() - one_hot).square().mean(dim=1), weight)
 
 
@@ -72,10 +72,11 @@ class LeanAccelerator(Accelerator):
         return nullcontext()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        if self.gradient_accumulation_steps > 1 or self.scaler is not None:
-            super().backward(loss, **kwargs)
-        else:
+        has_its_own = "backward" in vars(loss)  # compiled.py's
+        if has_its_own or (self.gradient_accumulation_steps == 1 and self.scaler is None):
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
+        else:
+            super().backward(loss, **kwargs)
 
 
 class LeanOptimizer(AcceleratedOptimizer):

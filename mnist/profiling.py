@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mnist.progress import Progress
@@ -42,8 +41,12 @@ class Profile:
         self.inner = [0.0]  # seconds of what was watched inside of each part that is going on
         self.batches, self.whole = 0, 0.0
 
-    def watch(self, progress: Progress, model: nn.Module, optimizer: Any, scheduler: Any, checkpoints: Any) -> None:
-        """Watch the first batches that `progress.rest` gives, and what the loop calls for each of them."""
+    def watch(self, progress: Progress, model: Any, optimizer: Any, scheduler: Any, checkpoints: Any) -> None:
+        """Watch the first batches that `progress.rest` gives, and what the loop calls for each of them.
+
+        `model` is what has the forward pass as its method `forward`: with --compile the loss, whose gradients count as
+        a part of it.
+        """
         parts: dict[str, tuple[Any, str]] = {
             "zero_grad": (optimizer, "zero_grad"),
             "forward": (model, "forward"),

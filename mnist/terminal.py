@@ -51,6 +51,8 @@ class Terminal:
         self.row("precision", resolved["precision"])
         if resolved["compiler"] != "no":
             self.row("compiler", resolved["compiler"])
+        elif resolved["not_compiled"]:
+            self.row("compiler", f"none, --compile is left out: {resolved['not_compiled']}")
         counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
         self.row("data", f"{resolved['data']}, {counts}")
         for note in notes:

@@ -23,7 +23,7 @@ FLAGS = """
     --model --pretrained --loss
     --optimizer --learning-rate --weight-decay --schedule --warmup-steps --max-grad-norm
     --epochs --max-steps --batch-size --global-batch-size --gradient-accumulation-steps
-    --mixed-precision --timeout-seconds
+    --compile --mixed-precision --timeout-seconds
 """.split()
 
 

@@ -22,6 +22,7 @@ ALLOWED = {
     "hardware": set(),
     "gradients": set(),
     "distributed": {"errors"},
+    "compiled": {"errors"},
     "environment": {"config", "hardware"},
     "terminal": {"config", "evaluation"},
     "record": {"errors"},

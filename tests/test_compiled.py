@@ -1,0 +1,161 @@
+"""Forward and backward pass in one compiled graph train as they do without it; what cannot be compiled says so."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mnist.compiled import first_line, trace
+from mnist.config import CHOICES
+from mnist.errors import ConfigError
+from mnist.models import Net
+from mnist.optim import LOSSES
+from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
+from tests.test_checkpoint import end_of
+from tests.test_distributed import largest_difference, weights
+from tests.test_resume import kill_and_resume
+
+COMPILER = "compiler    inductor, loss and gradients in one graph"
+HUNDRED_STEPS = {"limit_train_images": 1000, "log_every": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor's compiled code in a folder of these tests."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+def compare(run_here: RunHere, tolerance: float, name: str = "run", **settings: Any) -> None:
+    """Train with and without --compile, and compare the weights and what was logged."""
+    names = (f"{name}-plain", f"{name}-compiled")
+    plain, compiled = (run_here(it, compile=it == names[1], **(HUNDRED_STEPS | settings)) for it in names)
+    folder = plain.parent.parent
+    assert largest_difference(weights(folder, names[0]), weights(folder, names[1])) < tolerance
+    for there, here in zip(metrics_of(plain), metrics_of(compiled), strict=True):
+        assert there.keys() == here.keys()
+        for key in (key for key in there if not key.startswith("perf/")):
+            assert here[key] == pytest.approx(there[key], rel=max(1e-4, tolerance), abs=max(1e-4, tolerance)), key
+
+
+def test_a_hundred_compiled_steps_come_to_the_same_weights(
+    run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(run_here, 1e-5)
+    assert COMPILER in capsys.readouterr().out
+    # the same graph, otherwise used
+    compare(run_here, 1e-5, "windows", gradient_accumulation_steps=3, max_grad_norm=0.5, schedule="cosine", epochs=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
+def test_every_optimizer_takes_compiled_gradients(optimizer: str, run_here: RunHere) -> None:
+    compare(run_here, 1e-5, optimizer=optimizer, weight_decay=0.01, loss="mse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_a_convolutional_network_is_compiled_to_the_same_weights(
+    dtype: torch.dtype, tolerance: float, run_here: RunHere
+) -> None:
+    torch.set_default_dtype(dtype)
+    compare(run_here, tolerance, model="cnn", augment=True)
+
+
+@pytest.mark.slow
+def test_compiled_in_bf16_a_run_learns_what_it_learns_uncompiled(run_here: RunHere) -> None:
+    settings: dict[str, Any] = {"limit_train_images": 6000, "mixed_precision": "bf16"}
+    own: dict[str, dict[str, Any]] = {"compiled": {"compile": True}, "plain": {}, "exact": {"mixed_precision": "no"}}
+    compiled, plain, exact = (metrics_of(run_here(name, **(settings | it)))[-1] for name, it in own.items())
+    for key in ("train/loss", "test/loss"):
+        assert compiled[key] == pytest.approx(plain[key], rel=0.05)
+        assert compiled[key] != pytest.approx(exact[key], rel=1e-4)  # in bf16 indeed
+
+
+@pytest.mark.slow
+def test_compiled_processes_train_to_the_weights_of_one_that_is_not(launch: Launch, tmp_path: Path) -> None:
+    small = ("--limit-train-images=1007", "--limit-test-images=100", "--epochs=2", "--trackers=none")
+    settings = (
+        *small,
+        "--global-batch-size=20",
+        "--gradient-accumulation-steps=2",
+        f"--output-dir={tmp_path / 'runs'}",
+    )
+    for count, flag in ((1, ()), (2, ("--compile",))):
+        command = ("-m", "torch.distributed.run", f"--nproc-per-node={count}", "train.py")
+        done = launch(*settings, f"--run-name={count}", *flag, command=command)
+        assert done.returncode == 0, done.stderr
+        assert (COMPILER in done.stdout) == bool(flag)
+    assert largest_difference(weights(tmp_path, "1"), weights(tmp_path, "2")) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_compiled_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_bit(
+    processes: int, tmp_path: Path
+) -> None:
+    kill_and_resume(processes, 2, tmp_path, "--compile", "--model=cnn", "--augment")
+
+
+def test_a_compiled_run_goes_on_uncompiled_and_says_so(
+    run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_here("both", compile=True)
+    resume_here(folder, compile=False, epochs=2)
+    said = capsys.readouterr().out
+    assert "no longer the same to the bit: compiler was inductor, loss and gradients in one graph, is no" in said
+    assert metrics_of(folder)[-1]["epoch"] == 2
+
+
+def test_without_a_compiler_the_reason_is_said_and_the_run_is_the_uncompiled_one(
+    launch: Launch, tmp_path: Path
+) -> None:
+    small = ("--limit-train-images=1000", "--epochs=1", "--trackers=none", f"--output-dir={tmp_path}")
+    assert launch(*small, "--run-name=plain").returncode == 0
+    nothing = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
+    done = launch(*small, "--run-name=asked", "--compile", **nothing)
+    assert done.returncode == 0, done.stderr
+    reason = "compiler    none, --compile is left out: no C++ compiler was found (CXX, g++)"
+    assert reason in done.stdout
+    assert "Traceback" not in done.stderr
+    assert end_of(tmp_path / "asked") == end_of(tmp_path / "plain")
+
+
+def test_a_compiler_that_fails_is_named_with_the_line_that_says_why() -> None:
+    output = (
+        "C++ compile error\n\nCommand:\ng++ main.cpp\n\nOutput:\nmain.cpp:3:10: fatal error: Python.h: No such file"
+    )
+    assert first_line(RuntimeError(output)) == "RuntimeError: main.cpp:3:10: fatal error: Python.h: No such file"
+    assert first_line(RuntimeError("no triton\nsee there")) == "RuntimeError: no triton"
+    assert first_line(RuntimeError()) == "RuntimeError: "
+
+
+class WithDropout(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
+
+class WithBranch(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.mean() > 0.5 else 1 - x)
+
+
+def test_what_would_train_otherwise_than_uncompiled_is_refused(
+    run_here: RunHere, launch: Launch, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--compile: not for a network with BatchNorm"):
+        run_here("resnet", model="resnet18", compile=True)
+    batch = torch.rand(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), torch.ones(2)
+    with pytest.raises(ConfigError, match="--compile: not for a network that draws random numbers"):
+        trace(WithDropout(), LOSSES["nll"], batch)
+    with pytest.raises(ConfigError, match="--compile: what the network or the loss computes depends on the values"):
+        trace(WithBranch(), LOSSES["nll"], batch)
+    command = ("-m", "accelerate.commands.launch", "--dynamo_backend=inductor", "train.py")
+    done = launch("--compile", "--trackers=none", f"--output-dir={tmp_path}", command=command)
+    assert done.returncode != 0
+    assert "--compile: the launcher compiles the model already (dynamo_backend)" in done.stderr
+    assert not list(tmp_path.glob("*/state.json"))
