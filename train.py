@@ -165,7 +165,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             values = progress.end_epoch()
             for part, batches in measured_batches.items():  # the last one is of the test images
                 kept = MISTAKES if part == "test" else 0
-                result = evaluate(model, batches, loss_function, accelerator, interruption.check, kept)
+                result = evaluate(model, batches, loss_function, accelerator, checkpoints.before_batch, kept)
                 values |= progress.finite(result.values(part, data.class_names))
             values = progress.end_evaluation(values)
             tracking.log(values)

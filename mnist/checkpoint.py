@@ -143,6 +143,16 @@ class Checkpoints:
             if self.every is not None and self.progress.step % self.every == 0:
                 self.save()
             self.interruption.after_step()
+            self._beat()
+
+    def before_batch(self) -> None:
+        """Before each batch of an evaluation: Interrupted, if a signal asks for it."""
+        self.interruption.check()
+        self._beat()
+
+    def _beat(self) -> None:
+        if self.run.is_quiet:
+            self.run.note(**self.progress.position)
 
     def after_epoch(self) -> None:
         """Save the last state of a run, and those between two epochs as far as they cost little of its time."""

@@ -34,6 +34,8 @@ from mnist.errors import ConfigError, UserError
 from mnist.interruption import Interrupted, launcher_command
 from mnist.storage import lock_folder, remove_leftovers, storage_errors, temporary_name, write_file
 
+SECONDS_BETWEEN_HEARTBEATS = 10.0
+
 
 def find_run(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     """The settings to train with: those of the run that is to go on, if there is one; all processes must call it.
@@ -99,6 +101,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     lock: FileLock | None = None
     resume_command: str = ""
+    noted_at: float = 0.0  # by time.monotonic()
 
     @classmethod
     def open(cls, config: TrainConfig, dataset_md5: str) -> "Run":
@@ -191,6 +194,15 @@ class Run:
         if self.writes:
             self.state |= values | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             write_file(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
+            self.noted_at = time.monotonic()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether state.json is so old that whoever watches the job should be told that it still moves.
+
+        To be asked by what moves: a thread of its own would go on beating for a loop that hangs.
+        """
+        return self.writes and time.monotonic() - self.noted_at > SECONDS_BETWEEN_HEARTBEATS
 
     def __enter__(self) -> "Run":
         return self

@@ -1,0 +1,203 @@
+"""What a container runs: training on all that it sees, or another command.
+
+docker run --gpus all IMAGE --recipe cnn --epochs 5     # flags, or nothing: train.py, by the launcher that fits
+docker run IMAGE mnist predict seven.png                # anything else is a command
+docker run -it IMAGE bash
+
+NUM_PROCESSES says how many processes train, MIXED_PRECISION in which precision, WANDB_API_KEY_FILE where the key of W&B
+lies. PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, which torchrun reads and Kubeflow sets, join
+several machines. A launcher turns every exit code into 1: the container ends with the one in the run's state.json.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PRECISIONS = ("no", "fp16", "bf16")
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}  # of train.py, where there is no run yet
+DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's
+COUNT_DEVICES = """
+import torch
+print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)
+"""
+SECRET = "/run/secrets/wandb_api_key"  # where Compose and Swarm put a secret of that name
+
+
+class UsageError(ValueError):
+    """A variable that cannot be; the message names it, its value and the way out."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A command line, and the variables that it needs besides those that there are."""
+
+    command: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
+    launched: bool = False  # several processes, by a launcher that has to be watched
+
+
+def trains(arguments: Sequence[str]) -> bool:
+    """Whether the arguments of the container are flags of train.py."""
+    return not arguments or arguments[0].startswith("-")
+
+
+def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int) -> Plan:
+    """What to run where so many GPUs are visible; UsageError for variables that do not fit."""
+    if not trains(arguments):
+        return Plan(tuple(arguments))
+    script = ("train.py", *arguments)
+    asked = environment.get("MIXED_PRECISION", "")
+    if asked not in ("", *PRECISIONS):
+        raise UsageError(f"MIXED_PRECISION={asked}: unknown. Known: {', '.join(PRECISIONS)}.")
+    precision = {"ACCELERATE_MIXED_PRECISION": asked} if asked else {}
+    machines = _whole_number("PET_NNODES", environment) or 1
+    variable = "NUM_PROCESSES" if environment.get("NUM_PROCESSES") else "PET_NPROC_PER_NODE"
+    given = None if environment.get(variable) in ("auto", "gpu") else _whole_number(variable, environment)
+    processes = given or visible or 1
+    if processes > visible > 0:
+        raise UsageError(
+            f"{variable}={processes}: only {visible} GPU(s) are visible here. Ask for at most {visible}, or hide them"
+            " and train on the CPU: CUDA_VISIBLE_DEVICES= (empty)."
+        )
+    if "--help" in arguments or "-h" in arguments or (machines == 1 and processes == 1):
+        return Plan((sys.executable, *script), precision)
+    if machines > 1:
+        missing = [name for name in ("PET_NODE_RANK", "PET_MASTER_ADDR") if not environment.get(name)]
+        if missing:
+            raise UsageError(
+                f"PET_NNODES={machines}: without {', '.join(missing)} the machines would not find each other. Set"
+                " PET_NODE_RANK (from 0) and PET_MASTER_ADDR (the address of the machine of rank 0) on each."
+            )
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))  # the rest is in PET_...
+        return Plan((sys.executable, *launcher, *script), precision, launched=True)
+    config = f"accelerate_configs/{'multi_gpu' if visible else 'multi_cpu'}.yaml"
+    flags = ("--config_file", config, "--num_processes", str(processes))
+    chosen = ("--mixed_precision", asked) if asked else ()
+    return Plan(("accelerate", "launch", *flags, *chosen, *script), launched=True)
+
+
+def _whole_number(variable: str, environment: Mapping[str, str]) -> int | None:
+    """The value of a variable, None where it is not set or empty, as Compose passes what the user has not set."""
+    value = environment.get(variable, "")
+    if value and not (value.isdecimal() and int(value) > 0):
+        raise UsageError(f"{variable}={value}: must be a whole number of at least 1.")
+    return int(value) if value else None
+
+
+def visible_devices() -> int:
+    """How many GPUs training will see; torch is asked, which takes seconds, only where there is a file of one."""
+    if not any(any(Path("/dev").glob(name)) for name in DEVICE_FILES):
+        return 0
+    answer = subprocess.run([sys.executable, "-c", COUNT_DEVICES], stdout=subprocess.PIPE, text=True, check=True)
+    count = int(answer.stdout)
+    if count == 0:
+        print("entrypoint: there are GPUs here, but torch cannot use them: see `nvidia-smi`", file=sys.stderr)
+    return count
+
+
+def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
+    """WANDB_API_KEY from the file that holds it, if it is not in the environment already."""
+    path = Path(environment.get("WANDB_API_KEY_FILE") or SECRET)
+    if environment.get("WANDB_API_KEY") or not (path.exists() or environment.get("WANDB_API_KEY_FILE")):
+        return {}
+    try:
+        return {"WANDB_API_KEY": path.read_text(encoding="utf-8").strip()}
+    except OSError as error:
+        raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """What a flag of train.py is given, as `--run-name x`, `--run-name=x` or `--run_name x`; the last one counts."""
+    value = None
+    for place, word in enumerate(arguments):
+        name, equals, rest = word.partition("=")
+        if name.replace("_", "-") == flag:
+            value = rest if equals else next(iter(arguments[place + 1 :]), None)
+    return value
+
+
+def state_files(arguments: Sequence[str]) -> list[Path]:
+    """state.json of the run that the flags name, or of all that it may be."""
+    resumed, parent = flag_value(arguments, "--resume"), Path(flag_value(arguments, "--output-dir") or "runs")
+    if resumed not in (None, "auto"):
+        return [path for path in [Path(str(resumed)) / "state.json"] if path.is_file()]
+    name = flag_value(arguments, "--run-name")
+    return [
+        path for path in ([parent / name / "state.json"] if name else parent.glob("*/state.json")) if path.is_file()
+    ]
+
+
+def launch(plan: Plan, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a launcher, pass on signals to the processes that train, and return what state.json says of their run."""
+    before = {path: path.stat().st_mtime_ns for path in state_files(arguments)}
+    launcher = subprocess.Popen(plan.command, env=environment)
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        # launchers die of SIGUSR1, and give their processes sessions of their own, where no signal to a group comes
+        received.append(number)
+        for pid in children_of(launcher.pid) or [launcher.pid]:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
+
+    for number in EXIT_CODES:
+        signal.signal(number, pass_on)
+    code = launcher.wait()
+    written = [path for path in state_files(arguments) if before.get(path) != path.stat().st_mtime_ns]
+    state = json.loads(max(written, key=lambda path: path.stat().st_mtime_ns).read_text()) if written else {}
+    return exit_code(state, code, received)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that this one has started, on Linux."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parent = path.read_text().rpartition(")")[2].split()[1]  # after the name, which may hold anything
+            if int(parent) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int]) -> int:
+    """The run's own, if it has ended; else that of the signal which came before it began, or the launcher's.
+
+    A run whose main process was killed is still `running` there; that of a machine which is not the first one may be.
+    """
+    if state.get("status") in ("finished", "interrupted", "failed"):
+        return int(str(state["exit_code"]))
+    if received:
+        return EXIT_CODES[signal.Signals(received[0])]
+    return 128 - launcher if launcher < 0 else launcher
+
+
+def main() -> int:
+    """Becomes the command, or launches it and returns its exit code; 2 for wrong usage, 127 for no such command."""
+    arguments = sys.argv[1:]
+    try:
+        visible = visible_devices() if trains(arguments) else 0
+        chosen = plan(arguments, os.environ, visible)
+        environment = os.environ | chosen.variables | wandb_key(os.environ)
+    except UsageError as error:
+        print(f"entrypoint: {error}", file=sys.stderr)
+        return 2
+    if trains(arguments):
+        print(f"entrypoint: {visible} GPUs are visible: {shlex.join(chosen.command)}", file=sys.stderr, flush=True)
+    if chosen.launched:
+        return launch(chosen, arguments, environment)
+    try:
+        os.execvpe(chosen.command[0], chosen.command, environment)
+    except OSError as error:
+        print(f"entrypoint: {chosen.command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main())

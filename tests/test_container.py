@@ -1,0 +1,614 @@
+"""What the container runs and how it ends; manifests that a cluster accepts; no command line in them or the docs rots.
+
+The image itself is built and run by `make image-test`.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import entrypoint
+import healthcheck
+import jsonschema
+import kubernetes_validate
+import lock
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from entrypoint import EXIT_CODES, UsageError, exit_code, flag_value, plan, state_files
+from packaging.requirements import Requirement
+from torch.distributed.run import get_args_parser
+
+from mnist.config import PROJECT_FOLDER, parse_command_line
+from mnist.recipes import RECIPES
+from mnist.run import Run
+from tests.conftest import RunHere, state_of
+
+DOCKER, DEPLOY = PROJECT_FOLDER / "docker", PROJECT_FOLDER / "deploy"
+TRAIN = (sys.executable, "train.py")
+KUBERNETES = "1.34"  # and newer, as far as that goes
+LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--log-every=10")
+TWO_MACHINES = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "node-0"}
+
+
+def launched(processes: int, config: str, *flags: str) -> tuple[str, ...]:
+    return (
+        *("accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", "--num_processes"),
+        *(str(processes), *flags, "train.py"),
+    )
+
+
+# --- the entrypoint
+
+
+@pytest.mark.parametrize(
+    ("visible", "variables", "command"),
+    [
+        (0, {}, TRAIN),
+        (1, {}, TRAIN),
+        (4, {}, launched(4, "multi_gpu")),
+        (8, {}, launched(8, "multi_gpu")),
+        (0, {"NUM_PROCESSES": "2"}, launched(2, "multi_cpu")),
+        (8, {"NUM_PROCESSES": "2"}, launched(2, "multi_gpu")),
+        (8, {"NUM_PROCESSES": "1"}, TRAIN),
+        (4, {"NUM_PROCESSES": ""}, launched(4, "multi_gpu")),  # as Compose passes what is not set
+        (4, {"MIXED_PRECISION": "bf16"}, launched(4, "multi_gpu", "--mixed_precision", "bf16")),
+        (4, {"MIXED_PRECISION": ""}, launched(4, "multi_gpu")),
+        (4, {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "auto"}, launched(4, "multi_gpu")),  # a TrainJob of one machine
+        (4, {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2"}, launched(2, "multi_gpu")),
+        (4, {"PET_NPROC_PER_NODE": "2", "NUM_PROCESSES": "3"}, launched(3, "multi_gpu")),
+    ],
+)
+def test_the_launcher_fits_the_gpus_that_are_visible_unless_variables_say_otherwise(
+    visible: int, variables: dict[str, str], command: tuple[str, ...]
+) -> None:
+    chosen = plan(["--recipe", "cnn"], variables, visible)
+    assert chosen.command == (*command, "--recipe", "cnn")
+    assert chosen.launched == (command != TRAIN)
+    assert plan([], variables, visible).command == command
+
+
+@pytest.mark.parametrize(("visible", "processes"), [(0, "1"), (1, "1"), (8, "8")])
+def test_several_machines_are_joined_by_torchrun_with_a_process_on_each_gpu(visible: int, processes: str) -> None:
+    chosen = plan(["--epochs=1"], TWO_MACHINES | {"MIXED_PRECISION": "bf16"}, visible)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes)
+    assert chosen.command == (*launcher, "train.py", "--epochs=1")
+    assert chosen.launched
+    assert chosen.variables == {"ACCELERATE_MIXED_PRECISION": "bf16"}
+
+
+def test_one_process_gets_the_precision_as_the_launcher_would_give_it() -> None:
+    assert plan([], {"MIXED_PRECISION": "bf16"}, 1).variables == {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert plan([], {}, 1).variables == {}
+
+
+def test_help_is_shown_once_and_other_commands_are_run_as_they_are() -> None:
+    assert plan(["--help"], {}, 8).command == (*TRAIN, "--help")
+    assert plan(["mnist", "predict", "--top", "1", "seven.png"], {"NUM_PROCESSES": "x"}, 8) == entrypoint.Plan(
+        ("mnist", "predict", "--top", "1", "seven.png")
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "variables", "words"),
+    [
+        (0, {"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: must be a whole number"),
+        (0, {"NUM_PROCESSES": "-1"}, "NUM_PROCESSES=-1: must"),
+        (4, {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: must"),
+        (4, {"NUM_PROCESSES": "1.5"}, "NUM_PROCESSES=1.5: must"),
+        (4, {"NUM_PROCESSES": "5"}, r"NUM_PROCESSES=5: only 4 GPU\(s\) are visible here. Ask for at most 4"),
+        (1, {"PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2: only 1 GPU"),
+        (0, {"MIXED_PRECISION": "fp8"}, "MIXED_PRECISION=fp8: unknown. Known: no, fp16, bf16"),
+        (0, {"PET_NNODES": "1:4"}, "PET_NNODES=1:4: must be a whole number"),
+        (8, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "without PET_MASTER_ADDR the machines"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_named_with_the_way_out(
+    visible: int, variables: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        plan([], variables, visible)
+
+
+@pytest.mark.parametrize("visible", [0, 1, 4, 8])
+def test_what_is_launched_is_something_that_accelerate_understands(visible: int) -> None:
+    command = plan(["--epochs", "1"], {"NUM_PROCESSES": str(visible or 2)}, visible).command
+    if visible != 1:
+        arguments = launch_command_parser().parse_args(command[2:])
+        assert arguments.training_script == "train.py"
+        assert arguments.num_processes == (visible or 2)
+        assert load_config_from_file(str(PROJECT_FOLDER / arguments.config_file)).distributed_type == "MULTI_GPU"
+
+
+def test_the_key_of_wandb_comes_from_the_environment_or_else_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)}) == {"WANDB_API_KEY": "secret"}
+    assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file), "WANDB_API_KEY": "mine"}) == {}
+    assert entrypoint.wandb_key({}) == {}
+    with pytest.raises(UsageError, match=r"WANDB_API_KEY_FILE=.*missing: cannot be read"):
+        entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(tmp_path / "missing")})
+
+
+@pytest.mark.parametrize("words", ["--run-name x", "--run-name=x", "--run_name x", "--run-name=y --run-name=x"])
+def test_flags_are_read_as_train_py_reads_them(words: str) -> None:
+    assert flag_value(["--epochs", "1", *words.split(), "--resume", "auto"], "--run-name") == "x"
+    assert flag_value(words.split(), "--resume") is None
+
+
+def test_the_state_is_that_of_the_run_which_the_flags_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    folder = f"--output-dir={tmp_path}"
+    assert sorted(state_files([folder])) == [tmp_path / "a" / "state.json", tmp_path / "b" / "state.json"]
+    assert state_files([folder, "--run-name=b", "--resume=auto"]) == [tmp_path / "b" / "state.json"]
+    assert state_files(["--resume", str(tmp_path / "a")]) == [tmp_path / "a" / "state.json"]
+    assert state_files([folder, "--run-name=c"]) == []
+
+
+def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:
+    assert exit_code({"status": "finished", "exit_code": 0}, 1, []) == 0
+    assert exit_code({"status": "interrupted", "exit_code": 143}, 1, [15]) == 143
+    assert exit_code({"status": "interrupted", "exit_code": 75}, -10, [10]) == 75
+    assert exit_code({"status": "failed", "exit_code": 1}, 1, []) == 1
+    assert exit_code({"status": "running", "exit_code": None}, 1, []) == 1  # its main process was killed
+    assert exit_code({}, 1, [15]) == 143  # before it had begun
+    assert exit_code({}, -9, []) == 137
+    assert exit_code({}, 0, []) == 0
+
+
+@contextlib.contextmanager
+def container(folder: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+    """The entrypoint, as the image calls it, and the file that its output goes into."""
+    output = folder / f"output {len(list(folder.glob('output*')))}"
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "PET_", "ACCELERATE_"))
+    }
+    clean |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, DOCKER / "entrypoint.py", f"--output-dir={folder / 'runs'}", *flags],
+            cwd=PROJECT_FOLDER,
+            env=clean | variables,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        yield process, output
+    finally:
+        for pid in [process.pid, *entrypoint.children_of(process.pid)]:
+            for child in entrypoint.children_of(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(file: Path, process: "subprocess.Popen[bytes]", output: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (file.exists() and file.stat().st_size):
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+
+
+def test_a_signal_reaches_processes_below_a_launcher_and_the_container_ends_with_the_runs_exit_code(
+    tmp_path: Path,
+) -> None:
+    with container(tmp_path, *LONG, "--run-name=x", NUM_PROCESSES="2") as (process, output):
+        wait_for(tmp_path / "runs" / "x" / "metrics.jsonl", process, output)
+        process.send_signal(signal.SIGUSR1)  # at which launchers die
+        assert process.wait(timeout=40) == 75, output.read_text()
+    state = state_of(tmp_path / "runs" / "x")
+    assert (state["status"], state["error"], state["checkpoint"]) == ("interrupted", "SIGUSR1", state["step"])
+    assert "0 GPUs are visible: accelerate launch" in output.read_text()
+
+
+def test_a_signal_before_training_begins_ends_the_container_with_its_own_exit_code(tmp_path: Path) -> None:
+    with container(tmp_path, *LONG, NUM_PROCESSES="2") as (process, output):
+        wait_for(output, process, output)
+        time.sleep(0.5)  # the launcher is loading
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=40) == EXIT_CODES[signal.SIGTERM], output.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_container_with_a_failure(tmp_path: Path) -> None:
+    with container(tmp_path, *LONG, "--run-name=x", NUM_PROCESSES="2") as (process, output):
+        wait_for(tmp_path / "runs" / "x" / "metrics.jsonl", process, output)
+        (launcher,) = entrypoint.children_of(process.pid)
+        os.kill(max(entrypoint.children_of(launcher)), signal.SIGKILL)
+        assert process.wait(timeout=60) == 1, output.read_text()
+
+
+@pytest.mark.slow
+def test_two_containers_that_are_told_of_each_other_train_as_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = ("--trackers=none", "--limit-train-images=200", "--limit-test-images=100", "--epochs=1", "--run-name=x")
+    variables = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(container(tmp_path, *flags, **variables, PET_NODE_RANK=rank)) for rank in "01"]
+        for process, output in both:
+            assert process.wait(timeout=120) == 0, output.read_text()
+    environment = json.loads((tmp_path / "runs" / "x" / "environment.json").read_text())
+    assert (environment["num_processes"], environment["steps_per_epoch"]) == (2, 10)
+
+
+def test_wrong_usage_and_unknown_commands_end_with_the_codes_of_shells(tmp_path: Path) -> None:
+    command = [sys.executable, str(DOCKER / "entrypoint.py")]
+    variables = os.environ | {"NUM_PROCESSES": "many"}
+    wrong = subprocess.run(command, env=variables, cwd=PROJECT_FOLDER, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("entrypoint: NUM_PROCESSES=many: must be a whole number")
+    unknown = subprocess.run([*command, "no-such-command"], cwd=PROJECT_FOLDER, capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stderr) == (127, "entrypoint: no-such-command: No such file or directory\n")
+
+
+# --- the heartbeat
+
+
+@pytest.fixture
+def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The step of each state.json that is written."""
+    steps: list[int] = []
+    note = Run.note
+
+    def watched(self: Run, **values: Any) -> None:
+        note(self, **values)
+        steps.append(self.state["step"])
+
+    monkeypatch.setattr(Run, "note", watched)
+    return steps
+
+
+def test_the_training_loop_and_the_evaluation_renew_the_state_of_a_run_as_they_move(
+    run_here: RunHere, noted_steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist.run.SECONDS_BETWEEN_HEARTBEATS", 0.0)
+    run_here("x")  # 20 steps, a batch each of training and of test images, a checkpoint, the end
+    assert noted_steps == [0, *range(1, 21), 20, 20, 20, 20]
+
+
+def test_a_heartbeat_is_written_no_more_often_than_every_ten_seconds(run_here: RunHere, noted_steps: list[int]) -> None:
+    run_here("x")
+    assert noted_steps == [0, 20, 20]
+
+
+def test_a_container_is_healthy_while_its_newest_run_moves(tmp_path: Path) -> None:
+    def state(name: str, seconds: float, host: str = "here", status: str = "running") -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(1_000_000 + seconds))
+        values = {"status": status, "process": f"8 on {host}", "time": written, "step": 7}
+        (tmp_path / name / "state.json").write_text(json.dumps(values))
+
+    def healthy(now: float) -> bool:
+        return healthcheck.verdict(tmp_path, "here", 1_000_000 + now, 60)[0]
+
+    assert healthy(0)  # nothing has begun
+    state("old", 0)
+    assert healthy(60)
+    assert not healthy(61)
+    state("elsewhere", 100, host="there")
+    assert not healthy(101)
+    state("new", 100)  # the old one was killed
+    assert healthy(101)
+    assert healthcheck.verdict(tmp_path, "here", 1_000_161, 60) == (False, "new: step 7, 61 s ago")
+    for name in ("old", "new"):
+        state(name, 100, status="finished")
+    assert healthy(10_000)  # what keeps the container now is no training
+    (tmp_path / "elsewhere" / "state.json").write_text("{}")  # not a run's
+    assert healthy(10_000)
+
+
+def test_the_health_check_reads_what_a_run_has_written(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_here("x")
+    state = json.loads((folder / "state.json").read_text()) | {"status": "running"}
+    (folder / "state.json").write_text(json.dumps(state))
+    command = [sys.executable, str(DOCKER / "healthcheck.py"), "30", str(folder.parent)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    (folder / "state.json").write_text(json.dumps(state | {"time": "2026-01-01T00:00:00+0100"}))
+    ill = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ill.returncode, ill.stderr) == (1, "")
+    assert ill.stdout.startswith("x: step 20, ")
+
+
+# --- the manifests
+
+
+def manifests(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text(encoding="utf-8")))
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """What each manifest makes of a pod, as a Pod; that of the TrainJob in the place where Kubeflow puts it."""
+    job, train_job = manifests("job.yaml")[1], manifests("trainjob.yaml")[0]
+    trainer = train_job["spec"]["trainer"]
+    (patch,) = train_job["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    patched = node["template"]["spec"]["template"]["spec"]
+    (container,) = patched["containers"]
+    container |= {"image": trainer["image"], "args": trainer["args"], "env": trainer["env"]}
+    container |= {"resources": trainer["resourcesPerNode"]}
+    specs = {"job.yaml": job["spec"]["template"]["spec"], "trainjob.yaml": patched}
+    return {
+        name: {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}
+        for name, spec in specs.items()
+    }
+
+
+def test_kubernetes_accepts_the_job_and_the_pods_of_both() -> None:
+    for manifest in [*manifests("job.yaml"), *pods().values()]:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    wrong = pods()["trainjob.yaml"]
+    wrong["spec"]["containers"][0]["securityContext"]["readOnlyRoot"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+def test_the_train_job_has_only_what_kubeflow_knows() -> None:
+    schema = json.loads((PROJECT_FOLDER / "tests" / "trainjob.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    (train_job,) = manifests("trainjob.yaml")
+    jsonschema.validate(train_job, schema)
+    assert train_job["spec"]["runtimeRef"] == {"name": "torch-distributed"}
+    for wrong in ({"numNodes": "4"}, {"env": [{"name": "PET_NNODES", "value": "4"}]}, {"replicas": 4}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(train_job | {"spec": train_job["spec"] | {"trainer": wrong}}, schema)
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "trainjob.yaml"])
+def test_pods_are_as_restricted_as_kubernetes_can_ask_and_write_only_into_volumes(name: str) -> None:
+    pod = pods()[name]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["terminationGracePeriodSeconds"] > 30
+    mounts = {it["mountPath"]: it["name"] for it in container["volumeMounts"]}
+    assert mounts.keys() == {"/runs", "/data", "/tmp", "/dev/shm"}
+    volumes = {it["name"]: it for it in pod["volumes"]}
+    assert volumes.keys() == set(mounts.values())
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == manifests("job.yaml")[0]["metadata"]["name"]
+    (key,) = container["env"]
+    assert "secretKeyRef" in key["valueFrom"]
+    assert flag_value(container["args"], "--resume") == "auto"
+    parse_command_line(RECIPES, container["args"])
+
+
+def test_every_service_of_compose_is_restricted_and_its_command_is_understood() -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = compose["services"]
+    assert services.keys() == {"train", "train-gpu", "draw", "node-0", "node-1"}
+    for service in services.values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        variables = {name: str(value) for name, value in service.get("environment", {}).items() if value is not None}
+        chosen = plan(service.get("command", []), variables, 0)
+        if "train.py" in chosen.command:
+            parse_command_line(RECIPES, chosen.command[chosen.command.index("train.py") + 1 :])
+    assert services["draw"]["ports"] == ["127.0.0.1:7860:7860"]
+    assert services["train-gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+
+
+def test_actions_are_pinned_to_commits() -> None:
+    for path in (PROJECT_FOLDER / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        used = [step["uses"] for step in steps if "uses" in step]
+        assert used
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in used)
+
+
+# --- the lock files
+
+
+def pins(name: str) -> dict[str, tuple[str, str]]:
+    """Version and rest of the line of each package of a lock file."""
+    lines = (DOCKER / name).read_text().splitlines()
+    words = [line.partition("==") for line in lines if not line.startswith("#")]
+    return {package: (rest.split()[0], rest.partition(" ")[2]) for package, _, rest in words}
+
+
+def test_the_image_installs_exact_versions_with_checksums_that_satisfy_the_project() -> None:
+    cuda = pins("requirements-cuda.lock")
+    assert "://" not in (DOCKER / "requirements-cuda.lock").read_text()
+    for name, (version, rest) in cuda.items():
+        assert re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", rest), name
+        assert version
+    for requirement in map(Requirement, requires("mnist-trainer") or []):
+        if requirement.marker is None:  # no extra's
+            assert cuda[requirement.name][0] in requirement.specifier, requirement
+    assert "dumb-init" in cuda
+
+
+def test_the_lock_of_the_index_that_was_not_reached_differs_in_torch_alone_and_is_marked() -> None:
+    cuda, cpu = pins("requirements-cuda.lock"), pins("requirements-cpu.lock")
+    unchecked = {name for name, (_, rest) in cpu.items() if not rest}
+    assert unchecked == {"torch", "torchvision"}
+    assert all(cuda[name] == pin for name, pin in cpu.items() if name not in unchecked)
+    assert all(cpu[name][0] == f"{cuda[name][0]}+cpu" for name in unchecked)
+    assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in cuda.keys() - cpu.keys())
+    assert (DOCKER / "requirements-cpu.lock").read_text().startswith("# NOT BUILT")
+
+
+def test_a_lock_has_a_line_a_package_and_no_address() -> None:
+    package = {
+        "metadata": {"name": "Torch", "version": "2.14.1"},
+        "download_info": {"url": "https://example.org/torch.whl", "archive_info": {"hashes": {"sha256": "ab"}}},
+    }
+    assert lock.lock({"install": [package]}, "me").splitlines()[1:] == ["torch==2.14.1 --hash=sha256:ab"]
+
+
+# --- Slurm
+
+SRUN = """#!/usr/bin/env bash
+# as srun: the command on each machine, all of them this one; non-zero if one of them is
+shift # --kill-on-bad-exit
+pids=()
+for rank in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$rank SLURM_PROCID=$rank "$@" & pids+=($!); done
+code=0; for pid in "${pids[@]}"; do wait "$pid" || code=$?; done; exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.1; else echo "$@" >> "$CALLS"; fi
+"""
+
+
+def start_batch(folder: Path, nodes: int, *flags: str) -> "subprocess.Popen[bytes]":
+    """deploy/train.sbatch as Slurm starts it, with stand-ins for srun and scontrol, and the real launcher."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tools / name).write_text(script)
+        (tools / name).chmod(stat.S_IRWXU)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+    variables = {
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CALLS": str(folder / "calls"),
+        "OUTPUT_DIR": str(folder / "runs"),
+        "RUN_NAME": "x",
+        "SLURM_SUBMIT_DIR": str(PROJECT_FOLDER),
+        "SLURM_JOB_ID": str(number),
+        "SLURM_JOB_NODELIST": "this,this",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+    }
+    with (folder / "output").open("ab") as output:
+        return subprocess.Popen(
+            ["bash", DEPLOY / "train.sbatch", "--trackers=none", "--limit-train-images=2000", *flags],
+            env=os.environ | variables,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_on(tmp_path: Path, nodes: int) -> None:
+    run, calls, output = tmp_path / "runs" / "x", tmp_path / "calls", tmp_path / "output"
+    batch = start_batch(tmp_path, nodes, "--epochs=100000", "--log-every=10")
+    try:
+        wait_for(run / "metrics.jsonl", batch, output)
+        os.kill(batch.pid, signal.SIGUSR1)  # to the script alone, as --signal=B: does
+        assert batch.wait(timeout=60) == 75, output.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(batch.pid, signal.SIGKILL)
+    state = state_of(run)
+    assert (state["status"], state["error"], state["checkpoint"]) == ("interrupted", "SIGUSR1", state["step"])
+    assert re.fullmatch(r"requeue \d+\n", calls.read_text())
+    assert json.loads((run / "environment.json").read_text())["num_processes"] == nodes
+
+    again = start_batch(tmp_path, nodes, f"--max-steps={state['step'] + 5}")
+    assert again.wait(timeout=120) == 0, output.read_text()
+    assert (state_of(run)["status"], state_of(run)["step"]) == ("finished", state["step"] + 5)
+    assert "goes on from step-" in output.read_text()
+    assert len(calls.read_text().splitlines()) == 1  # a finished run is not put back
+
+
+def test_a_job_that_fails_is_not_put_back_into_the_queue_by_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "state.json").write_text(json.dumps({"status": "interrupted", "exit_code": 75}, indent=2))
+    batch = start_batch(tmp_path, 1, "--epochs=none")
+    assert batch.wait(timeout=60) == 1, (tmp_path / "output").read_text()
+    assert not (tmp_path / "calls").exists()
+
+
+# --- command lines in prose
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """What people copy from, by name, with lines joined that go on below."""
+    for pattern in ("*.md", "docs/*.md", "deploy/*", "docker/*", "accelerate_configs/*", "train.py", "Makefile"):
+        for path in sorted(PROJECT_FOLDER.glob(pattern)):
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                yield str(path.relative_to(PROJECT_FOLDER)), re.sub(r"\\\n[#> ]*", " ", text)
+
+
+def command_lines(beginning: str) -> list[tuple[str, str]]:
+    """Each command line that begins so, up to a comment, a backtick or whatever else ends it, and where it stands."""
+    found = [
+        (name, re.sub(r"\$\w+", "1", match.group()).strip().removesuffix(" ..."))
+        for name, text in texts()
+        if name != "deploy/train.sbatch"  # run by a test above
+        for match in re.finditer(rf"\b{beginning}(?= )[^`|#&>\n]*", text)
+    ]
+    assert found
+    return found
+
+
+def check_flags(words: list[str]) -> None:
+    """Parse flags of train.py, in a folder in which the pictures of the docs are."""
+    parse_command_line(RECIPES, words)
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "PetImages").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_line_with_accelerate_launch_is_one_that_accelerate_and_train_py_understand(
+    folder_of_pictures: None,
+) -> None:
+    checked = 0
+    for name, line in command_lines("accelerate launch"):
+        words = shlex.split(line)[2:]
+        if (words and words[0].startswith("-")) or "train.py" in words:
+            arguments = launch_command_parser().parse_args(words if "train.py" in words else [*words, "train.py"])
+            if arguments.config_file:
+                load_config_from_file(str(PROJECT_FOLDER / arguments.config_file))
+            assert arguments.training_script in ("train.py", "/app/train.py"), f"{name}: {line}"
+            check_flags(arguments.training_script_args)
+            checked += 1
+    assert checked > 30
+
+
+def test_every_line_with_torchrun_is_one_that_torchrun_and_train_py_understand(folder_of_pictures: None) -> None:
+    for name, line in command_lines("torchrun"):
+        words = shlex.split(line.replace("'s", ""))[1:]
+        if words and words[0].startswith("-"):
+            arguments = get_args_parser().parse_args(words)
+            assert arguments.training_script == "train.py", f"{name}: {line}"
+            check_flags(arguments.training_script_args)
+
+
+def test_every_line_with_docker_run_is_one_that_the_entrypoint_and_train_py_understand(
+    folder_of_pictures: None,
+) -> None:
+    for name, line in command_lines("docker run"):
+        words = shlex.split(line)
+        image = next((place for place, word in enumerate(words) if word.startswith("mnist-trainer")), None)
+        if image is None:  # an option of Docker alone
+            continue
+        command = plan(words[image + 1 :], {}, 1).command
+        if command[:2] == TRAIN:
+            check_flags(list(command[2:]))
+        else:
+            assert command[0] in ("mnist", "bash", "python", "sh", "wandb"), f"{name}: {line}"
