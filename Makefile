@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format bench bench-applied bench-folder bench-logging bench-scaling soak
+.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-logging bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -13,10 +13,19 @@ lint: ## the same commands as in .ci/run
 	ruff check .
 	ruff format --check .
 	mypy
+	hadolint docker/Dockerfile
+	shellcheck docker/engine deploy/train.sbatch .ci/run
+	kubernetes-validate --strict --quiet deploy/job.yaml
 
 format:
 	ruff check --fix .
 	ruff format .
+
+image: ## docs/docker.md
+	docker build -f docker/Dockerfile -t mnist-trainer --build-arg REVISION=$$(git rev-parse HEAD) .
+
+image-test: ## builds the image and tries all that docs/docker.md promises; a private engine where there is none
+	python docker/test_image.py
 
 bench: ## one epoch beside what people would use instead, as far as it is installed (pip install -e '.[bench]')
 	python benchmarks/peers.py
