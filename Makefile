@@ -22,7 +22,8 @@ format:
 	ruff format .
 
 image: ## docs/docker.md
-	docker build -f docker/Dockerfile -t mnist-trainer --build-arg REVISION=$$(git rev-parse HEAD) .
+	docker build -f docker/Dockerfile -t mnist-trainer --build-arg REVISION=$$(git rev-parse HEAD) \
+		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mnist/__init__.py) .
 
 image-test: ## builds the image and tries all that docs/docker.md promises; a private engine where there is none
 	python docker/test_image.py

@@ -189,7 +189,8 @@ def main() -> int:
         print(f"entrypoint: {error}", file=sys.stderr)
         return 2
     if trains(arguments):
-        print(f"entrypoint: {visible} GPUs are visible: {shlex.join(chosen.command)}", file=sys.stderr, flush=True)
+        gpus = "1 GPU is" if visible == 1 else f"{visible} GPUs are"
+        print(f"entrypoint: {gpus} visible: {shlex.join(chosen.command)}", file=sys.stderr, flush=True)
     if chosen.launched:
         return launch(chosen, arguments, environment)
     try:
