@@ -133,6 +133,18 @@ def test_what_is_launched_is_something_that_accelerate_understands(visible: int)
         assert load_config_from_file(str(PROJECT_FOLDER / arguments.config_file)).distributed_type == "MULTI_GPU"
 
 
+def test_torch_is_asked_for_gpus_only_where_there_is_a_file_of_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where this is tested on a GPU
+    monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("null",))
+    assert entrypoint.visible_devices() == 0
+    assert "torch cannot use them" in capsys.readouterr().err
+    monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("no-such-device*",))
+    monkeypatch.setattr(entrypoint, "COUNT_DEVICES", "raise SystemExit('asked')")
+    assert entrypoint.visible_devices() == 0
+
+
 def test_the_key_of_wandb_comes_from_the_environment_or_else_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("secret\n")
@@ -562,15 +574,9 @@ def command_lines(beginning: str) -> list[tuple[str, str]]:
     return found
 
 
-def check_flags(words: list[str]) -> None:
-    """Parse flags of train.py, in a folder in which the pictures of the docs are."""
-    parse_command_line(RECIPES, words)
-
-
 @pytest.fixture
 def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "PetImages").mkdir()
-    (tmp_path / "data").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
@@ -585,7 +591,7 @@ def test_every_line_with_accelerate_launch_is_one_that_accelerate_and_train_py_u
             if arguments.config_file:
                 load_config_from_file(str(PROJECT_FOLDER / arguments.config_file))
             assert arguments.training_script in ("train.py", "/app/train.py"), f"{name}: {line}"
-            check_flags(arguments.training_script_args)
+            parse_command_line(RECIPES, arguments.training_script_args)
             checked += 1
     assert checked > 30
 
@@ -596,7 +602,7 @@ def test_every_line_with_torchrun_is_one_that_torchrun_and_train_py_understand(f
         if words and words[0].startswith("-"):
             arguments = get_args_parser().parse_args(words)
             assert arguments.training_script == "train.py", f"{name}: {line}"
-            check_flags(arguments.training_script_args)
+            parse_command_line(RECIPES, arguments.training_script_args)
 
 
 def test_every_line_with_docker_run_is_one_that_the_entrypoint_and_train_py_understand(
@@ -609,6 +615,6 @@ def test_every_line_with_docker_run_is_one_that_the_entrypoint_and_train_py_unde
             continue
         command = plan(words[image + 1 :], {}, 1).command
         if command[:2] == TRAIN:
-            check_flags(list(command[2:]))
+            parse_command_line(RECIPES, command[2:])
         else:
             assert command[0] in ("mnist", "bash", "nvidia-smi"), f"{name}: {line}"
