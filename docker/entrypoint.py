@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -150,9 +151,22 @@ def launch(plan: Plan, arguments: Sequence[str], environment: Mapping[str, str])
     for number in EXIT_CODES:
         signal.signal(number, pass_on)
     code = launcher.wait()
-    written = [path for path in state_files(arguments) if before.get(path) != path.stat().st_mtime_ns]
-    state = json.loads(max(written, key=lambda path: path.stat().st_mtime_ns).read_text()) if written else {}
-    return exit_code(state, code, received)
+    return exit_code(trained_state(arguments, before), code, received)
+
+
+def trained_state(arguments: Sequence[str], before: Mapping[Path, int]) -> dict[str, object]:
+    """state.json of the run that was trained since its files had these times of change; empty where there is none.
+
+    Other containers may have written into the folder too: where the flags do not name the run, the host's name does.
+    """
+    is_named = flag_value(arguments, "--run-name") or flag_value(arguments, "--resume")
+    written: list[tuple[int, dict[str, object]]] = []
+    for path in state_files(arguments):
+        changed, state = path.stat().st_mtime_ns, json.loads(path.read_text(encoding="utf-8"))
+        here = is_named or str(state.get("process")).endswith(f" on {socket.gethostname()}")
+        if before.get(path) != changed and here:
+            written.append((changed, state))
+    return max(written, key=lambda it: it[0])[1] if written else {}
 
 
 def children_of(pid: int) -> list[int]:

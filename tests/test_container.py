@@ -172,6 +172,26 @@ def test_the_state_is_that_of_the_run_which_the_flags_name(tmp_path: Path) -> No
     assert state_files([folder, "--run-name=c"]) == []
 
 
+def test_only_what_this_container_has_trained_counts(tmp_path: Path) -> None:
+    def write(name: str, status: str, host: str = socket.gethostname()) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "state.json").write_text(json.dumps({"status": status, "process": f"8 on {host}"}))
+
+    def status(*flags: str) -> object:
+        return entrypoint.trained_state([f"--output-dir={tmp_path}", *flags], before).get("status")
+
+    write("earlier", "finished")
+    before = {path: path.stat().st_mtime_ns for path in state_files([f"--output-dir={tmp_path}"])}
+    assert status() is None
+    assert status("--run-name=earlier") is None  # as it was: this time nothing came of it
+    write("theirs", "finished", host="another")
+    assert status() is None
+    assert status("--run-name=theirs") == "finished"  # named: on a machine that is not the first one, say
+    write("mine", "failed")
+    write("theirs", "finished", host="another")
+    assert status() == "failed"
+
+
 def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:
     assert exit_code({"status": "finished", "exit_code": 0}, 1, []) == 0
     assert exit_code({"status": "interrupted", "exit_code": 143}, 1, [15]) == 143
