@@ -99,7 +99,8 @@ def visible_devices() -> int:
     answer = subprocess.run([sys.executable, "-c", COUNT_DEVICES], stdout=subprocess.PIPE, text=True, check=True)
     count = int(answer.stdout)
     if count == 0:
-        print("entrypoint: there are GPUs here, but torch cannot use them: see `nvidia-smi`", file=sys.stderr)
+        causes = "CUDA_VISIBLE_DEVICES hides them, or the driver is older than torch's CUDA"
+        print(f"entrypoint: there are files of GPUs here, but torch sees none: {causes}", file=sys.stderr)
     return count
 
 

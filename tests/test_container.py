@@ -139,7 +139,7 @@ def test_torch_is_asked_for_gpus_only_where_there_is_a_file_of_one(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where this is tested on a GPU
     monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("null",))
     assert entrypoint.visible_devices() == 0
-    assert "torch cannot use them" in capsys.readouterr().err
+    assert "torch sees none: CUDA_VISIBLE_DEVICES hides them" in capsys.readouterr().err
     monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("no-such-device*",))
     monkeypatch.setattr(entrypoint, "COUNT_DEVICES", "raise SystemExit('asked')")
     assert entrypoint.visible_devices() == 0
@@ -441,6 +441,9 @@ def test_every_service_of_compose_is_restricted_and_its_command_is_understood() 
         chosen = plan(service.get("command", []), variables, 0)
         if "train.py" in chosen.command:
             parse_command_line(RECIPES, chosen.command[chosen.command.index("train.py") + 1 :])
+    bridgeless = yaml.safe_load((DOCKER / "compose.host.yaml").read_text())["services"]
+    assert {name for name, service in services.items() if service.get("profiles") == ["rehearsal"]} == bridgeless.keys()
+    assert all(service["network_mode"] == "host" for service in bridgeless.values())
     assert services["draw"]["ports"] == ["127.0.0.1:7860:7860"]
     assert services["train-gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
