@@ -27,7 +27,7 @@ from mnist.errors import ConfigError
 
 CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
-    "model": ("mlp", "cnn"),
+    "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),
     "loss": ("nll", "mse"),
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
@@ -107,10 +107,10 @@ class TrainConfig:
     """Turn, zoom and shift the training images a little, anew in each epoch; mirror them where they are not writing."""
 
     model: str = "mlp"
-    """The network: mlp, cnn, or a classification model of torchvision's, as resnet18."""
+    """The network: mlp, cnn, cnn-quick, cnn-deep, or a classification model of torchvision's, as resnet18."""
 
     pretrained: bool = False
-    """Start from torchvision's weights, made with ImageNet, for all but the last layer; not for mlp and cnn."""
+    """Start from torchvision's weights, made with ImageNet, for all but the last layer; only for its models."""
 
     loss: str = "nll"
     """nll: cross-entropy, as negative log-likelihood of log-softmax; mse: squared error to one-hot targets."""
@@ -185,7 +185,7 @@ class TrainConfig:
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
         if self.model not in CHOICES["model"]:
-            from torchvision import models  # takes a second, which mlp and cnn can do without
+            from torchvision import models  # takes a second, which the others can do without
 
             theirs = models.list_models(module=models)
             known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} of torchvision's, as resnet18"

@@ -94,7 +94,7 @@ def test_a_boolean_may_stand_alone_or_with_a_value(arguments: list[str], expecte
     [
         ({"dataset": "mnits"}, ["--dataset mnits", "Did you mean", "mnist"]),
         ({"model": "cmn"}, ["--model cmn", "Did you mean cnn", "mlp"]),
-        ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, and", "torchvision"]),
+        ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, cnn-quick", "torchvision"]),
         ({"model": "raft_large"}, ["--model raft_large", "unknown"]),  # torchvision's, but for pairs of pictures
         ({"pretrained": True}, ["--pretrained", "--model mlp", "--model resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
@@ -133,7 +133,9 @@ def test_what_cannot_be_is_refused_with_flag_value_and_way_out(settings: dict[st
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"--recipe tutorail: unknown. Did you mean tutorial\? Known: tutorial, cnn"):
+    with pytest.raises(
+        ConfigError, match=r"--recipe tutorail: unknown. Did you mean tutorial\? Known: tutorial, cnn, fast, best"
+    ):
         parse_command_line(RECIPES, ["--recipe", "tutorail"])
 
 

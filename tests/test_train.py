@@ -167,8 +167,8 @@ def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_tutorials_recipe_passes_095_and_the_cnn_099(launch: Launch, tmp_path: Path) -> None:
-    for recipe, floor in (("tutorial", 0.95), ("cnn", 0.99)):
+def test_the_tutorials_recipe_passes_095_and_cnn_and_fast_099(launch: Launch, tmp_path: Path) -> None:
+    for recipe, floor in (("tutorial", 0.95), ("cnn", 0.99), ("fast", 0.99)):
         done = launch("--recipe", recipe, f"--output-dir={tmp_path}", f"--run-name={recipe}", "--trackers=none")
         assert done.returncode == 0, done.stderr
         assert metrics_of(tmp_path / recipe)[-1]["test/accuracy"] >= floor
