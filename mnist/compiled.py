@@ -124,7 +124,12 @@ def trace(net: nn.Module, loss_function: Loss, batch: Batch) -> tuple[GraphModul
         state = constant | state | dict(zip(learning, leaves, strict=True))
         with torch.enable_grad():
             loss = loss_function(functional_call(net, state, (X,)), y, weight)
-            return loss.detach(), *torch.autograd.grad(loss, leaves)
+            gradients = torch.autograd.grad(loss, leaves)
+        # laid out as the parameters are, which autograd would see to: the fused optimizers read both in one order
+        pairs = zip(gradients, leaves, strict=True)
+        return loss.detach(), *(
+            it if it.stride() == leaf.stride() else torch.empty_like(leaf).copy_(it) for it, leaf in pairs
+        )
 
     arguments = [it.detach() for it in (*learning.values(), *net.buffers(), *batch)]
     try:
