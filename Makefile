@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-logging bench-scaling soak
+.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-logging bench-recipes bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -39,6 +39,9 @@ bench-folder: ## a folder of pictures: decoding it, an epoch from the cache, mem
 
 bench-logging: ## what metrics, trackers, pictures and the report cost
 	python benchmarks/logging_cost.py
+
+bench-recipes: ## the recipe fast beside the published one, five seeds each
+	python benchmarks/recipes.py
 
 bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many that do not wait for each other
 	python benchmarks/scaling.py
