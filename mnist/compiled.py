@@ -106,6 +106,10 @@ def check(net: nn.Module, accelerator: Accelerator) -> None:
         )
     if any(getattr(module, "track_running_stats", False) for module in net.modules()):
         raise ConfigError("--compile: not for a network with BatchNorm, whose running statistics change as it trains.")
+    if not all(it.is_contiguous() for it in net.parameters()):
+        raise ConfigError(
+            "--compile: not for parameters that are not contiguous, as .to(memory_format=...) makes them."
+        )
 
 
 def trace(net: nn.Module, loss_function: Loss, batch: Batch) -> tuple[GraphModule, list[Tensor]]:
@@ -126,10 +130,7 @@ def trace(net: nn.Module, loss_function: Loss, batch: Batch) -> tuple[GraphModul
             loss = loss_function(functional_call(net, state, (X,)), y, weight)
             gradients = torch.autograd.grad(loss, leaves)
         # laid out as the parameters are, which autograd would see to: the fused optimizers read both in one order
-        pairs = zip(gradients, leaves, strict=True)
-        return loss.detach(), *(
-            it if it.stride() == leaf.stride() else torch.empty_like(leaf).copy_(it) for it, leaf in pairs
-        )
+        return loss.detach(), *(it.contiguous() for it in gradients)
 
     arguments = [it.detach() for it in (*learning.values(), *net.buffers(), *batch)]
     try:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from mnist.compiled import first_line, trace
+from mnist.compiled import check, first_line, trace
 from mnist.config import CHOICES
 from mnist.errors import ConfigError
-from mnist.models import Net
-from mnist.optim import LOSSES
+from mnist.models import Net, build_model
+from mnist.optim import LOSSES, LeanAccelerator
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
 from tests.test_checkpoint import end_of
 from tests.test_distributed import largest_difference, weights
@@ -152,6 +152,9 @@ def test_what_would_train_otherwise_than_uncompiled_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="--compile: not for a network with BatchNorm"):
         run_here("resnet", model="resnet18", compile=True)
+    channels_last = build_model("cnn", 10).to(memory_format=torch.channels_last)
+    with pytest.raises(ConfigError, match="--compile: not for parameters that are not contiguous"):
+        check(channels_last, LeanAccelerator(cpu=True))
     batch = torch.rand(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), torch.ones(2)
     with pytest.raises(ConfigError, match="--compile: not for a network that draws random numbers"):
         trace(WithDropout(), LOSSES["nll"], batch)
