@@ -117,10 +117,10 @@ def test_a_compiled_run_goes_on_uncompiled_and_says_so(
 def test_without_a_compiler_the_reason_is_said_and_the_run_is_the_uncompiled_one(
     launch: Launch, tmp_path: Path
 ) -> None:
-    small = ("--limit-train-images=1000", "--epochs=1", "--trackers=none", f"--output-dir={tmp_path}")
-    assert launch(*small, "--run-name=plain").returncode == 0
+    small = ("--limit-train-images=1000", "--limit-test-images=100", "--trackers=none", f"--output-dir={tmp_path}")
+    assert launch(*small, "--run-name=plain", command=("train.py",)).returncode == 0
     nothing = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
-    done = launch(*small, "--run-name=asked", "--compile", **nothing)
+    done = launch(*small, "--run-name=asked", "--compile", command=("train.py",), **nothing)
     assert done.returncode == 0, done.stderr
     reason = "compiler    none, --compile is left out: no C++ compiler was found (CXX, g++)"
     assert reason in done.stdout

@@ -541,7 +541,8 @@ def start_batch(folder: Path, nodes: int, *flags: str) -> "subprocess.Popen[byte
         )
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_on(tmp_path: Path, nodes: int) -> None:
     run, calls, output = tmp_path / "runs" / "x", tmp_path / "calls", tmp_path / "output"
     batch = start_batch(tmp_path, nodes, "--epochs=100000", "--log-every=10")

@@ -70,7 +70,8 @@ def check_answers(run: Path, folder: Path) -> None:
     assert seen.shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_folder_of_pictures_trains_and_its_classes_are_named(things: Path, tmp_path: Path, processes: int) -> None:
     run = train(things, tmp_path, "--model=cnn", "--augment", processes=processes)
     assert metrics_of(run)[-1]["test/accuracy"] > 0.9

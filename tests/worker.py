@@ -51,6 +51,7 @@ CASES = {
         ),
     )
 }
+DEEP = tuple(name for name, (model, *_) in CASES.items() if model == "cnn-deep")  # which take a while
 FEW = ("mlp-linear-4-float64", "cnn-cosine-1-float64")
 SIZES = (10_007, 1, 3)  # of test sets: a prime, and fewer than processes
 
@@ -110,8 +111,14 @@ def train_case(folder: Path, name: str) -> None:
     train.train(config)
 
 
-def train_all(folder: Path) -> None:
+def train_most(folder: Path) -> None:
     for name in CASES:
+        if name not in DEEP:
+            train_case(folder, name)
+
+
+def train_deep(folder: Path) -> None:
+    for name in DEEP:
         train_case(folder, name)
 
 
@@ -240,7 +247,8 @@ def hang_on_rank_1(folder: Path) -> None:
 TASKS: dict[str, Callable[[Path], None]] = {
     task.__name__: task
     for task in (
-        train_all,
+        train_most,
+        train_deep,
         train_few,
         train_without_shared_memory,
         evaluate_all,
