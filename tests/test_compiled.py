@@ -60,12 +60,12 @@ def test_every_optimizer_takes_compiled_gradients(optimizer: str, run_here: RunH
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "dtype", "tolerance"),
-    [("cnn", torch.float32, 1e-4), ("cnn", torch.float64, 1e-10), ("cnn-quick", torch.float64, 1e-10)],
+    [("cnn", "float32", 1e-4), ("cnn", "float64", 1e-10), ("cnn-quick", "float64", 1e-10)],
 )
 def test_a_convolutional_network_is_compiled_to_the_same_weights(
-    model: str, dtype: torch.dtype, tolerance: float, run_here: RunHere
+    model: str, dtype: str, tolerance: float, run_here: RunHere
 ) -> None:
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
     compare(run_here, tolerance, model=model, augment=True)
 
 
