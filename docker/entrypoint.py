@@ -21,8 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PRECISIONS = ("no", "fp16", "bf16")
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}  # of train.py, where there is no run yet
+import psutil
+
+from mnist.config import CHOICES
+from mnist.interruption import EXIT_CODES
+
+PRECISIONS = CHOICES["mixed_precision"]
 DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's
 COUNT_DEVICES = """
 import torch
@@ -171,14 +175,11 @@ def trained_state(arguments: Sequence[str], before: Mapping[Path, int]) -> dict[
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that this one has started, on Linux."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            parent = path.read_text().rpartition(")")[2].split()[1]  # after the name, which may hold anything
-            if int(parent) == pid:
-                found.append(int(path.parent.name))
-    return found
+    """The processes that this one has started."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:  # it has just ended
+        return []
 
 
 def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int]) -> int:

@@ -172,13 +172,13 @@ def check_size() -> str:
     return f"{megabytes(total)}: {parts}; {megabytes(own)} over base and packages"
 
 
-def check_what_is_installed_is_the_same_in_every_build() -> str:
+def check_packages_carry_no_times_of_their_own() -> str:
     names = "find . -mindepth 1 -printf '%p %m %T@ %l\\n' | sort | sha256sum"
     contents = "find . -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum"
     seen = shell(f"cd /opt/venv && {names} && {contents}").split()
     times = shell("find /opt/venv -mindepth 1 -newermt 2023-11-15 | head -3")
     expect(times, "", "files with a time of their own")
-    return f"to be compared with another build's: names and times {seen[0][:16]}, contents {seen[2][:16]}"
+    return f"to be compared with another build's by hand: names and times {seen[0][:16]}, contents {seen[2][:16]}"
 
 
 def check_nobody_writes_the_code() -> str:

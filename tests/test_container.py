@@ -28,11 +28,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from entrypoint import EXIT_CODES, UsageError, exit_code, flag_value, plan, state_files
+from entrypoint import UsageError, exit_code, flag_value, plan, state_files
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 from mnist.config import PROJECT_FOLDER, parse_command_line
+from mnist.interruption import EXIT_CODES
 from mnist.recipes import RECIPES
 from mnist.run import Run
 from tests.conftest import RunHere, state_of
