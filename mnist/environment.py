@@ -18,15 +18,14 @@ from accelerate.utils import gather_object
 from mnist.config import PROJECT_FOLDER
 from mnist.hardware import device_name
 
+COMPILED = "inductor, loss and gradients in one graph"  # what --compile gives, as opposed to the launcher's compiler
+
 
 def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
     """Plain values by name; all processes must call it.
 
     The commit is None where the code does not lie in a Git repository of its own, and on all but the main process.
     """
-    launched_compiler = (
-        accelerator.state.dynamo_plugin.backend.value.lower()
-    )  # "no", unless the launcher says otherwise
     asks = accelerator.is_main_process and (PROJECT_FOLDER / ".git").exists()
     commit = _git("rev-parse", "HEAD") if asks else None
     changes = _git("status", "--porcelain") if commit else None
@@ -36,7 +35,7 @@ def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> di
         "processes": describe_processes(accelerator),
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "compiler": "inductor, loss and gradients in one graph" if loss_is_compiled else launched_compiler,
+        "compiler": COMPILED if loss_is_compiled else accelerator.state.dynamo_plugin.backend.value.lower(),
         "torch": str(torch.__version__),  # a string of a kind of its own
         "accelerate": version("accelerate"),
         "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,
