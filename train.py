@@ -9,13 +9,12 @@ Read it from top to bottom: accelerator, data, model, run, loop, and what is lef
 the optimizer and the batches, and so the same loop runs on a CPU, on a GPU, on many of them and on many machines.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
 
-from mnist.config import TrainConfig, given_settings, parse_command_line
-from mnist.errors import UserError, end_process, print_any_text, report_failure
+from mnist.config import TrainConfig
+from mnist.process import end_process, run_process
 from mnist.recipes import RECIPES
 
 
@@ -189,31 +188,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
 
 
 def main() -> int:
-    """Train as the command line says.
-
-    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage; 143, 130 or 75 after SIGTERM, SIGINT, SIGUSR1.
-    """
-    from mnist.interruption import Interrupted, end_at_once, follow_launcher
-
-    follow_launcher()
-    end_at_once()
-    print_any_text()
-    try:
-        config = parse_command_line(RECIPES)
-        from mnist.distributed import waiting_for_others
-
-        with waiting_for_others(config.timeout_seconds):
-            train(config, given_settings())
-    except KeyboardInterrupt:
-        return 130
-    except Interrupted as interrupted:
-        with contextlib.suppress(BrokenPipeError):  # `| tee`, ended by the same Ctrl-C
-            print(interrupted.message, end="", flush=True)
-        return interrupted.exit_code
-    except Exception as error:
-        report_failure(error)
-        return error.exit_code if isinstance(error, UserError) else 1
-    return 0
+    """Train as the command line says; returns the exit code."""
+    return run_process(train, RECIPES)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist.models
 import train
-from mnist.errors import end_process
+from mnist.process import end_process
 
 
 class RandomNet(mnist.models.Net):

@@ -54,6 +54,7 @@ ALLOWED = {
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},
     "interruption": set(),
+    "process": {"config", "distributed", "errors", "interruption"},
     "checkpoint": {
         *("config", "distributed", "errors", "interruption", "progress", "run", "saved_model", "storage"),
     },

@@ -30,10 +30,10 @@ import mnist.gradients
 import mnist.metrics
 import train
 from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
-from mnist.errors import end_process
 from mnist.metrics import evaluate
 from mnist.models import build_model
 from mnist.optim import LOSSES
+from mnist.process import end_process
 from mnist.report import LiveReport
 
 GLOBAL_BATCH = 20

@@ -1,4 +1,4 @@
-"""How a process ends."""
+"""A training process from its start to its exit code; the signals are in test_interruption.py."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from mnist.config import PROJECT_FOLDER
 
 ABORTS_WHEN_TAKEN_DOWN = """
 import atexit, os
-from mnist.errors import end_process
+from mnist.process import end_process
 
 class Thread:
     abort = staticmethod(os.abort)
