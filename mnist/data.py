@@ -92,6 +92,14 @@ class Split(NamedTuple):
         images = self.images.at(index) if isinstance(self.images, MappedImages) else self.images[index]
         return Split(images, self.labels[index])
 
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of images and labels at `index`, of any shape."""
+        if isinstance(self.images, MappedImages):
+            return self.images[index], self.labels[index]
+        # which copies an image as a whole, where indexing moves byte by byte: a tenth of the time for 784 of them
+        images = self.images.index_select(0, index.flatten()).view(*index.shape, *self.images.shape[1:])
+        return images, self.labels[index]
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -240,8 +248,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         parts = [range(start, start + size) for start in range(first, len(self.order), stride)[:count]]
         places = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # [batches, B]
         places = places.to(self.home)
-        index = self.order[places]
-        images, labels = self._to_device(self.split.images[index]), self._to_device(self.split.labels[index])
+        images, labels = (self._to_device(it) for it in self.split.gather(self.order[places]))
         X, weight = scale_pixels(images), self._to_device(self.weight[places])
         if self.augment:
             parameters = self._to_device(self.parameters[places])

@@ -8,7 +8,7 @@ loss = LOSSES["nll"](model(X), y, weight)
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,12 +79,21 @@ class LeanAccelerator(Accelerator):
             super().backward(loss, **kwargs)
 
 
+class AdamState(NamedTuple):
+    """What a fused Adam keeps of a group of parameters, each in a tensor of its own; of their steps also one of all."""
+
+    steps: Tensor  # [parameters], which `step` are views of: counted up at once, a tenth of the update's time is saved
+    step: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+
+
 class LeanOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper of an optimizer, without the work that it and torch do anew at every call.
 
     Accelerate 1.15 searches the disk for a package in every `step` and reads a signature in every `zero_grad`: with
     batches of 10 on a CPU that added a fifth of a plain step. torch 2.14 gathers the tensors of a fused Adam anew in
-    every `step`, which takes as long as the update itself (the MLP: 93 us together, 51 without), and its `zero_grad`
+    every `step`, which takes as long as the update itself (the MLP: 93 us together, 41 without), and its `zero_grad`
     takes 8 us for half a microsecond's work. The behaviour is the same, to the bit: both calls do nothing inside a
     window of accumulated batches.
     """
@@ -93,8 +102,8 @@ class LeanOptimizer(AcceleratedOptimizer):
 
     def __init__(self, optimizer: Optimizer, scaler: Any = None) -> None:
         super().__init__(optimizer, scaler=scaler)
-        # of the parameters of each group; empty where torch's own step is the one to take, None before it is known
-        self.states: list[list[dict[str, Tensor]]] | None = None
+        # of each group; empty where torch's own step is the one to take, None before it is known
+        self.states: list[AdamState] | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -118,14 +127,21 @@ class LeanOptimizer(AcceleratedOptimizer):
             if self.states is None:
                 self.states = self._states_of_adam()
 
-    def _states_of_adam(self) -> list[list[dict[str, Tensor]]]:
+    def _states_of_adam(self) -> list[AdamState]:
         """What a fused Adam keeps of its parameters on the CPU, once it has stepped; nothing of others."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         parameters = [parameter for group in groups for parameter in group["params"]]
         on_cpu = all(it.device.type == "cpu" and it.dtype == parameters[0].dtype for it in parameters)
         if type(self.optimizer) not in FUSED_UPDATES or not on_cpu or not all(it in state for it in parameters):
             return []
-        return [[state[parameter] for parameter in group["params"]] for group in groups]
+        states = []
+        for group in groups:
+            kept = [state[parameter] for parameter in group["params"]]
+            steps = torch.stack([it["step"] for it in kept])
+            for it, step in zip(kept, steps.unbind(), strict=True):
+                it["step"] = step
+            states.append(AdamState(steps, *([it[name] for it in kept] for name in AdamState._fields[1:])))
+        return states
 
     @torch.no_grad()
     def _step_of_adam(self) -> bool:
@@ -137,13 +153,12 @@ class LeanOptimizer(AcceleratedOptimizer):
         if any(gradient is None for of_group in gradients for gradient in of_group):
             return False
         update = FUSED_UPDATES[type(self.optimizer)]
-        for group, of_group, states in zip(groups, gradients, self.states, strict=True):
-            steps = [state["step"] for state in states]
-            first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-            torch._foreach_add_(steps, 1)
+        for group, of_group, state in zip(groups, gradients, self.states, strict=True):
+            state.steps.add_(1)
             settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             beta1, beta2 = group["betas"]
-            update(group["params"], of_group, first, second, [], steps, beta1=beta1, beta2=beta2, **settings)
+            moments = state.exp_avg, state.exp_avg_sq
+            update(group["params"], of_group, *moments, [], state.step, beta1=beta1, beta2=beta2, **settings)
         return True
 
 
