@@ -30,10 +30,10 @@ class MappedImages:
     """Images in a file, uint8 [N, height, width] or [N, height, width, 3], read as they are asked for.
 
     All processes of a machine share what of the file the system keeps in memory, and it may be larger than that. Up to
-    MAPPED bytes it is mapped, which is fastest (in a random order, 784 bytes take 0.15 us; indexing a tensor in memory,
-    which moves every byte by itself, takes 0.9, and a read 1.6). A larger one is read, image by image (12 kB: 2.5 us;
-    the tensor 7.7; from the disk 65 us, and mapped 240, for a mapping fetches more than was asked for). Also, what is
-    mapped counts as a process's memory once it was looked at, a megabyte a look, and a limit on memory would end it.
+    MAPPED bytes it is mapped, which is fastest (in a random order, 784 bytes take 0.15 us, and a read 1.6). A larger
+    one is read, image by image (12 kB: 2.5 us; from the disk 65, and mapped 240, for a mapping fetches more than was
+    asked for). Also, what is mapped counts as a process's memory once it was looked at, a megabyte a look, and a limit
+    on memory would end it.
     """
 
     MAPPED = 512 << 20
