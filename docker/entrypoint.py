@@ -23,8 +23,10 @@ from pathlib import Path
 
 import psutil
 
-from mnist.config import CHOICES
+from mnist.config import CHOICES, parse_command_line
+from mnist.errors import ConfigError
 from mnist.interruption import EXIT_CODES
+from mnist.recipes import RECIPES
 
 PRECISIONS = CHOICES["mixed_precision"]
 DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's
@@ -201,7 +203,9 @@ def main() -> int:
         visible = visible_devices() if trains(arguments) else 0
         chosen = plan(arguments, os.environ, visible)
         environment = os.environ | chosen.variables | wandb_key(os.environ)
-    except UsageError as error:
+        if chosen.launched:
+            parse_command_line(RECIPES, arguments)  # wrong flags end with 2 here; the launcher would make it 1
+    except (UsageError, ConfigError) as error:
         print(f"entrypoint: {error}", file=sys.stderr)
         return 2
     if trains(arguments):
