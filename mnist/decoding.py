@@ -32,7 +32,7 @@ from tqdm import tqdm
 from mnist.data import MappedImages
 from mnist.errors import UserError
 from mnist.folders import Folder, a_few, reasons
-from mnist.hardware import CORES
+from mnist.hardware import available_cores
 from mnist.images import any_in_colour, decode_images, follow_parent, printable
 from mnist.storage import flush, remove_leftovers, storage_errors, temporary_name
 
@@ -204,7 +204,7 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
 @contextlib.contextmanager
 def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes to decode with, one a core; None where that is not worth their start."""
-    workers = min(len(CORES), images // CHUNK)
+    workers = min(available_cores(), images // CHUNK)
     if workers < 2:
         yield None
         return
@@ -235,7 +235,7 @@ def _on_all_cores(
     try:
         for chunk in chunks:
             waiting.append(pool.submit(work, chunk))
-            if len(waiting) > 4 * len(CORES):
+            if len(waiting) > 4 * available_cores():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

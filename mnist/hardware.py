@@ -1,6 +1,7 @@
 """What this process runs on: its share of the cores, its memory, and the device's name."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 FLOPS_WORTH_SHARING = 10_000_000
 CAN_CHOOSE_CORES = hasattr(os, "sched_setaffinity")  # Linux
 CORES = sorted(os.sched_getaffinity(0)) if CAN_CHOOSE_CORES else list(range(os.cpu_count() or 1))  # as it was started
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: its microseconds of processor time, and in how many
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -31,10 +33,21 @@ def choose_threads(model: nn.Module, batch: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(batch)
     model.train(training)
-    share = max(1, len(CORES) // processes_here())
+    share = max(1, available_cores() // processes_here())
     threads = share if counter.get_total_flops() >= FLOPS_WORTH_SHARING else 1
     torch.set_num_threads(threads)
     return threads
+
+
+def available_cores() -> int:
+    """As many cores as this process may use: those it was started on, or what a container may take of their time.
+
+    `docker run --cpus 2`, or a limit of Kubernetes, leaves all cores in sight, and stops those who use more of them.
+    """
+    if not QUOTA.is_file():  # no container, or one by version 1 of cgroups
+        return len(CORES)
+    quota, period = QUOTA.read_text(encoding="ascii").split()
+    return len(CORES) if quota == "max" else min(len(CORES), math.ceil(int(quota) / int(period)))
 
 
 def keep_to_own_cores(device: torch.device) -> None:

@@ -5,12 +5,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from mnist import hardware
-from mnist.hardware import choose_threads, device_name, keep_to_own_cores
+from mnist.hardware import available_cores, choose_threads, device_name, keep_to_own_cores
 from mnist.models import CNN, Net
 
 
@@ -19,6 +20,7 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine of four cores; torch's own number is put back afterwards."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(hardware, "CORES", [0, 1, 2, 3])
+    monkeypatch.setattr(hardware, "QUOTA", Path("/nowhere"))
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
     yield
@@ -37,6 +39,18 @@ def test_processes_of_one_machine_share_its_cores(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert choose_threads(CNN(), torch.zeros(64, 1, 28, 28)) == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("800000 100000", 4)],
+)
+def test_a_container_uses_no_more_cores_than_it_may_take_of_their_time(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(hardware, "QUOTA", tmp_path / "cpu.max")
+    assert available_cores() == cores == choose_threads(CNN(), torch.zeros(64, 1, 28, 28))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
