@@ -39,7 +39,7 @@ class Profile:
         self.waits = accelerator.device.type != "cpu"
         self.seconds: dict[str, float] = defaultdict(float)
         self.inner = [0.0]  # seconds of what was watched inside of each part that is going on
-        self.batches, self.whole = 0, 0.0
+        self.batches, self.traced, self.whole = 0, 0, 0.0
 
     def watch(self, progress: Progress, model: Any, optimizer: Any, scheduler: Any, checkpoints: Any) -> None:
         """Watch the first batches that `progress.rest` gives, and what the loop calls for each of them.
@@ -65,19 +65,21 @@ class Profile:
 
         def watched_rest(batches: Any) -> Iterator[Any]:
             progress.rest = rest  # type: ignore[method-assign] # the next epoch is as ever
-            iterator = iter(rest(batches))
-            yield from self._take(iterator, WARM_UP)
-            self.seconds.clear()
-            put(True)
-            started = time.perf_counter()
+            iterator, started = iter(rest(batches)), time.perf_counter()
             try:
+                yield from self._take(iterator, WARM_UP)
+                self.seconds.clear()
+                put(True)
+                started = time.perf_counter()
                 for batch in self._take(iterator, TIMED):
                     self.batches += 1
                     yield batch
                 self.whole = time.perf_counter() - started
                 with self._tracing():
-                    yield from self._take(iterator, TRACED)
-            finally:  # also where the run is over before
+                    for batch in self._take(iterator, TRACED):
+                        self.traced += 1
+                        yield batch
+            finally:  # also where the epoch or the run is over before
                 put(False)
                 self.whole = self.whole or time.perf_counter() - started
                 self._report(names)
@@ -124,11 +126,15 @@ class Profile:
                 yield
         finally:  # also where the run is over before
             self.seconds = defaultdict(float, timed)
-            self.folder.mkdir(exist_ok=True)
-            recorder.export_chrome_trace(str(self.folder / f"trace-{self.accelerator.process_index}.json"))
+            if self.traced:
+                self.folder.mkdir(exist_ok=True)
+                recorder.export_chrome_trace(str(self.folder / f"trace-{self.accelerator.process_index}.json"))
 
     def _report(self, names: list[str]) -> None:
-        if not self.accelerator.is_main_process or self.batches == 0:
+        if not self.accelerator.is_main_process:
+            return
+        if self.batches == 0:
+            self.say(f"--profile: nothing was timed, for that begins after {WARM_UP} batches of the first epoch.")
             return
         each = {name: 1e6 * self.seconds[name] / self.batches for name in names}  # microseconds
         whole = 1e6 * self.whole / self.batches
@@ -139,6 +145,5 @@ class Profile:
         )
         self.folder.mkdir(exist_ok=True)
         (self.folder / "steps.txt").write_text(f"{table}\n", encoding="utf-8")
-        traced = (self.folder / f"trace-{self.accelerator.process_index}.json").exists()
-        trace = ", and a trace of some more for https://ui.perfetto.dev" if traced else ""
+        trace = ", and a trace of some more for https://ui.perfetto.dev" if self.traced else ""
         self.say(f"{table}\n  {self.folder}/ has it{trace}")

@@ -35,11 +35,22 @@ def test_a_table_and_a_trace_are_left_and_the_run_is_the_same(
     assert not (plain / "profile").exists()
 
 
-@pytest.mark.parametrize(("batches", "timed", "traced"), [(70, 20, 0), (255, 200, 5)])
-def test_a_run_that_is_over_before_has_a_table_and_a_trace_of_what_there_was(
-    batches: int, timed: int, traced: int, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_where_the_first_epoch_is_too_short_it_is_said_once(
+    epochs: int, run_here: RunHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run_here("short", limit_train_images=10 * batches, profile=True) / "profile"
+    folder = run_here("short", limit_train_images=400, epochs=epochs, profile=True)
+    assert capsys.readouterr().out.count("--profile: nothing was timed, for that begins after 50 batches") == 1
+    assert not (folder / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "timed", "traced"), [(70, 1, 20, 0), (70, 2, 20, 0), (255, 1, 200, 5), (255, 2, 200, 5)]
+)
+def test_a_run_or_an_epoch_that_is_over_before_has_a_table_and_a_trace_of_what_there_was(
+    batches: int, epochs: int, timed: int, traced: int, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_here("short", limit_train_images=10 * batches, epochs=epochs, profile=True) / "profile"
     table = (folder / "steps.txt").read_text()
     assert f"({timed} batches)" in table
     shares = [float(share) for share in re.findall(r"([-\d.]+) %$", table, re.MULTILINE)]
