@@ -86,7 +86,7 @@ class SharedMean:
                 if not peer.recv(1):
                     raise ConnectionResetError("it closed the connection")
         except OSError as error:
-            raise dist.DistNetworkError(f"waiting for another process of this machine: {error}") from error
+            raise lost(error) from error
 
 
 def average_by_torch(gradients: Tensor) -> None:
@@ -94,10 +94,16 @@ def average_by_torch(gradients: Tensor) -> None:
     dist.all_reduce(gradients.div_(dist.get_world_size()))
 
 
+def lost(error: OSError) -> Exception:
+    """What torch itself raises where another process does not answer."""
+    return dist.DistNetworkError(f"waiting for another process of this machine: {error}")
+
+
 def connect(timeout_seconds: int) -> "list[socket.socket] | None":
     """Sockets to all other processes of the job, which are on this machine; None, for all, where there can be none.
 
-    All processes must call it. Each listens, calls those of lower ranks and says who it is.
+    All processes must call it. Each listens, calls those of lower ranks and says who it is. DistNetworkError where one
+    of them does not come.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     try:
@@ -109,16 +115,22 @@ def connect(timeout_seconds: int) -> "list[socket.socket] | None":
         return None
     peers = {}
     with socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(timeout_seconds)
         listener.bind(f"{place[0]}/{rank}")
         listener.listen(size)
         dist.barrier()
-        for other in range(rank):
-            peers[other] = socket.socket(socket.AF_UNIX)
-            peers[other].connect(f"{place[0]}/{other}")
-            peers[other].sendall(struct.pack("i", rank))
-        for _ in range(rank + 1, size):
-            caller, _ = listener.accept()
-            peers[struct.unpack("i", caller.recv(4))[0]] = caller
+        try:
+            for other in range(rank):
+                peers[other] = socket.socket(socket.AF_UNIX)
+                peers[other].connect(f"{place[0]}/{other}")
+                peers[other].sendall(struct.pack("i", rank))
+            for _ in range(rank + 1, size):
+                caller, _ = listener.accept()
+                caller.settimeout(timeout_seconds)
+                peers[struct.unpack("i", caller.recv(4))[0]] = caller
+        except OSError as error:
+            shutil.rmtree(place[0], ignore_errors=True)
+            raise lost(error) from error
     dist.barrier()
     if rank == 0:
         shutil.rmtree(place[0])

@@ -120,20 +120,24 @@ class LeanOptimizer(AcceleratedOptimizer):
                 parameter.grad = None
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        if self.scaler is not None:  # fp16 on a GPU: the gradients are scaled, Accelerate's own way
+        if self.scaler is not None or closure is not None:  # fp16 on a GPU: the gradients are scaled
             super().step(closure)
         elif self.gradient_state.sync_gradients and not self._step_of_adam():
-            self.optimizer.step(closure)
+            self.optimizer.step()
             if self.states is None:
                 self.states = self._states_of_adam()
 
     def _states_of_adam(self) -> list[AdamState]:
         """What a fused Adam keeps of its parameters on the CPU, once it has stepped; nothing of others."""
-        groups, state = self.optimizer.param_groups, self.optimizer.state
+        groups, state, kind = self.optimizer.param_groups, self.optimizer.state, type(self.optimizer)
         parameters = [parameter for group in groups for parameter in group["params"]]
         on_cpu = all(it.device.type == "cpu" and it.dtype == parameters[0].dtype for it in parameters)
-        if type(self.optimizer) not in FUSED_UPDATES or not on_cpu or not all(it in state for it in parameters):
+        if kind not in FUSED_UPDATES or not on_cpu or not all(it in state for it in parameters):
             return []
+        decoupled = kind is torch.optim.AdamW  # torch's Adam can be it by a setting, and would need the other update
+        for group in groups:
+            if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay", decoupled) != decoupled:
+                return []
         states = []
         for group in groups:
             kept = [state[parameter] for parameter in group["params"]]

@@ -1,5 +1,8 @@
 """Forward and backward pass in one compiled graph train as they do without it; what cannot be compiled says so."""
 
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from torch import nn
 
 from mnist.compiled import check, first_line, trace
 from mnist.config import CHOICES
+from mnist.environment import COMPILED
 from mnist.errors import ConfigError
 from mnist.models import Net, build_model
 from mnist.optim import LOSSES, LeanAccelerator
@@ -18,7 +22,10 @@ from tests.test_checkpoint import end_of
 from tests.test_distributed import largest_difference, weights
 from tests.test_resume import kill_and_resume
 
-COMPILER = "compiler    inductor, loss and gradients in one graph"
+COMPILER = f"compiler    {COMPILED}"
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler, g++ or the one that CXX names"
+)
 HUNDRED_STEPS = {"limit_train_images": 1000, "log_every": 10}
 
 
@@ -30,10 +37,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def is_compiled(folder: Path) -> bool:
+    """Whether the run in this folder was not left uncompiled, which would give the right weights too."""
+    return bool(json.loads((folder / "environment.json").read_text())["compiler"] == COMPILED)
+
+
 def compare(run_here: RunHere, tolerance: float, name: str = "run", **settings: Any) -> None:
     """Train with and without --compile, and compare the weights and what was logged."""
     names = (f"{name}-plain", f"{name}-compiled")
     plain, compiled = (run_here(it, compile=it == names[1], **(HUNDRED_STEPS | settings)) for it in names)
+    assert (is_compiled(plain), is_compiled(compiled)) == (False, True)
     folder = plain.parent.parent
     assert largest_difference(weights(folder, names[0]), weights(folder, names[1])) < tolerance
     for there, here in zip(metrics_of(plain), metrics_of(compiled), strict=True):
@@ -42,6 +55,7 @@ def compare(run_here: RunHere, tolerance: float, name: str = "run", **settings: 
             assert here[key] == pytest.approx(there[key], rel=max(1e-4, tolerance), abs=max(1e-4, tolerance)), key
 
 
+@NEEDS_COMPILER
 def test_a_hundred_compiled_steps_come_to_the_same_weights(
     run_here: RunHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +87,9 @@ def test_a_convolutional_network_is_compiled_to_the_same_weights(
 def test_compiled_in_bf16_a_run_learns_what_it_learns_uncompiled(run_here: RunHere) -> None:
     settings: dict[str, Any] = {"limit_train_images": 6000, "mixed_precision": "bf16"}
     own: dict[str, dict[str, Any]] = {"compiled": {"compile": True}, "plain": {}, "exact": {"mixed_precision": "no"}}
-    compiled, plain, exact = (metrics_of(run_here(name, **(settings | it)))[-1] for name, it in own.items())
+    folders = [run_here(name, **(settings | it)) for name, it in own.items()]
+    assert [is_compiled(it) for it in folders] == [True, False, False]
+    compiled, plain, exact = (metrics_of(it)[-1] for it in folders)
     for key in ("train/loss", "test/loss"):
         assert compiled[key] == pytest.approx(plain[key], rel=0.05)
         assert compiled[key] != pytest.approx(exact[key], rel=1e-4)  # in bf16 indeed
@@ -102,8 +118,10 @@ def test_a_compiled_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_
     processes: int, tmp_path: Path
 ) -> None:
     kill_and_resume(processes, 2, tmp_path, "--compile", "--model=cnn", "--augment")
+    assert all(is_compiled(tmp_path / "runs" / name) for name in ("whole", "killed"))
 
 
+@NEEDS_COMPILER
 def test_a_compiled_run_goes_on_uncompiled_and_says_so(
     run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
