@@ -145,8 +145,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         keep_to_own_cores(accelerator.device)
         for epoch in progress.epochs():
             # --- loop
-            train_batches.set_epoch(epoch)
             progress.start_epoch()
+            train_batches.set_epoch(epoch)
             for X, y, weight in progress.rest(train_batches):  # [B, 1, 28, 28] in [0, 1], [B], [B]: what each counts
                 optimizer.zero_grad()  # does nothing inside a window of accumulated batches
                 with accelerator.accumulate(model):
