@@ -61,8 +61,11 @@ def test_a_hundred_compiled_steps_come_to_the_same_weights(
 ) -> None:
     compare(run_here, 1e-5)
     assert COMPILER in capsys.readouterr().out
-    # the same graph, otherwise used
-    compare(run_here, 1e-5, "windows", gradient_accumulation_steps=3, max_grad_norm=0.5, schedule="cosine", epochs=3)
+
+
+@pytest.mark.slow
+def test_windows_of_batches_and_gradients_that_are_cut_come_to_the_same_weights(run_here: RunHere) -> None:
+    compare(run_here, 1e-5, gradient_accumulation_steps=3, max_grad_norm=0.5, schedule="cosine", epochs=3)
 
 
 @pytest.mark.slow
@@ -132,6 +135,7 @@ def test_a_compiled_run_goes_on_uncompiled_and_says_so(
     assert metrics_of(folder)[-1]["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_said_and_the_run_is_the_uncompiled_one(
     launch: Launch, tmp_path: Path
 ) -> None:

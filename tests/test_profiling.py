@@ -63,6 +63,7 @@ def test_a_run_or_an_epoch_that_is_over_before_has_a_table_and_a_trace_of_what_t
         assert [it.get("name") for it in events if it.get("cat") == "user_annotation"].count("backward") == traced
 
 
+@pytest.mark.slow
 def test_every_process_leaves_a_trace_and_one_a_table(launch: Launch, tmp_path: Path) -> None:
     flags = (
         "--nproc-per-node=2",

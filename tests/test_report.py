@@ -94,6 +94,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent / "seen"
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_wandb_run_one_event_file_and_one_report(two_processes: Path) -> None:
     assert len(list(two_processes.rglob("run-*.wandb"))) == 1
     assert len(list(two_processes.rglob("events.out.tfevents.*"))) == 1

@@ -185,7 +185,8 @@ def test_a_disk_that_is_full_or_read_only_ends_a_run_with_a_clear_error_and_what
         assert ".step-" not in done.stdout  # half a checkpoint would take the room that others need
 
 
-@pytest.mark.parametrize("named", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
 def test_torchrun_restarts_a_job_that_has_lost_a_process_and_it_goes_on_from_its_last_checkpoint(
     named: bool, tmp_path: Path
 ) -> None:
