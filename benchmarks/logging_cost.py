@@ -39,7 +39,7 @@ def run_with_clocks(flags: list[str]) -> None:
     import mnist.report
     import mnist.tracking
     import train
-    from mnist.config import parse_command_line
+    from mnist.command_line import parse_command_line
     from mnist.recipes import RECIPES
 
     spent: dict[str, float] = defaultdict(float)

@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,6 +50,8 @@ sys.path.insert(0, str(ROOT))
 from mnist.datasets import FILES, load_dataset  # noqa: E402
 from mnist.hardware import choose_threads, device_name  # noqa: E402
 from mnist.models import Net  # noqa: E402
+
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Work(NamedTuple):
@@ -91,29 +93,28 @@ def train_compiled(scratch: Path, seed: int, work: Work) -> Result:
 
 def train_plain(scratch: Path, seed: int, work: Work) -> Result:
     """The same, as short as PyTorch allows and with nothing around it."""
-    torch.manual_seed(seed)
     images, labels = images_in_memory()
-    net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
-    started = time.perf_counter()
-    for _ in range(work.epochs):
-        for index in islice(torch.randperm(len(images)).split(work.batch_size), work.steps):
-            optimizer.zero_grad()
-            loss = F.nll_loss(net(images[index]), labels[index])
-            loss.backward()
-            optimizer.step()
-    seconds = (time.perf_counter() - started) / work.epochs
-    return Result(seconds, test_accuracy(net), torch.get_num_threads())
+
+    def batches() -> Iterator[Batch]:
+        for index in torch.randperm(len(images)).split(work.batch_size):
+            yield images[index], labels[index]
+
+    return train_plainly(seed, work, batches)
 
 
 def train_loader(scratch: Path, seed: int, work: Work) -> Result:
     """The plain loop with a DataLoader: what of the time of Accelerate's examples and of Lightning is not theirs."""
+    return train_plainly(seed, work, in_batches(work).__iter__)
+
+
+def train_plainly(seed: int, work: Work, batches: Callable[[], Iterator[Batch]]) -> Result:
+    """The loop itself; `batches` gives those of an epoch."""
     torch.manual_seed(seed)
-    net, batches = Net(), in_batches(work)
+    net = Net()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     started = time.perf_counter()
     for _ in range(work.epochs):
-        for X, y in islice(batches, work.steps):
+        for X, y in islice(batches(), work.steps):
             optimizer.zero_grad()
             loss = F.nll_loss(net(X), y)
             loss.backward()

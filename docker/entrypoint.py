@@ -23,7 +23,8 @@ from pathlib import Path
 
 import psutil
 
-from mnist.config import CHOICES, parse_command_line
+from mnist.command_line import parse_command_line
+from mnist.config import CHOICES
 from mnist.errors import ConfigError
 from mnist.interruption import EXIT_CODES
 from mnist.recipes import RECIPES

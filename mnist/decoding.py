@@ -232,10 +232,11 @@ def _on_all_cores(
         yield from map(work, chunks)
         return
     waiting: deque[Future[Any]] = deque()
+    most = 4 * available_cores()
     try:
         for chunk in chunks:
             waiting.append(pool.submit(work, chunk))
-            if len(waiting) > 4 * available_cores():
+            if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from mnist.config import TrainConfig, given_settings, parse_command_line
+from mnist.command_line import given_settings, parse_command_line
+from mnist.config import TrainConfig
 from mnist.errors import UserError, print_any_text
 from mnist.interruption import Interrupted, end_at_once, follow_launcher
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mnist.config import CHOICES, HELP_GROUPS, PROJECT_FOLDER, TrainConfig, field_docstrings, flag, parse_command_line
-from mnist.config import parse_flags as parse_any_flags
+from mnist.command_line import HELP_GROUPS, field_docstrings, parse_command_line
+from mnist.command_line import parse_flags as parse_any_flags
+from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig, flag
 from mnist.errors import ConfigError
 from mnist.recipes import RECIPES
 from tests.conftest import Launch

@@ -32,7 +32,8 @@ from entrypoint import UsageError, exit_code, flag_value, plan, state_files
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-from mnist.config import PROJECT_FOLDER, parse_command_line
+from mnist.command_line import parse_command_line
+from mnist.config import PROJECT_FOLDER
 from mnist.interruption import EXIT_CODES
 from mnist.recipes import RECIPES
 from mnist.run import Run
@@ -290,12 +291,11 @@ def test_wrong_usage_and_unknown_commands_end_with_the_codes_of_shells(tmp_path:
     wrong = subprocess.run(command, env=variables, cwd=PROJECT_FOLDER, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("entrypoint: NUM_PROCESSES=many: must be a whole number")
-    for flags, message in ((["--epochs=0"], "entrypoint: --epochs 0: "), (["--no-such-flag"], "")):
+    for flag, message in (("--epochs=0", "entrypoint: --epochs 0: "), ("--no-such-flag", "--no-such-flag")):
         variables = os.environ | {"NUM_PROCESSES": "2"}  # by a launcher, which would end with 1
-        wrong = subprocess.run([*command, *flags], env=variables, cwd=PROJECT_FOLDER, capture_output=True, text=True)
+        wrong = subprocess.run([*command, flag], env=variables, cwd=PROJECT_FOLDER, capture_output=True, text=True)
         assert wrong.returncode == 2
         assert message in wrong.stderr
-        assert flags[0].partition("=")[0] in wrong.stderr
         assert "Traceback" not in wrong.stderr
     unknown = subprocess.run([*command, "no-such-command"], cwd=PROJECT_FOLDER, capture_output=True, text=True)
     assert (unknown.returncode, unknown.stderr) == (127, "entrypoint: no-such-command: No such file or directory\n")

@@ -54,7 +54,8 @@ ALLOWED = {
     "progress": {"errors", "hardware", "metrics"},
     "storage": {"errors"},
     "interruption": set(),
-    "process": {"config", "distributed", "errors", "interruption"},
+    "command_line": {"config", "errors"},
+    "process": {"command_line", "config", "distributed", "errors", "interruption"},
     "checkpoint": {
         *("config", "distributed", "errors", "interruption", "progress", "run", "saved_model", "storage"),
     },

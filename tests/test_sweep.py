@@ -11,7 +11,8 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from mnist.config import PROJECT_FOLDER, TrainConfig, parse_command_line
+from mnist.command_line import parse_command_line
+from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.recipes import RECIPES
 from tests.conftest import metrics_of
 
