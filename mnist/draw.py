@@ -52,7 +52,13 @@ def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HO
         print(f"Draw at {server.address} and see what the network makes of it. Ctrl-C ends it.", flush=True)
         if not is_loopback(host):
             print(f"It listens on {host}: whoever reaches this machine there can use it.", flush=True)
-        server.serve_forever()
+        # in a thread: Ctrl-C while a connection is being accepted would close it under the thread that answers it
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            server.shutdown()
 
 
 def build_server(

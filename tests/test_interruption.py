@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mnist.config import PROJECT_FOLDER
-from tests.conftest import hear_ctrl_c, metrics_of, state_of
+from tests.conftest import MainHere, hear_ctrl_c, metrics_of, state_of
 
 PLAIN = (sys.executable, "train.py")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "train.py")
@@ -91,7 +91,7 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
     indirect=["job"],
 )
 def test_the_first_signal_ends_a_run_with_a_checkpoint_its_exit_code_and_the_command_that_resumes(
-    job: Job, number: signal.Signals, code: int
+    job: Job, number: signal.Signals, code: int, main_here: MainHere
 ) -> None:
     job.process.send_signal(number)
     assert job.process.wait(timeout=20) == code
@@ -105,9 +105,7 @@ def test_the_first_signal_ends_a_run_with_a_checkpoint_its_exit_code_and_the_com
     assert (words, flag, Path(folder)) == (["python", "train.py"], "--resume", job.folder)
     if number != signal.SIGTERM:  # the rest is the same
         return
-    again = subprocess.run(
-        [*PLAIN, flag, folder, f"--max-steps={state['step'] + 5}"], cwd=PROJECT_FOLDER, capture_output=True, text=True
-    )
+    again = main_here(flag, folder, f"--max-steps={state['step'] + 5}")
     assert again.returncode == 0, again.stderr
     assert metrics_of(job.folder)[-1]["step"] == state["step"] + 5
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mnist.optim import LOSSES, OPTIMIZERS, LeanAccelerator, LeanOptimizer, build_optimizer, build_schedule
-from tests.conftest import RunHere
+from tests.conftest import RunHere, reset_accelerate
 
 
 def test_the_losses_are_cross_entropy_and_mean_squared_error_of_the_probabilities() -> None:
@@ -127,8 +126,7 @@ def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
     for window in (3, 1):
         states = []
         for model, lean in zip(models, (True, False), strict=True):
-            AcceleratorState._reset_state(True)
-            GradientState._reset_state()
+            reset_accelerate()
             accelerator = (LeanAccelerator if lean else Accelerator)(cpu=True, gradient_accumulation_steps=window)
             torch_optimizer = (OPTIMIZERS | OTHERS)[name](model.parameters(), lr=0.01, weight_decay=0.001)
             scheduler = build_schedule("cosine", torch_optimizer, 2, 14)

@@ -25,6 +25,7 @@ from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
 from tests.photographs import KINDS, fill_folder, take_photograph
 from tests.test_checkpoint import end_of
 from tests.test_distributed import TORCHRUN
+from tests.test_predict import assert_figures
 from tests.test_resume import kill_and_resume
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -118,8 +119,7 @@ def test_from_the_cache_comes_the_same_run_and_its_model_is_measured_again(
     assert main(["evaluate", "--model", str(second)]) == 0
     printed = capsys.readouterr().out
     last = metrics_of(second)[-1]
-    accuracy = f"accuracy {100 * last['test/accuracy']:.2f} %"
-    assert printed.startswith(f"things, 120 test images: loss {last['test/loss']:.4f}, {accuracy}\n")
+    assert_figures("things, 120 test images", last, printed)
     assert main(["evaluate", "--model", str(second), "--dataset", "mnist"]) == 2
     printed = capsys.readouterr().err
     assert "has 10 classes and images of 28 x 28 pixels in grey; the model has 3, for images of 64 x 64" in printed
@@ -250,7 +250,7 @@ def test_the_weights_that_are_measured_are_named_and_the_precision_is_that_of_th
     assert f"(the best weights by validation loss; the last ones: --model {run}/model)" in capsys.readouterr().out
     assert main(["evaluate", "--model", str(run / "model")]) == 0
     last = metrics_of(run)[-1]
-    assert f"loss {last['test/loss']:.4f}, accuracy {100 * last['test/accuracy']:.2f} %\n" in capsys.readouterr().out
+    assert_figures("few, 6 test images", last, capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from mnist.evaluation import OTHERS, cut
 from mnist.record import Record, evenly, pixels
 from mnist.report import LiveReport, render, write_report
 from tests import wandb_log
-from tests.conftest import RunHere, metrics_of
+from tests.conftest import RunHere, metrics_of, user_environment
 from tests.made_up import make_run
 
 MEDIA_BYTES = 2_000_000  # for all that is drawn of a run; W&B gets half of that at most
@@ -84,7 +84,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         command,
         cwd=PROJECT_FOLDER,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(parent / "home"), "WANDB_MODE": "offline"},
+        env=user_environment(parent, WANDB_MODE="offline"),
         capture_output=True,
         text=True,
         timeout=240,
@@ -353,7 +353,7 @@ def test_what_the_mnist_command_cannot_do_it_says_in_a_line(
     done = subprocess.run(
         [sys.executable, "-m", "mnist.cli", *arguments],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT_FOLDER)},
+        env=user_environment(tmp_path, PYTHONPATH=str(PROJECT_FOLDER)),
         capture_output=True,
         text=True,
         check=False,

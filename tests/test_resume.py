@@ -15,7 +15,7 @@ import pytest
 
 from mnist.config import PROJECT_FOLDER
 from tests import wandb_log
-from tests.conftest import Launch, metrics_of, state_of
+from tests.conftest import Launch, MainHere, metrics_of, state_of
 from tests.test_checkpoint import checkpoints_of, end_of
 from tests.test_distributed import CONFIGS, TORCHRUN
 
@@ -233,12 +233,12 @@ def test_the_wandb_run_goes_on_under_its_id_and_points_that_come_twice_have_equa
     assert wandb_log.metrics(logs[1])["train/loss"].step_metric == "step"
 
 
-def test_flags_that_do_not_fit_a_resume_are_wrong_usage(launch: Launch, tmp_path: Path) -> None:
+def test_flags_that_do_not_fit_a_resume_are_wrong_usage(main_here: MainHere, tmp_path: Path) -> None:
     for flags, message in (
         (("--resume=auto",), "--resume auto: needs --run-name"),
         ((f"--resume={tmp_path}",), f"--resume {tmp_path}: no run is there"),
     ):
-        done = launch(*flags, "--trackers=none", command=("train.py",))
+        done = main_here(*flags, "--trackers=none")
         assert done.returncode == 2
         assert message in done.stderr
 

@@ -1,9 +1,6 @@
 """sweep.yaml: the command lines that W&B's agents make of it, run."""
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from mnist.command_line import parse_command_line
 from mnist.config import PROJECT_FOLDER, TrainConfig
 from mnist.recipes import RECIPES
-from tests.conftest import metrics_of
+from tests.conftest import MainHere, metrics_of
 
 SWEEP: dict[str, Any] = yaml.safe_load((PROJECT_FOLDER / "sweep.yaml").read_text())
 
@@ -53,28 +50,12 @@ def test_it_chooses_by_the_validation_images_that_it_cuts_off() -> None:
     assert SWEEP["parameters"]["validation_size"]["value"] > 0
 
 
-def test_the_agents_own_command_trains(tmp_path: Path) -> None:
+def test_the_agents_own_flags_and_variables_train(main_here: MainHere, tmp_path: Path) -> None:
     values = extremes(lambda values: values[-1]) | {"validation_size": 100, "epochs": 1}
-    command = [
-        *agents_command(values),
-        "--limit-train-images=500",
-        "--limit-test-images=100",
-        f"--output-dir={tmp_path}",
-    ]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    bin_folder = str(Path(sys.executable).parent)
-    done = subprocess.run(
-        [*command, "--run-name=swept"],
-        cwd=PROJECT_FOLDER,
-        # as an agent sets them, apart from the mode: there is no server
-        env=clean
-        | {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
-        | {"PATH": f"{bin_folder}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    small = ("--limit-train-images=500", "--limit-test-images=100", f"--output-dir={tmp_path}", "--run-name=swept")
+    # as an agent sets them, apart from the mode: there is no server
+    variables = {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
+    done = main_here(*agents_command(values)[3:], *small, **variables)
     assert done.returncode == 0, done.stderr
     assert SWEEP["metric"]["name"] in metrics_of(tmp_path / "swept")[-1]
     config = TrainConfig.load(tmp_path / "swept" / "config.yaml")

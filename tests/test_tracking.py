@@ -12,20 +12,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.errors import ConfigError
+from mnist.errors import ConfigError, DivergedError
+from mnist.interruption import Interrupted
 from mnist.tracking import Tracking
 from tests import wandb_log
-from tests.conftest import Launch, ResumeHere, RunHere, metrics_of, state_of
+from tests.conftest import Launch, MainHere, ResumeHere, RunHere, SetEnvironment, metrics_of, state_of, user_environment
+from tests.support.track import prepare, track
 from tests.wandb_server import Stalling, Vanishing, answering, http_server, refusing_server, silent_server
 from train import train
+
+TrackHere = Callable[..., dict[str, Any]]
 
 KEY = "0123456789" * 4
 SMALL = ("--limit-train-images=2000", "--limit-test-images=500", "--epochs=2", "--log-every=50")
@@ -43,12 +49,12 @@ def logged_by_wandb(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key[0] != "_"} for row in wandb_log.history(path)]
 
 
-def test_a_launched_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds(
-    launch: Launch, tmp_path: Path
+def test_a_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds(
+    main_here: MainHere, tmp_path: Path
 ) -> None:
-    done = launch(*SMALL, f"--output-dir={tmp_path}", "--run-name=launched")
+    done = main_here(*SMALL, f"--output-dir={tmp_path}", "--run-name=x")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "launched"
+    folder = tmp_path / "x"
     log, lines = log_of(folder), metrics_of(folder)
     assert len(lines) == 400 // 50 + 2
     assert logged_by_wandb(log)[: len(lines)] == lines
@@ -92,50 +98,15 @@ def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_
     assert "warning" not in done.stdout
 
 
-TRACK = """
-import json, os, sys, time
-from pathlib import Path
-import torch, wandb
-from mnist.data import ImageData, Split
-from mnist.errors import DivergedError
-from mnist.interruption import Interrupted
-from mnist.tracking import Tracking
-from tests.made_up import make_run
-
-folder = Path(sys.argv[1])
-make_run(folder, *map(int, os.environ.get("CLASSES_AND_EPOCHS", "10,3").split(",")))
-(folder / "metrics.jsonl").unlink()
-for name in ("model", "best"):
-    (folder / name).mkdir()
-    (folder / name / "model.safetensors").write_bytes(b"weights" * 1000)
-images = Split(torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.long))
-data = ImageData("made-up", ("0",), images, None, images, files={folder / "config.yaml": "0123"})
-print("ready", flush=True)
-begun = time.monotonic()
-with Tracking(True, folder, "7f3e", {"learning_rate": 0.5}, ["wandb"]) as tracking:
-    tracking.start(0)
-    told = {"seconds_to_start": time.monotonic() - begun, "warning_at_start": tracking.wandb.warning}
-    for step in range(1, 4):
-        tracking.log({"step": step, "epoch": 1, "train/loss": 1 / step})
-        time.sleep(0.7)
-    if len(sys.argv) > 2:
-        raise eval(sys.argv[2])
-    told["ending_since"] = time.monotonic()
-    tracking.log_results(data)
-print(json.dumps(told | {"warnings": tracking.warnings, "sync": tracking.sync_command}))
-"""
-
-
-def track(folder: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+def track_in_process(folder: Path, **environment: str) -> "subprocess.Popen[str]":
     """Start a process that logs three lines with Tracking alone and tells how that went.
 
     Returns when it has imported what it needs: several at once would wait for the processors, not for W&B.
     """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     job = subprocess.Popen(
-        [sys.executable, "-c", TRACK, str(folder), *arguments],
+        [sys.executable, "-m", "tests.support.track", str(folder)],
         cwd=PROJECT_FOLDER,
-        env=clean | {"HOME": str(folder.parent / "home")} | environment,
+        env=user_environment(folder.parent, **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -166,7 +137,7 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
     with ThreadPoolExecutor(len(servers)) as pool, ExitStack() as stack:
         waits = {}
         for name, server in servers.items():
-            job = track(tmp_path / name, WANDB_BASE_URL=stack.enter_context(server), WANDB_API_KEY=KEY)
+            job = track_in_process(tmp_path / name, WANDB_BASE_URL=stack.enter_context(server), WANDB_API_KEY=KEY)
             waits[name] = pool.submit(wait_for, job)  # at once, to see when it is gone
         outputs = {name: wait.result() for name, wait in waits.items()}
     for name, (stdout, stderr, gone) in outputs.items():
@@ -197,7 +168,7 @@ def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(
 
 
 def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None:
-    job = track(tmp_path / "run")
+    job = track_in_process(tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text()):  # until the first line is logged
         time.sleep(0.05)
@@ -208,8 +179,24 @@ def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None
     assert len(metrics_of(tmp_path / "run")) == 3
 
 
-def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
-    job = track(
+@pytest.fixture
+def track_here(tmp_path: Path, clean_environment: SetEnvironment) -> Iterator[TrackHere]:
+    """Log to W&B in this process, as a user without an account, with the files of a run of so many classes."""
+
+    def run(
+        folder: Path, error: BaseException | None = None, classes: int = 10, epochs: int = 3, **variables: str
+    ) -> Any:
+        clean_environment(**variables)
+        try:
+            return track(folder, prepare(folder, classes, epochs), error)
+        finally:
+            wandb.teardown()  # it has read the environment
+
+    return run
+
+
+def test_what_wandbs_variables_say_is_honoured(track_here: TrackHere, tmp_path: Path) -> None:
+    track_here(
         tmp_path / "run",
         WANDB_PROJECT="ours",
         WANDB_ENTITY="team",
@@ -221,34 +208,37 @@ def test_what_wandbs_variables_say_is_honoured(tmp_path: Path) -> None:
         WANDB_RUN_ID="chosen1",
         WANDB_MODE="offline",
     )
-    _, stderr = job.communicate(timeout=60)
-    assert job.returncode == 0, stderr
     (run,) = (record.run for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("run"))
     assert (run.project, run.entity, run.display_name, run.run_id) == ("ours", "team", "nice name", "chosen1")
     assert sorted(run.tags) == ["a", "b"]
     assert (run.run_group, run.job_type, run.notes) == ("folds", "train", "a note")
 
 
-def test_a_run_that_ends_early_is_marked_as_what_became_of_it(tmp_path: Path) -> None:
-    expected = {
-        "failed": ("RuntimeError('out of luck')", 1, False, []),
-        "signalled": ("Interrupted(15)", 143, True, []),
-        "diverged": ("DivergedError('test/loss is nan at step 7')", 1, False, ["test/loss is nan at step 7"]),
-    }
-    jobs = [track(tmp_path / name, error) for name, (error, *_) in expected.items()]
-    for job in jobs:
-        job.communicate(timeout=60)
-    for name, (_, exit_code, preempting, alerts) in expected.items():
-        log = log_of(tmp_path / name)
-        records = list(wandb_log.read_records(log))
-        assert wandb_log.exit_code(log) == exit_code
-        assert any(record.HasField("preempting") for record in records) == preempting
-        assert [record.alert.text for record in records if record.HasField("alert")] == alerts
+@pytest.mark.parametrize(
+    ("error", "exit_code", "preempting", "alerts"),
+    [
+        (RuntimeError("out of luck"), 1, False, []),
+        (Interrupted(15), 143, True, []),
+        (DivergedError("test/loss is nan at step 7"), 1, False, ["test/loss is nan at step 7"]),
+    ],
+)
+def test_a_run_that_ends_early_is_marked_as_what_became_of_it(
+    error: BaseException, exit_code: int, preempting: bool, alerts: list[str], track_here: TrackHere, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)):
+        track_here(tmp_path / "run", error)
+    log = log_of(tmp_path / "run")
+    records = list(wandb_log.read_records(log))
+    assert wandb_log.exit_code(log) == exit_code
+    assert any(record.HasField("preempting") for record in records) == preempting
+    assert [record.alert.text for record in records if record.HasField("alert")] == alerts
 
 
-def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_is_small(tmp_path: Path) -> None:
-    _, stderr, _ = wait_for(track(tmp_path / "run", CLASSES_AND_EPOCHS="1000,20"))
-    assert stderr == ""
+def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_is_small(
+    track_here: TrackHere, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    track_here(tmp_path / "run", classes=1000, epochs=20)
+    assert capfd.readouterr().err == ""
     found = [
         record.artifact for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("artifact")
     ]
@@ -310,7 +300,7 @@ def test_a_run_that_is_resumed_shows_each_step_once_in_tensorboard(run_here: Run
 def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="/proc/nowhere"):  # root cannot write there either
         Path("/proc/nowhere").mkdir()
-    job = track(tmp_path / "run", HOME="/proc/nowhere")
+    job = track_in_process(tmp_path / "run", HOME="/proc/nowhere")
     _, stderr = job.communicate(timeout=60)
     assert job.returncode == 0, stderr
     assert stderr == ""
@@ -326,9 +316,9 @@ def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path
     ],
 )
 def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
-    variable: str, value: str, words: str, launch: Launch, tmp_path: Path
+    variable: str, value: str, words: str, main_here: MainHere, tmp_path: Path
 ) -> None:
-    done = launch(f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), **{variable: value})
+    done = main_here(f"--output-dir={tmp_path}", "--run-name=x", **{variable: value})
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr

@@ -36,7 +36,8 @@ from mnist.optim import LOSSES
 from mnist.process import end_process
 from mnist.report import LiveReport
 
-GLOBAL_BATCH = 20
+GLOBAL_BATCH = 24
+STEPS = {1: 30, 4: 12}  # by the number of accumulated batches: several epochs, each with a shorter last window
 SCHEDULES = [(schedule, number) for number, schedule in enumerate(CHOICES["schedule"])]
 DTYPES = {"cnn-deep": "float64"}  # in float32 Adam makes whole steps of the rounding of gradients that are all but zero
 CASES = {
@@ -53,7 +54,7 @@ CASES = {
 }
 DEEP = tuple(name for name, (model, *_) in CASES.items() if model == "cnn-deep")  # which take a while
 FEW = ("mlp-linear-4-float64", "cnn-cosine-1-float64")
-SIZES = (10_007, 1, 3)  # of test sets: a prime, and fewer than processes
+SIZES = (1_009, 1, 3)  # of test sets: a prime, and fewer than processes
 
 
 def world_size() -> int:
@@ -87,7 +88,7 @@ def new_accelerate() -> None:
 
 
 def train_case(folder: Path, name: str) -> None:
-    """30 optimizer steps on 107 images, in batches of 20 of all processes together."""
+    """STEPS optimizer steps on 107 images, in batches of GLOBAL_BATCH of all processes together."""
     new_accelerate()
     model, schedule, accumulation, dtype = CASES[name]
     torch.set_default_dtype(getattr(torch, dtype))
@@ -105,7 +106,7 @@ def train_case(folder: Path, name: str) -> None:
         limit_train_images=107,
         limit_test_images=53,
         epochs=99,
-        max_steps=30,
+        max_steps=STEPS[accumulation],
         timeout_seconds=10,
     )
     train.train(config)
@@ -153,7 +154,7 @@ def evaluate_all(folder: Path) -> None:
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
         images = mnist.datasets.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
         torch.manual_seed(1)
-        batches = mnist.data.build_batches(images, batch_size=500 * world_size(), num_processes=world_size())
+        batches = mnist.data.build_batches(images, batch_size=100 * world_size(), num_processes=world_size())
         model, batches = accelerator.prepare(build_model("cnn", 10), batches)
         result = evaluate(model, batches, LOSSES["nll"], accelerator, mistakes=12)
         surest = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes]
@@ -193,7 +194,7 @@ def log_to_wandb(folder: Path) -> None:
     """A run with all that is on by default, pictures apart."""
     new_accelerate()
     torch.set_default_dtype(torch.float32)
-    settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "global_batch_size": 20}
+    settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "global_batch_size": GLOBAL_BATCH}
     train.train(TrainConfig(output_dir=str(folder / "whole"), epochs=2, log_every=5, **settings))
 
 

@@ -1,0 +1,37 @@
+"""A plugin of pytest that hides the GPUs of a machine from all tests but those that are marked `gpu`.
+
+pytest           # as on a machine without one: comparisons with the CPU stay on it, two processes are not too many
+pytest -m gpu    # on the GPUs, in a session of its own: CUDA reads the variable once per process
+"""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not selects_gpu_tests(config):
+        os.environ[VARIABLE] = ""
+        sys.addaudithook(refuse_to_show_gpus)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    marked = {it.nodeid: it.get_closest_marker("gpu") is not None for it in session.items}
+    wrong = [test for test, is_marked in marked.items() if is_marked != selects_gpu_tests(session.config)]
+    if wrong:
+        raise pytest.UsageError(f"{wrong[0]}: tests marked gpu need a session of their own. Run: pytest -m gpu")
+
+
+def selects_gpu_tests(config: pytest.Config) -> bool:
+    return "gpu" in config.option.markexpr.replace("not gpu", "")
+
+
+def refuse_to_show_gpus(event: str, arguments: tuple[Any, ...]) -> None:
+    """Children inherit the variable, unless a test gives its Python an environment in which it is missing."""
+    if event == "subprocess.Popen" and (environment := arguments[3]) is not None and VARIABLE not in environment:
+        if sys.executable in {*map(str, arguments[1]), *map(str, environment.values())}:
+            raise ValueError(f"{arguments[1]}: the environment of a test's process must hold {VARIABLE}.")

@@ -1,0 +1,23 @@
+"""A plugin of pytest-xdist: which tests may run in different workers.
+
+`--dist=loadgroup` would be the way to say it, but with pytest 9.2 xdist 3.8 does not see its marks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# the tests of each of these modules share what takes long to make: runs of several processes, compiled code, a browser
+TOGETHER = {"test_compiled", "test_distributed", "test_draw", "test_own_pictures", "test_predict", "test_report"}
+
+
+class Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if Path(module).stem in TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Scheduling(config, log)
