@@ -612,11 +612,11 @@ def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_line_with_accelerate_launch_is_one_that_accelerate_and_train_py_understand(
     folder_of_pictures: None,
 ) -> None:
-    checked = 0
+    checked, parser = 0, launch_command_parser()
     for name, line in command_lines("accelerate launch"):
         words = shlex.split(line)[2:]
         if (words and words[0].startswith("-")) or "train.py" in words:
-            arguments = launch_command_parser().parse_args(words if "train.py" in words else [*words, "train.py"])
+            arguments = parser.parse_args(words if "train.py" in words else [*words, "train.py"])
             if arguments.config_file:
                 load_config_from_file(str(PROJECT_FOLDER / arguments.config_file))
             assert arguments.training_script in ("train.py", "/app/train.py"), f"{name}: {line}"

@@ -480,23 +480,24 @@ def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch,
 def test_wrong_usage_is_said_by_the_first_process_before_the_others_end(tmp_path: Path) -> None:
     """Launchers end all processes at the end of one, and so it is said once."""
     flags = {"--epochs=0": "--epochs 0: must be a whole number of at least 1", "--epocs=3": "--epocs"}
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    processes = {
+        (flag, rank): subprocess.Popen(
+            (sys.executable, "train.py", flag, f"--output-dir={tmp_path}"),
+            cwd=PROJECT_FOLDER,
+            env=environment(tmp_path, **variables, RANK=rank, LOCAL_RANK=rank),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for flag in flags
+        for rank in "01"
+    }
     for flag, message in flags.items():
-        command = (sys.executable, "train.py", flag, f"--output-dir={tmp_path}")
-        variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        processes = [
-            subprocess.Popen(
-                command,
-                cwd=PROJECT_FOLDER,
-                env=environment(tmp_path, **variables, RANK=rank, LOCAL_RANK=rank),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in "01"
-        ]
-        assert message in processes[0].communicate(timeout=60)[1]
-        assert processes[1].poll() is None
-        processes[1].communicate(timeout=60)
-        assert [it.returncode for it in processes] == [2, 2]
+        first, second = (processes[flag, rank] for rank in "01")
+        assert message in first.communicate(timeout=60)[1]
+        assert second.poll() is None
+        second.communicate(timeout=60)
+        assert first.returncode == second.returncode == 2
 
 
 def test_the_configs_hold_no_rank_no_address_and_their_own_launch_command() -> None:

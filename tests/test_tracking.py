@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -180,12 +180,12 @@ def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def track_here(tmp_path: Path, clean_environment: SetEnvironment) -> Iterator[TrackHere]:
+def track_here(clean_environment: SetEnvironment) -> TrackHere:
     """Log to W&B in this process, as a user without an account, with the files of a run of so many classes."""
 
     def run(
         folder: Path, error: BaseException | None = None, classes: int = 10, epochs: int = 3, **variables: str
-    ) -> Any:
+    ) -> dict[str, Any]:
         clean_environment(**variables)
         try:
             return track(folder, prepare(folder, classes, epochs), error)
