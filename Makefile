@@ -1,16 +1,13 @@
-.PHONY: train test test-slow test-gpu lint format image image-test bench bench-applied bench-folder bench-logging bench-recipes bench-scaling soak
+.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-logging bench-recipes bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
 
-test: ## under six minutes on two cores
+test: ## four minutes on two cores
 	pytest
 
 test-slow: ## what takes minutes; needs pip install -e '.[trackers]'
-	pytest -m 'slow and not gpu'
-
-test-gpu: ## on the GPUs of this machine, which all other tests leave alone
-	pytest -m gpu --numprocesses=0
+	pytest -m 'slow and not gpu' --numprocesses=0
 
 lint: ## the same commands as in .ci/run
 	ruff check .

@@ -19,11 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.addaudithook(refuse_to_show_gpus)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    marked = {it.nodeid: it.get_closest_marker("gpu") is not None for it in session.items}
-    wrong = [test for test, is_marked in marked.items() if is_marked != selects_gpu_tests(session.config)]
-    if wrong:
-        raise pytest.UsageError(f"{wrong[0]}: tests marked gpu need a session of their own. Run: pytest -m gpu")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (item.get_closest_marker("gpu") is not None) != selects_gpu_tests(item.config):
+        pytest.fail("Tests marked gpu need a session of their own. Run: pytest -m gpu", pytrace=False)
 
 
 def selects_gpu_tests(config: pytest.Config) -> bool:
