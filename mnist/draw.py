@@ -18,6 +18,7 @@ import ipaddress
 import json
 import os
 import secrets
+import signal
 import socket
 import socketserver
 import sys
@@ -52,13 +53,13 @@ def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HO
         print(f"Draw at {server.address} and see what the network makes of it. Ctrl-C ends it.", flush=True)
         if not is_loopback(host):
             print(f"It listens on {host}: whoever reaches this machine there can use it.", flush=True)
-        # in a thread: Ctrl-C while a connection is being accepted would close it under the thread that answers it
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+        previous = signal.getsignal(signal.SIGINT)
+        if previous is signal.default_int_handler:  # which would close a connection under the thread that answers it
+            signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=server.shutdown).start())
         try:
-            thread.join()
-        except KeyboardInterrupt:
-            server.shutdown()
+            server.serve_forever()
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 def build_server(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ def test_a_run_on_a_folder_with_augmentation_that_is_killed_comes_to_the_same_en
 def test_from_the_cache_comes_the_same_run_and_its_model_is_measured_again(
     things: Path, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"dataset": str(things), "data_dir": str(tmp_path / "data"), "model": "cnn", "limit_test_images": None}
+    settings: dict[str, Any] = {"dataset": str(things), "data_dir": str(tmp_path / "data"), "model": "cnn"}
+    settings |= {"limit_train_images": 100, "limit_test_images": None}
     first = run_here("first", **settings)
     assert "Decoding 602 images" in capsys.readouterr().out
     second = run_here("second", **settings)
@@ -356,7 +358,7 @@ def test_a_pretrained_run_goes_on_without_the_weights_that_it_began_with(
     weights.parent.mkdir(parents=True)
     torch.save(resnet18().state_dict(), weights)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = run_here("x", model="resnet18", pretrained=True, limit_train_images=40, limit_test_images=10)
+    folder = run_here("x", model="resnet18", pretrained=True, limit_train_images=20, limit_test_images=10)
     weights.unlink()
     resume_here(folder, epochs=2)
     assert metrics_of(folder)[-1]["epoch"] == 2
