@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import json
+import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -23,11 +25,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.data import ImageData
 from mnist.datasets import FILES
 from mnist.distributed import check_environment, check_precision, interface_towards, launch_command, waiting_for_others
 from mnist.errors import ConfigError, UserError
 from mnist.gradients import SHARED_MEMORY
-from tests import worker
+from mnist.record import Record, pixels
+from tests import wandb_log, worker
 from tests.conftest import (
     Launch,
     MainHere,
@@ -38,6 +42,7 @@ from tests.conftest import (
     state_of,
     user_environment,
 )
+from tests.test_report import Reading, numbers_in
 
 CONFIGS = PROJECT_FOLDER / "accelerate_configs"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
@@ -113,7 +118,7 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = str(CONFIGS / "multi_cpu.yaml")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
     tasks, before = (
-        ("train_most", "evaluate_all", "train_without_shared_memory", "begin_run", "resume_run"),
+        ("train_most", "evaluate_all", "train_without_shared_memory", "begin_run", "resume_run", "train_seen"),
         set(SHARED_MEMORY.iterdir()),
     )
     done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
@@ -163,7 +168,7 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
     if name in worker.DEEP:
         with worker.quick():
             worker.train_case(one_process, name)
-    assert state_of(folder / "runs" / name)["step"] == worker.STEPS[worker.CASES[name][2]]
+    assert state_of(folder / "runs" / name)["step"] == worker.steps_of(name)
     difference = largest_difference(weights(one_process, name), weights(folder, name))
     assert difference < TOLERANCE[name.rpartition("-")[2]]
     lines = zip(metrics_of(one_process / "runs" / name), metrics_of(folder / "runs" / name), strict=True)
@@ -259,6 +264,105 @@ def test_a_process_that_raises_ends_the_job_within_ten_seconds_with_its_error(th
     assert "ValueError: raised on purpose" in root_cause
     assert state_of(three_processes / "runs" / "for-ever")["status"] in ("failed", "interrupted")
     assert marked_processes(three_processes) == []
+
+
+# --- all who are told a number are told the same one
+
+
+@pytest.fixture
+def seen(two_processes: Path) -> Path:
+    """A run of two processes with W&B, TensorBoard and a report."""
+    return two_processes / "runs" / "seen"
+
+
+def test_two_processes_leave_one_wandb_run_one_event_file_and_one_report(seen: Path) -> None:
+    assert len(list(seen.rglob("run-*.wandb"))) == 1
+    assert len(list(seen.rglob("events.out.tfevents.*"))) == 1
+    assert len(list(seen.rglob("report.html"))) == 1
+    assert Record.read(seen).status == "finished"
+    assert " finished" in Reading((seen / "report.html").read_text()).text
+
+
+def test_every_number_is_the_same_in_metrics_jsonl_report_tensorboard_and_wandb(seen: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = metrics_of(seen)
+    assert len(lines) == 5 * 2 + 2
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+    events = EventAccumulator(str(seen / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    keys = {key for line in lines for key in line} - {"step"}
+    assert set(events.Tags()["scalars"]) == keys
+    for key in keys:
+        expected = [(line["step"], struct.unpack("f", struct.pack("f", line[key]))[0]) for line in lines if key in line]
+        assert [(it.step, it.value) for it in events.Scalars(key)] == expected, key  # it keeps single precision
+
+    (log,) = seen.rglob("run-*.wandb")
+    rows = [{key: row[key] for key in row if key[0] != "_"} for row in wandb_log.history(log)]
+    assert rows[: len(lines)] == lines
+    assert len(rows) == len(lines) + 1  # with what is shown at the end
+
+    page = (seen / "report.html").read_text()
+    (numbers,) = numbers_in(page)
+    assert numbers["evaluations"] == [line for line in lines if "test/loss" in line]
+    assert numbers["losses"] == [line for line in lines if "test/loss" not in line]
+    text = Reading(page).text
+    for line in numbers["evaluations"]:
+        for part in ("train", "val", "test"):
+            assert f"{line[f'{part}/loss']:.4f}" in text
+            assert f"{100 * line[f'{part}/accuracy']:.2f} %" in text
+
+
+def test_the_confusion_matrix_is_the_same_everywhere_and_adds_up(seen: Path) -> None:
+    last = metrics_of(seen)[-1]
+    record = Record.read(seen)
+    assert record.evaluation is not None
+    counts = record.evaluation["confusion"]["counts"]
+    correct = sum(counts[number][number] for number in range(10))
+    assert sum(map(sum, counts)) == sum(record.evaluation["images"]) == 1003
+    assert correct == sum(record.evaluation["correct"])
+    assert correct / 1003 == last["test/accuracy"]
+    for number, row in enumerate(counts):
+        assert last[f"test/class_accuracy/{number}"] == row[number] / sum(row)
+
+    chart, mistakes, examples = (wandb_table(seen, name) for name in ("confusion", "mistakes", "examples"))
+    assert sum(row[2] for row in chart["data"]) == 1003
+    assert sum(row[2] for row in chart["data"] if row[0] == row[1]) == correct
+    assert len(mistakes["data"]) == min(40, 1003 - correct)
+    sure = [row[3] for row in mistakes["data"]]
+    assert sure == sorted(sure, reverse=True)
+    assert all(row[1] != row[2] != row[4] for row in mistakes["data"])
+    assert [row[1] for row in examples["data"]] == [str(digit) for digit in range(10)]
+    assert len(examples["columns"]) == 2 + 2  # image, truth, and an answer an epoch
+
+    page = Reading((seen / "report.html").read_text())
+    cells = [tag for tag, attributes in page.tags if tag == "td" and "taken for" in (attributes.get("title") or "")]
+    assert len(cells) == 100
+    assert f"{1003 - correct} of 1,003 are wrong" in page.text
+
+
+def wandb_table(folder: Path, name: str) -> dict[str, Any]:
+    (path,) = folder.rglob(f"{name}*.table.json")
+    table: dict[str, Any] = json.loads(path.read_text())
+    return table
+
+
+def test_mistakes_are_pictures_of_the_images_that_they_name(seen: Path, digits: ImageData) -> None:
+    record = Record.read(seen)
+    assert record.evaluation is not None
+    for it in (*record.evaluation["mistakes"], *record.evaluation["examples"]):
+        assert it["truth"] == digits.test.labels[it["place"]]
+        image = torch.tensor(list(pixels(it["image"]).tobytes()), dtype=torch.uint8).view(28, 28)
+        assert torch.equal(image, digits.test.images[it["place"]])
+
+
+def test_a_page_asks_for_nothing_from_outside(seen: Path) -> None:
+    page = (seen / "report.html").read_text()
+    for tag, attributes in Reading(page).tags:
+        for name in ("src", "href", "xlink:href", "action"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("data:", "#")), (tag, address)
+    assert not re.search(r"url\((?!#)|@import", page)
 
 
 # --- two machines: network namespaces joined by a pair of virtual cards
@@ -462,6 +566,8 @@ def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, l
     refused = name == "precision"
     assert (done.returncode != 0) == refused
     assert expected in (done.stderr if refused else done.stdout)
+    if refused:  # our message comes before the launcher's own
+        assert done.stderr.index(expected) < done.stderr.index("CalledProcessError")
     assert (tmp_path / "runs").exists() != refused
     assert ("precision   bf16" in done.stdout) == (name == "replicas")
 

@@ -99,14 +99,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_and_nothing_of_i
     assert "step 20" in state["error"]
 
 
-def test_under_the_launcher_our_message_comes_first(launch: Launch, tmp_path: Path) -> None:
-    done = launch("--trackers=none", f"--output-dir={tmp_path / 'runs'}", "--batch-size=70000")
-    assert done.returncode == 1
-    ours = done.stderr.index("(--batch-size 70000 x 1 process): larger than the 60,000 training images.")
-    assert ours < done.stderr.index("CalledProcessError")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows, columns

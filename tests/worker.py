@@ -37,7 +37,7 @@ from mnist.process import end_process
 from mnist.report import LiveReport
 
 GLOBAL_BATCH = 24
-STEPS = {1: 30, 4: 12}  # by the number of accumulated batches: several epochs, each with a shorter last window
+WRITE_REPORT = LiveReport.write
 SCHEDULES = [(schedule, number) for number, schedule in enumerate(CHOICES["schedule"])]
 DTYPES = {"cnn-deep": "float64"}  # in float32 Adam makes whole steps of the rounding of gradients that are all but zero
 CASES = {
@@ -55,6 +55,12 @@ CASES = {
 DEEP = tuple(name for name, (model, *_) in CASES.items() if model == "cnn-deep")  # which take a while
 FEW = ("mlp-linear-4-float64", "cnn-cosine-1-float64")
 SIZES = (1_009, 1, 3)  # of test sets: a prime, and fewer than processes
+
+
+def steps_of(name: str) -> int:
+    """Several epochs of five batches, or of two windows of batches."""
+    model, _, accumulation, _ = CASES[name]
+    return (30 if model == "mlp" else 12) // (1 if accumulation == 1 else 2)
 
 
 def world_size() -> int:
@@ -88,7 +94,7 @@ def new_accelerate() -> None:
 
 
 def train_case(folder: Path, name: str) -> None:
-    """STEPS optimizer steps on 107 images, in batches of GLOBAL_BATCH of all processes together."""
+    """Some optimizer steps on 107 images, in batches of GLOBAL_BATCH of all processes together."""
     new_accelerate()
     model, schedule, accumulation, dtype = CASES[name]
     torch.set_default_dtype(getattr(torch, dtype))
@@ -106,7 +112,7 @@ def train_case(folder: Path, name: str) -> None:
         limit_train_images=107,
         limit_test_images=53,
         epochs=99,
-        max_steps=STEPS[accumulation],
+        max_steps=steps_of(name),
         timeout_seconds=10,
     )
     train.train(config)
@@ -198,6 +204,17 @@ def log_to_wandb(folder: Path) -> None:
     train.train(TrainConfig(output_dir=str(folder / "whole"), epochs=2, log_every=5, **settings))
 
 
+def train_seen(folder: Path) -> None:
+    """A run with all that a person can look at."""
+    new_accelerate()
+    torch.set_default_dtype(torch.float32)
+    settings: dict[str, Any] = {"limit_train_images": 2000, "limit_test_images": 1003, "validation_size": 500}
+    settings |= {"trackers": "wandb,tensorboard", "epochs": 2, "log_every": 20, "max_grad_norm": 1.0}
+    without, LiveReport.write = LiveReport.write, WRITE_REPORT  # type: ignore[method-assign]
+    train.train(TrainConfig(output_dir=str(folder / "runs"), run_name="seen", **settings))
+    LiveReport.write = without  # type: ignore[method-assign]
+
+
 def download(folder: Path) -> None:
     """Load a data set that no process has, from the mirror that the test serves."""
     import torchvision
@@ -256,6 +273,7 @@ TASKS: dict[str, Callable[[Path], None]] = {
         begin_run,
         resume_run,
         log_to_wandb,
+        train_seen,
         download,
         train_for_ever,
         fail_on_rank_1,

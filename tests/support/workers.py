@@ -10,7 +10,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # the tests of each of these modules share what takes long to make: runs of several processes, compiled code, a browser
-TOGETHER = {"test_compiled", "test_distributed", "test_draw", "test_own_pictures", "test_predict", "test_report"}
+TOGETHER = {"test_compiled", "test_distributed", "test_draw", "test_own_pictures", "test_predict"}
 
 
 class Scheduling(LoadScopeScheduling):
