@@ -102,7 +102,8 @@ def mirror() -> Iterator[tuple[str, list[str]]]:
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What this process alone gets."""
     folder, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
-    with worker.quick():
+    with worker.quick(), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # its threads are those of one of the two
         worker.train_most(folder)
         worker.evaluate_all(folder)
         worker.begin_run(folder)

@@ -340,7 +340,7 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> N
 
 
 def test_control_c_ends_it_quietly() -> None:
-    code = "from tests.test_draw import *; from mnist.draw import serve; serve(band, NAMES, 'Digits', port=0)"
+    code = "from mnist.draw import serve; serve(dict, tuple('0123456789'), 'Digits', port=0)"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=PROJECT_FOLDER,
