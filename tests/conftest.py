@@ -41,7 +41,7 @@ def unpacked_once() -> Iterator[None]:
     read_once = functools.cache(read)
 
     def read_idx(path: Path, md5: str | None = None) -> "Tensor":
-        return read_once(path, md5) if path.is_relative_to(PROJECT_FOLDER) else read(path, md5)
+        return read_once(path, md5) if path.is_relative_to(PROJECT_FOLDER / "data") else read(path, md5)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(datasets, "read_idx", read_idx)

@@ -181,7 +181,7 @@ def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None
 
 @pytest.fixture
 def track_here(clean_environment: SetEnvironment) -> TrackHere:
-    """Log to W&B in this process, as a user without an account, with the files of a run of so many classes."""
+    """Log a made-up run to W&B in this process, as a user without an account; see tests/support/track.py."""
 
     def run(
         folder: Path, error: BaseException | None = None, classes: int = 10, epochs: int = 3, **variables: str
