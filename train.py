@@ -34,8 +34,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.datasets import decode_folder, load_dataset
     from mnist.environment import describe_environment
     from mnist.evaluation import MISTAKES, Evaluation
-    from mnist.gradients import share_gradients
-    from mnist.hardware import choose_threads, keep_freed_memory, keep_to_own_cores
+    from mnist.hardware import choose_threads, keep_freed_memory
     from mnist.interruption import Interruption
     from mnist.metrics import evaluate
     from mnist.models import build_model, count_parameters
@@ -101,11 +100,10 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     optimizer = LeanOptimizer(optimizer, scaler=accelerator.scaler)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     train_batches = accelerator.prepare_data_loader(train_batches, device_placement=False)  # they lie there already
-    average = share_gradients(model, accelerator, config.timeout_seconds)
     compiled, not_compiled = None, ""
     if config.compile:
         terminal.print("Compiling: some seconds, the first time up to half a minute ...")
-        compiled, not_compiled = compile_loss(net, loss_function, accelerator, average, example)
+        compiled, not_compiled = compile_loss(net, loss_function, accelerator, example)
 
     def loss_of(X: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         if compiled:
@@ -142,7 +140,6 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         for note in checkpoints.resume():
             terminal.row("resumed", note)
         terminal.row("trackers", tracking.start(progress.step))
-        keep_to_own_cores(accelerator.device)
         for epoch in progress.epochs():
             # --- loop
             progress.start_epoch()

@@ -95,13 +95,13 @@ def measure(contestants: dict[str, Callable[[], float]], rounds: int) -> list[di
 
 
 def measure_decoding(folder: Path, scratch: Path, rounds: int) -> None:
-    from mnist.hardware import CORES
+    from mnist.hardware import available_cores
 
     def decode(cores: int) -> float:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
         return float(run(DECODE, scratch, folder, scratch / "cache", ROOT, cores)[0])
 
-    names = {f"on {cores} core{'s' * (cores > 1)}": cores for cores in dict.fromkeys((len(CORES), 1))}
+    names = {f"on {cores} core{'s' * (cores > 1)}": cores for cores in dict.fromkeys((available_cores(), 1))}
     show(
         "decode",
         "seconds",

@@ -1,6 +1,6 @@
 """The loss of a batch and its gradients as one compiled graph: `--compile`.
 
-    compiled, reason = compile_loss(net, loss_function, accelerator, average, X)      # takes seconds
+    compiled, reason = compile_loss(net, loss_function, accelerator, X)      # takes seconds
     loss = compiled(X, y, weight)     # the gradients are found with it
     accelerator.backward(loss)        # hands them out to the parameters
 
@@ -11,7 +11,6 @@ there is no other (data.py). docs/performance.md has what each way gave.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,22 +29,14 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class CompiledLoss:
     """The loss of `net` for (X, y, weight), a scalar whose `backward` hands out gradients that are there already.
 
-    They are divided by the batches of a window and added to those of earlier ones, as accelerator.backward does; at the
-    end of a window `average`, given all of them in one flat tensor, averages it over the processes, as
-    DistributedDataParallel does.
+    They are divided by the batches of a window and added to those of earlier ones, as accelerator.backward does, and at
+    the end of a window averaged over the processes, as DistributedDataParallel does.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        forward: Callable[..., Sequence[Tensor]],
-        accelerator: Accelerator,
-        average: Callable[[Tensor], Any],
-    ) -> None:
+    def __init__(self, net: nn.Module, forward: Callable[..., Sequence[Tensor]], accelerator: Accelerator) -> None:
         """`forward` takes the parameters of `net` that learn, its buffers and a batch; returns loss and gradients."""
         self.forward = forward
         self.accelerator = accelerator
-        self.average = average
         self.parameters = [it for it in net.parameters() if it.requires_grad]
         self.state = [it.detach() for it in (*self.parameters, *net.buffers())]  # the same memory: they change with it
         self.gradients: list[Tensor] = []
@@ -62,8 +53,8 @@ class CompiledLoss:
             if earlier := [it.grad for it in self.parameters if it.grad is not None]:
                 torch._foreach_add_(gradients, earlier)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            flat = torch.cat([it.flatten() for it in gradients])
-            self.average(flat)
+            flat = torch.cat([it.flatten() for it in gradients]).div_(self.accelerator.num_processes)
+            torch.distributed.all_reduce(flat)
             parts = torch.split(flat, [it.numel() for it in gradients])
             gradients = [part.view_as(it) for part, it in zip(parts, gradients, strict=True)]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -71,11 +62,7 @@ class CompiledLoss:
 
 
 def compile_loss(
-    net: nn.Module,
-    loss_function: Loss,
-    accelerator: Accelerator,
-    average: Callable[[Tensor], Any],
-    X: Tensor,
+    net: nn.Module, loss_function: Loss, accelerator: Accelerator, X: Tensor
 ) -> tuple[CompiledLoss | None, str]:
     """The compiled loss of batches of the shape of `X`; all processes must call it.
 
@@ -93,7 +80,7 @@ def compile_loss(
     reasons = [it for it in gather_object([reason]) if it]
     if forward is None or reasons:
         return None, reasons[0]
-    return CompiledLoss(net, forward, accelerator, average), ""
+    return CompiledLoss(net, forward, accelerator), ""
 
 
 def check(net: nn.Module, accelerator: Accelerator) -> None:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 FLOPS_WORTH_SHARING = 10_000_000
-CAN_CHOOSE_CORES = hasattr(os, "sched_setaffinity")  # Linux
-CORES = sorted(os.sched_getaffinity(0)) if CAN_CHOOSE_CORES else list(range(os.cpu_count() or 1))  # as it was started
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: its microseconds of processor time, and in how many
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -44,22 +42,11 @@ def available_cores() -> int:
 
     `docker run --cpus 2`, or a limit of Kubernetes, leaves all cores in sight, and stops those who use more of them.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not QUOTA.is_file():  # no container, or one by version 1 of cgroups
-        return len(CORES)
+        return cores
     quota, period = QUOTA.read_text(encoding="ascii").split()
-    return len(CORES) if quota == "max" else min(len(CORES), math.ceil(int(quota) / int(period)))
-
-
-def keep_to_own_cores(device: torch.device) -> None:
-    """Let the thread that trains run on this process's share of the cores only, where several train on the CPU.
-
-    One that wakes up on a core where another is busy holds up all of them: two processes with the CNN on two cores lost
-    8 % of their speed by it. Threads and processes that are started later inherit it, so trackers come first.
-    """
-    processes, local_rank = processes_here(), os.environ.get("LOCAL_RANK")
-    if device.type == "cpu" and local_rank is not None and 1 < processes <= len(CORES) and CAN_CHOOSE_CORES:
-        share = len(CORES) // processes
-        os.sched_setaffinity(0, CORES[int(local_rank) * share :][:share])
+    return cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
 
 
 def processes_here() -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mnist import hardware
-from mnist.hardware import available_cores, choose_threads, device_name, keep_to_own_cores
+from mnist.hardware import available_cores, choose_threads, device_name
 from mnist.models import CNN, Net
 
 
@@ -19,7 +19,7 @@ from mnist.models import CNN, Net
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine of four cores; torch's own number is put back afterwards."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(hardware, "CORES", [0, 1, 2, 3])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(hardware, "QUOTA", Path("/nowhere"))
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
@@ -51,19 +51,6 @@ def test_a_container_uses_no_more_cores_than_it_may_take_of_their_time(
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
     monkeypatch.setattr(hardware, "QUOTA", tmp_path / "cpu.max")
     assert available_cores() == cores == choose_threads(CNN(), torch.zeros(64, 1, 28, 28))
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux only")
-def test_each_process_keeps_to_cores_of_its_own_unless_there_are_too_few_or_it_trains_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    kept: list[list[int]] = []
-    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(cores))
-    for processes, rank, device in ((2, 0, "cpu"), (2, 1, "cpu"), (3, 2, "cpu"), (8, 5, "cpu"), (2, 1, "cuda")):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        keep_to_own_cores(torch.device(device))
-    assert kept == [[0, 1], [2, 3], [2]]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")

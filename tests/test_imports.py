@@ -20,7 +20,6 @@ ALLOWED = {
     "handwriting": set(),
     "evaluation": {"data", "metrics", "storage"},
     "hardware": set(),
-    "gradients": set(),
     "distributed": {"errors"},
     "compiled": {"errors"},
     "environment": {"config", "hardware"},

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -26,7 +25,6 @@ from accelerate.utils import DataLoaderConfiguration, gather_object
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist.datasets
-import mnist.gradients
 import mnist.metrics
 import train
 from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
@@ -132,23 +130,6 @@ def train_deep(folder: Path) -> None:
 def train_few(folder: Path) -> None:
     for name in FEW:
         train_case(folder, name)
-
-
-def train_without_shared_memory(folder: Path) -> None:
-    """As where shared memory is full: no file of more than a kilobyte can be made there."""
-    make, limits = mnist.gradients.shared_tensor, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def make_limited(*arguments: Any) -> torch.Tensor | None:
-        enough = make(*arguments)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-        too_little = make(*arguments)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        (folder / "limited").write_text(f"{enough is not None} {too_little is not None}")
-        return too_little
-
-    mnist.gradients.shared_tensor = make_limited  # type: ignore[assignment]
-    train_few(folder / "gloo")
-    mnist.gradients.shared_tensor = make
 
 
 def evaluate_all(folder: Path) -> None:
@@ -268,7 +249,6 @@ TASKS: dict[str, Callable[[Path], None]] = {
         train_most,
         train_deep,
         train_few,
-        train_without_shared_memory,
         evaluate_all,
         begin_run,
         resume_run,
