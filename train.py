@@ -13,9 +13,9 @@ import dataclasses
 import functools
 import sys
 
-from mnist.config import TrainConfig
-from mnist.process import end_process, run_process
-from mnist.recipes import RECIPES
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import TrainConfig
+from mnist.launch.main import end_process, run_process
 
 
 def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
@@ -27,35 +27,42 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
     from torch import Tensor
 
-    from mnist import distributed
-    from mnist.checkpoint import Checkpoints, has_checkpoint
-    from mnist.compiled import compile_loss
-    from mnist.data import build_batches, measured_splits
-    from mnist.datasets import decode_folder, load_dataset
-    from mnist.environment import describe_environment
-    from mnist.evaluation import MISTAKES, Evaluation
-    from mnist.hardware import choose_threads, keep_freed_memory
-    from mnist.interruption import Interruption
-    from mnist.metrics import evaluate
-    from mnist.models import build_model, count_parameters
-    from mnist.optim import LOSSES, LeanAccelerator, LeanOptimizer, build_optimizer, build_schedule, clip_gradients
-    from mnist.predict import predict
-    from mnist.profiling import Profile
-    from mnist.progress import Progress
-    from mnist.report import LiveReport
-    from mnist.run import Run, find_run, find_run_here
-    from mnist.saved_model import ModelConfig, save_model
-    from mnist.terminal import Terminal
-    from mnist.tracking import Tracking, check_trackers
-    from mnist.transforms import images_at_once, scale_pixels
+    from mnist.data.datasets import decode_folder, load_dataset
+    from mnist.data.loader import build_batches, measured_splits
+    from mnist.data.transforms import images_at_once, scale_pixels
+    from mnist.inference.predict import predict
+    from mnist.launch.environment import describe_environment
+    from mnist.launch.hardware import choose_threads, keep_freed_memory
+    from mnist.launch.processes import accelerate_settings, check_precision, join_processes, waiting_for_others
+    from mnist.launch.signals import Interruption
+    from mnist.models.networks import build_model, count_parameters
+    from mnist.models.saved import ModelConfig, save_model
+    from mnist.reporting.report import LiveReport
+    from mnist.reporting.snapshots import MISTAKES, Evaluation
+    from mnist.reporting.terminal import Terminal
+    from mnist.runs.folder import Run, find_run, find_run_here
+    from mnist.tracking.trackers import Tracking, check_trackers
+    from mnist.training.capture import compile_loss
+    from mnist.training.checkpoint import Checkpoints, has_checkpoint
+    from mnist.training.evaluate import evaluate
+    from mnist.training.optimizers import (
+        LOSSES,
+        LeanAccelerator,
+        LeanOptimizer,
+        build_optimizer,
+        build_schedule,
+        clip_gradients,
+    )
+    from mnist.training.profiling import Profile
+    from mnist.training.progress import Progress
 
     # --- accelerator: the processes and devices that the launcher gave us, and the settings of a run that goes on
     here = find_run_here(config, given)
     decode_folder(here.dataset, here.data_dir, here.image_size)  # which may take longer than processes wait for others
-    joined = distributed.join_processes(config.timeout_seconds)
+    joined = join_processes(config.timeout_seconds)
     config = find_run(config, given).share_batch(joined.num_processes)
     check_trackers(config.tracker_names)
-    distributed.check_precision(config.mixed_precision, joined.device.type)
+    check_precision(config.mixed_precision, joined.device.type)
     accelerator = LeanAccelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
@@ -63,7 +70,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         # a batch is that of all processes: each takes its slice, and the schedule steps once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=distributed.accelerate_settings(config.gradient_accumulation_steps),
+        kwargs_handlers=accelerate_settings(config.gradient_accumulation_steps),
     )
     processes, batch_size = joined.num_processes, config.shared_batch_size  # of all processes together
     set_seed(config.seed)
@@ -136,7 +143,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         Profile(run.folder, accelerator, terminal.print).watch(
             progress, compiled or model, optimizer, scheduler, checkpoints
         )
-    with report, interruption, run, tracking, checkpoints, distributed.waiting_for_others(config.timeout_seconds):
+    with report, interruption, run, tracking, checkpoints, waiting_for_others(config.timeout_seconds):
         for note in checkpoints.resume():
             terminal.row("resumed", note)
         terminal.row("trackers", tracking.start(progress.step))

@@ -38,7 +38,7 @@ def seconds(*command: str) -> float:
 
 def answers(model: Path, pictures: list[bytes]) -> list[float]:
     """Milliseconds for each picture that `mnist draw` is sent."""
-    command = [sys.executable, "-m", "mnist.cli", "draw", "--model", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "mnist", "draw", "--model", str(model), "--port", "0"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -65,8 +65,8 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def main() -> None:
-    from mnist.models import build_model
-    from mnist.saved_model import ModelConfig, save_model
+    from mnist.models.networks import build_model
+    from mnist.models.saved import ModelConfig, save_model
     from tests.handwriting import draw_digit
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -88,7 +88,7 @@ def main() -> None:
         torch_alone, predict = [], []
         for _ in range(arguments.rounds):
             torch_alone.append(seconds(sys.executable, "-c", "import torch"))
-            predict.append(seconds(sys.executable, "-m", "mnist.cli", "predict", str(image), "--model", str(model)))
+            predict.append(seconds(sys.executable, "-m", "mnist", "predict", str(image), "--model", str(model)))
         pictures = []
         for digit in digits:
             buffer = io.BytesIO()

@@ -33,7 +33,7 @@ import os, sys, time
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[3])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[4])])
-    from mnist.datasets import load_dataset
+    from mnist.data.datasets import load_dataset
     started = time.perf_counter()
     load_dataset(sys.argv[1], sys.argv[2])
     print(time.perf_counter() - started)
@@ -43,7 +43,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
-from mnist.data import MappedImages, Split, build_batches
+from mnist.data.loader import MappedImages, Split, build_batches
 count = Path(sys.argv[1]).stat().st_size // 12288
 split = Split(MappedImages(Path(sys.argv[1]), (count, 64, 64, 3)), torch.zeros(count, dtype=torch.int64))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -95,7 +95,7 @@ def measure(contestants: dict[str, Callable[[], float]], rounds: int) -> list[di
 
 
 def measure_decoding(folder: Path, scratch: Path, rounds: int) -> None:
-    from mnist.hardware import available_cores
+    from mnist.launch.hardware import available_cores
 
     def decode(cores: int) -> float:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
@@ -112,8 +112,8 @@ def measure_decoding(folder: Path, scratch: Path, rounds: int) -> None:
 def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
     import torch
 
-    from mnist.data import MappedImages, Split, build_batches
-    from mnist.datasets import load_dataset
+    from mnist.data.datasets import load_dataset
+    from mnist.data.loader import MappedImages, Split, build_batches
 
     torch.set_num_threads(1)
 

@@ -34,13 +34,13 @@ AT_THE_END = ("write", "log_results", "__exit__")
 
 def run_with_clocks(flags: list[str]) -> None:
     """Train as the flags say; at the end print what was spent where, as JSON."""
-    import mnist.evaluation
-    import mnist.predict
-    import mnist.report
-    import mnist.tracking
+    import mnist.inference.predict
+    import mnist.reporting.report
+    import mnist.reporting.snapshots
+    import mnist.tracking.trackers
     import train
-    from mnist.command_line import parse_command_line
-    from mnist.recipes import RECIPES
+    from mnist.config.command_line import parse_command_line
+    from mnist.config.recipes import RECIPES
 
     spent: dict[str, float] = defaultdict(float)
 
@@ -57,11 +57,11 @@ def run_with_clocks(flags: list[str]) -> None:
         setattr(place, name, timed)
 
     for name in ("log", "log_results", "start", "__exit__"):
-        clock(mnist.tracking.Tracking, name)
+        clock(mnist.tracking.trackers.Tracking, name)
     for name in ("after_epoch", "write"):
-        clock(mnist.report.LiveReport, name)
-    clock(mnist.evaluation.Evaluation, "update")
-    clock(mnist.predict, "predict")
+        clock(mnist.reporting.report.LiveReport, name)
+    clock(mnist.reporting.snapshots.Evaluation, "update")
+    clock(mnist.inference.predict, "predict")
     train.train(parse_command_line(RECIPES, flags))
     print(json.dumps(spent))
 

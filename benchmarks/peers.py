@@ -47,9 +47,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist.datasets import FILES, load_dataset  # noqa: E402
-from mnist.hardware import choose_threads, device_name  # noqa: E402
-from mnist.models import Net  # noqa: E402
+from mnist.data.datasets import FILES, load_dataset  # noqa: E402
+from mnist.launch.hardware import choose_threads, device_name  # noqa: E402
+from mnist.models.networks import Net  # noqa: E402
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -310,7 +310,7 @@ def ratios(results: dict[str, list[tuple[Result, float]]], name: str) -> list[fl
 
 def draw(results: dict[str, list[tuple[Result, float]]], path: Path, title: str) -> None:
     """A bar a contestant, the median ratio, with the least and the most."""
-    from mnist.pictures import REST, TRAIN, drawing
+    from mnist.reporting.plots import REST, TRAIN, drawing
 
     names = sorted(results, key=lambda name: statistics.median(ratios(results, name)))
     with drawing() as Figure:

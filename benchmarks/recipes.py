@@ -38,9 +38,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist.datasets import load_dataset  # noqa: E402
-from mnist.hardware import choose_threads, device_name, keep_freed_memory  # noqa: E402
-from mnist.recipes import RECIPES  # noqa: E402
+from mnist.config.recipes import RECIPES  # noqa: E402
+from mnist.data.datasets import load_dataset  # noqa: E402
+from mnist.launch.hardware import choose_threads, device_name, keep_freed_memory  # noqa: E402
 
 
 class Result(NamedTuple):

@@ -7,9 +7,10 @@ together  torchrun --nproc-per-node n train.py: the gradients are averaged at ev
 alone     n times python train.py at the same time, with the same batch a process and the same number of threads: what
           the machine itself allows, when nothing is exchanged
 
-The share of cores is fair: each of n processes has cores / n threads, in both cases (mnist/hardware.py). A process gets
-the same number of images whatever n is, and the figures are those of the epochs in the middle of a run, when all
-processes are busy. Efficiency is together / alone within a round, for these machines are shared and their speed drifts.
+The share of cores is fair: each of n processes has cores / n threads, in both cases (mnist/launch/hardware.py). A
+process gets the same number of images whatever n is, and the figures are those of the epochs in the middle of a run,
+when all processes are busy. Efficiency is together / alone within a round, for these machines are shared and their
+speed drifts.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist.hardware import device_name  # noqa: E402
+from mnist.launch.hardware import device_name  # noqa: E402
 
 PROCESSES = (1, 2, 4)
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist.hardware import device_name  # noqa: E402
+from mnist.launch.hardware import device_name  # noqa: E402
 
 FLAGS = ["--trackers=none", "--limit-train-images=20000", "--epochs=3", "--checkpoint-every=100", "--log-every=1"]
 

@@ -31,16 +31,16 @@ IMPORTS = "import torch, torchvision, accelerate"
 
 def end_after_first_step(flags: list[str]) -> None:
     """Train as the flags say; say when the first step is done, and how much memory was needed, and end there."""
-    import mnist.progress
+    import mnist.training.progress
 
-    update = mnist.progress.Progress.update
+    update = mnist.training.progress.Progress.update
 
     def once(self: Any, *arguments: Any) -> None:
         update(self, *arguments)
         print(time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
         os._exit(0)
 
-    mnist.progress.Progress.update = once  # type: ignore[assignment, method-assign]
+    mnist.training.progress.Progress.update = once  # type: ignore[assignment, method-assign]
     sys.argv = ["train.py", *flags]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import psutil
 
-from mnist.command_line import parse_command_line
-from mnist.config import CHOICES
+from mnist.config.command_line import parse_command_line
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
-from mnist.interruption import EXIT_CODES
-from mnist.recipes import RECIPES
+from mnist.launch.signals import EXIT_CODES
 
 PRECISIONS = CHOICES["mixed_precision"]
 DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's

@@ -42,7 +42,7 @@ print(json.dumps({"canvas": "<canvas" in page, "label": answer["label"]}))
 DIGIT = """
 import sys
 from PIL import Image
-from mnist.datasets import load_dataset
+from mnist.data.datasets import load_dataset
 data = load_dataset("mnist", "/app/data").test
 Image.fromarray(data.images[0].squeeze().numpy()).resize((280, 280)).save(sys.argv[1])
 print(int(data.labels[0]))

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from mnist.errors import UserError, print_any_text
 
 if TYPE_CHECKING:
-    from mnist.data import ImageData
-    from mnist.predict import Model, Prediction
-    from mnist.record import Record
+    from mnist.data.loader import ImageData
+    from mnist.inference.predict import Model, Prediction
+    from mnist.runs.record import Record
 
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
 MOST_LETTERS = 24  # of a class's name in a table
@@ -115,9 +115,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def predict_images(options: argparse.Namespace) -> int:
     """A row, or an object, an image; images that cannot be read are named, skipped, and make the exit code 1."""
+    from mnist.data.images import find_images, printable, read_image
     from mnist.errors import ConfigError, ImageError
-    from mnist.images import find_images, printable, read_image
-    from mnist.predict import load
+    from mnist.inference.predict import load
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1.")
@@ -159,7 +159,7 @@ def predict_images(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
     if drawn:
-        from mnist.pictures import write_answers
+        from mnist.reporting.plots import write_answers
 
         write_answers(drawn, options.save)
         if len(drawn) < len(rows):
@@ -187,10 +187,10 @@ def write_input(folder: Path, name: str, found: "Prediction") -> None:
 
 def draw_digits(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C; its drawings are prepared and answered as images are by `mnist predict`."""
-    from mnist.draw import serve
-    from mnist.evaluation import picture
-    from mnist.images import read_image
-    from mnist.predict import load
+    from mnist.data.images import read_image
+    from mnist.inference.draw import serve
+    from mnist.inference.predict import load
+    from mnist.reporting.snapshots import picture
 
     model = load(options.model)
 
@@ -209,11 +209,11 @@ def draw_digits(options: argparse.Namespace) -> None:
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, Record | None]":
     """The data set to test on, and the run of the model, if there is one."""
-    from mnist.config import PROJECT_FOLDER, TrainConfig
-    from mnist.datasets import SOURCES, load_dataset
+    from mnist.config.settings import PROJECT_FOLDER, TrainConfig
+    from mnist.data.datasets import SOURCES, load_dataset
+    from mnist.data.folders import find_files
     from mnist.errors import ConfigError
-    from mnist.folders import find_files
-    from mnist.record import Record
+    from mnist.runs.record import Record
 
     folder = next((it for it in (Path(options.model), Path(options.model).parent) if is_run(it)), None)
     run = Record.read(folder) if folder else None
@@ -261,15 +261,15 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
-    from mnist.config import TrainConfig
-    from mnist.data import build_batches
-    from mnist.evaluation import cut
-    from mnist.hardware import choose_threads
-    from mnist.images import printable
-    from mnist.metrics import evaluate
-    from mnist.optim import LOSSES
-    from mnist.predict import load
-    from mnist.transforms import images_at_once, scale_pixels
+    from mnist.config.settings import TrainConfig
+    from mnist.data.images import printable
+    from mnist.data.loader import build_batches
+    from mnist.data.transforms import images_at_once, scale_pixels
+    from mnist.inference.predict import load
+    from mnist.launch.hardware import choose_threads
+    from mnist.reporting.snapshots import cut
+    from mnist.training.evaluate import evaluate
+    from mnist.training.optimizers import LOSSES
 
     model = load(options.model)
     data, run = _load_data(options, model)
@@ -299,8 +299,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
 
 def export_model(options: argparse.Namespace) -> None:
     """Write the file, and say how far its answers to the first test images are from the original's."""
-    from mnist.export import export_onnx
-    from mnist.predict import load
+    from mnist.inference.export import export_onnx
+    from mnist.inference.predict import load
 
     model = load(options.model)
     data, run = _load_data(options, model)
@@ -314,8 +314,8 @@ def export_model(options: argparse.Namespace) -> None:
 def list_runs(options: argparse.Namespace) -> None:
     """Name, recipe, epochs, test accuracy, time and state of each run, the newest last."""
     from mnist.errors import ConfigError
-    from mnist.record import find_records
-    from mnist.report import duration, percent
+    from mnist.reporting.report import duration, percent
+    from mnist.runs.record import find_records
 
     records, problems = find_records(options.folder)
     for problem in problems:
@@ -335,8 +335,8 @@ def list_runs(options: argparse.Namespace) -> None:
 
 def write_report(options: argparse.Namespace) -> None:
     """Write the report, with its pictures beside it where it is that of one run in its folder."""
-    from mnist import report
-    from mnist.record import Record
+    from mnist.reporting import report
+    from mnist.runs.record import Record
 
     records = [Record.read(folder) for folder in options.runs]
     output = options.output
@@ -346,7 +346,3 @@ def write_report(options: argparse.Namespace) -> None:
     output = output or Path("comparison.html")
     report.write_report(records, output)
     print(output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

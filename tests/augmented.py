@@ -14,12 +14,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist.models
+import mnist.models.networks
 import train
-from mnist.process import end_process
+from mnist.launch.main import end_process
 
 
-class RandomNet(mnist.models.Net):
+class RandomNet(mnist.models.networks.Net):
     """Augments whole batches while it is in training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,5 +31,5 @@ class RandomNet(mnist.models.Net):
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
-    mnist.models.MODELS["mlp"] = RandomNet
+    mnist.models.networks.MODELS["mlp"] = RandomNet
     end_process(train.main())

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist.data import ImageData
+    from mnist.data.loader import ImageData
 
 pytest_plugins = ["tests.support.gpus", "tests.support.workers"]
 
@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @pytest.fixture(scope="session", autouse=True)
 def unpacked_once() -> Iterator[None]:
     """Unpacking MNIST takes longer than most trainings here: the repository's files are read once per process."""
-    from mnist import datasets
+    from mnist.data import datasets
 
     read = datasets.read_idx
     read_once = functools.cache(read)
@@ -51,7 +51,7 @@ def unpacked_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits() -> "ImageData":
     """MNIST, whole."""
-    from mnist.datasets import load_dataset
+    from mnist.data.datasets import load_dataset
 
     return load_dataset("mnist", PROJECT_FOLDER / "data")
 
@@ -105,7 +105,7 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
 
     Without a report, unless it is asked for: drawing takes longer than such a training.
     """
-    from mnist.report import LiveReport
+    from mnist.reporting.report import LiveReport
     from train import train
 
     def run(name: str, *, report: bool = False, **settings: Any) -> Path:

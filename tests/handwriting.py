@@ -3,7 +3,8 @@
     paste_digit(image28, rng)      # an image of MNIST, somewhere on paper with a shadow, as a JPEG gives it
     draw_digit(7, rng)             # strokes of a pen on a page for drawing, in one of the hands of that digit
 
-They were written before the clean-up that they measure (`mnist/handwriting.py`), and are not changed to suit it.
+They were written before the clean-up that they measure (`mnist/inference/handwriting.py`), and are not changed to suit
+it.
 """
 
 import io

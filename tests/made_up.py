@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from mnist.config import TrainConfig
-from mnist.data import ImageData, Split
-from mnist.evaluation import Evaluation
-from mnist.metrics import Mistake, Result
-from mnist.record import Record
+from mnist.config.settings import TrainConfig
+from mnist.data.loader import ImageData, Split
+from mnist.reporting.snapshots import Evaluation
+from mnist.runs.record import Record
+from mnist.training.evaluate import Mistake, Result
 
 
 def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str, ...] = ()) -> Record:

@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from mnist import checkpoint, metrics, storage
-from mnist.checkpoint import Checkpoints, RandomState, fingerprint, flatten, unflatten
-from mnist.config import TrainConfig
+from mnist import files
+from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
-from mnist.metrics import Result
-from mnist.report import LiveReport
-from mnist.saved_model import load_model
-from mnist.storage import new_folder, remove_folder, remove_leftovers, write_file
+from mnist.files import new_folder, remove_folder, remove_leftovers, write_file
+from mnist.models.saved import load_model
+from mnist.reporting.report import LiveReport
+from mnist.training import checkpoint
+from mnist.training.checkpoint import Checkpoints, RandomState, fingerprint, flatten, unflatten
+from mnist.training.evaluate import Result
+from mnist.training.evaluate import evaluate as evaluate_split
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
 
@@ -78,7 +80,7 @@ def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentiet
     monkeypatch.setattr(checkpoint, "time", clock)
     monkeypatch.setattr(Checkpoints, "after_epoch", after_ten_seconds)
     for name, seconds_a_file, steps in (("cheap", 0.05, (20, 40, 60)), ("dear", 0.5, (20, 60))):
-        monkeypatch.setattr(storage, "flush", lambda path, it=seconds_a_file: setattr(clock, "now", clock.now + it))
+        monkeypatch.setattr(files, "flush", lambda path, it=seconds_a_file: setattr(clock, "now", clock.now + it))
         folder = run_here(name, epochs=3)
         assert [path.name for path in checkpoints_of(folder)] == [f"step-{step:010}-evaluated" for step in steps]
 
@@ -325,11 +327,10 @@ def test_the_best_weights_are_those_of_the_epoch_with_the_lowest_validation_loss
     losses = iter((3.0, 1.0, 2.0))  # as where a network overfits, which is nothing to wait for
 
     def evaluate_with_given_losses(*arguments: Any, **keywords: Any) -> Result:
-        result = evaluate(*arguments, **keywords)
+        result = evaluate_split(*arguments, **keywords)
         return dataclasses.replace(result, loss=next(losses)) if result.images == 70 else result
 
-    evaluate = metrics.evaluate
-    monkeypatch.setattr(metrics, "evaluate", evaluate_with_given_losses)
+    monkeypatch.setattr("mnist.training.evaluate.evaluate", evaluate_with_given_losses)
     folder = run_here("x", validation_size=70, epochs=3)
     monkeypatch.undo()
     assert [line["val/loss"] for line in metrics_of(folder) if "val/loss" in line] == [3.0, 1.0, 2.0]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from mnist.compiled import check, first_line, trace
-from mnist.config import CHOICES
-from mnist.environment import COMPILED
+from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
-from mnist.models import Net, build_model
-from mnist.optim import LOSSES, LeanAccelerator
+from mnist.launch.environment import COMPILED
+from mnist.models.networks import Net, build_model
+from mnist.training.capture import check, first_line, trace
+from mnist.training.optimizers import LOSSES, LeanAccelerator
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
 from tests.test_checkpoint import end_of
 from tests.test_distributed import TOLERANCE, largest_difference, weights

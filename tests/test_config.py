@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from mnist.command_line import HELP_GROUPS, field_docstrings, parse_command_line
-from mnist.command_line import parse_flags as parse_any_flags
-from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig, flag
+from mnist.config.command_line import HELP_GROUPS, field_docstrings, parse_command_line
+from mnist.config.command_line import parse_flags as parse_any_flags
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import CHOICES, PROJECT_FOLDER, TrainConfig, flag
 from mnist.errors import ConfigError
-from mnist.recipes import RECIPES
 from tests.conftest import Launch
 
 FLAGS = """
@@ -182,9 +182,9 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
 
 
 def test_every_name_that_may_be_chosen_is_there() -> None:
-    from mnist.datasets import SOURCES
-    from mnist.models import MODELS
-    from mnist.optim import LOSSES, OPTIMIZERS, schedule_factor
+    from mnist.data.datasets import SOURCES
+    from mnist.models.networks import MODELS
+    from mnist.training.optimizers import LOSSES, OPTIMIZERS, schedule_factor
 
     assert tuple(SOURCES) == CHOICES["dataset"]
     assert tuple(MODELS) == CHOICES["model"]

@@ -32,11 +32,11 @@ from entrypoint import UsageError, exit_code, flag_value, plan, state_files
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-from mnist.command_line import parse_command_line
-from mnist.config import PROJECT_FOLDER
-from mnist.interruption import EXIT_CODES
-from mnist.recipes import RECIPES
-from mnist.run import Run
+from mnist.config.command_line import parse_command_line
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.launch.signals import EXIT_CODES
+from mnist.runs.folder import Run
 from tests.conftest import RunHere, state_of, user_environment
 
 DOCKER, DEPLOY = PROJECT_FOLDER / "docker", PROJECT_FOLDER / "deploy"
@@ -318,7 +318,7 @@ def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_training_loop_and_the_evaluation_renew_the_state_of_a_run_as_they_move(
     run_here: RunHere, noted_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist.run.SECONDS_BETWEEN_HEARTBEATS", 0.0)
+    monkeypatch.setattr("mnist.runs.folder.SECONDS_BETWEEN_HEARTBEATS", 0.0)
     run_here("x")  # 20 steps, a batch each of training and of test images, a checkpoint, the end
     assert noted_steps == [0, *range(1, 21), 20, 20, 20, 20]
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from mnist.config import PROJECT_FOLDER
-from mnist.data import BatchDataset, ImageData, Split, build_batches, measured_splits
-from mnist.datasets import FILES, SOURCES, load_dataset, read_idx
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
+from mnist.data.loader import BatchDataset, ImageData, Split, build_batches, measured_splits
+from mnist.data.transforms import augmentation_parameters
 from mnist.errors import ConfigError, UserError
-from mnist.transforms import augmentation_parameters
 
 RAW = PROJECT_FOLDER / "data" / "MNIST" / "raw"
 
@@ -279,7 +279,7 @@ def test_only_what_is_not_written_is_mirrored(digits: ImageData) -> None:
 def test_images_that_take_a_quarter_of_an_accelerators_free_memory_lie_there(
     free: int, home: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist.data.free_memory", lambda device: free)
+    monkeypatch.setattr("mnist.data.loader.free_memory", lambda device: free)
     split, meta = digits.train.take(slice(0, 107)), torch.device("meta")  # a device that holds shapes alone
     batches = build_batches(split, 20, 3, meta, shuffle=True, augment=True)
     assert {values.device.type for values in batches.dataset.split} == {home}  # type: ignore[attr-defined]

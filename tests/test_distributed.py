@@ -24,12 +24,18 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.data import ImageData
-from mnist.datasets import FILES
-from mnist.distributed import check_environment, check_precision, interface_towards, launch_command, waiting_for_others
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
+from mnist.data.datasets import FILES
+from mnist.data.loader import ImageData
 from mnist.errors import ConfigError, UserError
-from mnist.record import Record, pixels
+from mnist.launch.processes import (
+    check_environment,
+    check_precision,
+    interface_towards,
+    launch_command,
+    waiting_for_others,
+)
+from mnist.runs.record import Record, pixels
 from tests import wandb_log, worker
 from tests.conftest import (
     Launch,

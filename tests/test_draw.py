@@ -24,11 +24,11 @@ import pytest
 from PIL import Image
 
 from mnist import load
-from mnist.config import PROJECT_FOLDER
-from mnist.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data.images import read_image
 from mnist.errors import ConfigError, UserError
-from mnist.evaluation import picture
-from mnist.images import read_image
+from mnist.inference.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
+from mnist.reporting.snapshots import picture
 from tests.conftest import hear_ctrl_c
 from tests.handwriting import HANDS, swing
 
@@ -284,7 +284,7 @@ def test_what_is_no_picture_is_refused_and_a_bug_is_told_in_the_terminal_only(
 def test_clients_that_send_nothing_or_half_keep_nobody_waiting_and_are_let_go(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mnist.draw.Handler.timeout", 1)
+    monkeypatch.setattr("mnist.inference.draw.Handler.timeout", 1)
     with serving() as server, ExitStack() as opened:
         clients = []
         for begun in (b"", b"GET / HT", b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"):
@@ -340,7 +340,7 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> N
 
 
 def test_control_c_ends_it_quietly() -> None:
-    code = "from mnist.draw import serve; serve(dict, tuple('0123456789'), 'Digits', port=0)"
+    code = "from mnist.inference.draw import serve; serve(dict, tuple('0123456789'), 'Digits', port=0)"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=PROJECT_FOLDER,
@@ -709,7 +709,7 @@ def test_the_page_says_when_the_network_fails(browser: Any) -> None:
 @contextmanager
 def serving_a_run(run: Path) -> Iterator[str]:
     """The address of `mnist draw`, a process of its own, with the model of a run."""
-    command = [sys.executable, "-m", "mnist.cli", "draw", "--model", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "mnist", "draw", "--model", str(run), "--port", "0"]
     process = subprocess.Popen(command, cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout

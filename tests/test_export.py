@@ -11,11 +11,12 @@ import onnxruntime
 import pytest
 import torch
 
-from mnist import export, load
+from mnist import load
 from mnist.cli import main
-from mnist.config import PROJECT_FOLDER
-from mnist.data import ImageData
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data.loader import ImageData
 from mnist.errors import UserError
+from mnist.inference import export
 from tests.conftest import RunHere
 
 

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mnist import decoding
-from mnist.config import PROJECT_FOLDER
-from mnist.data import ImageData, MappedImages, Split, build_batches, measured_splits
-from mnist.datasets import load_dataset
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data import cache
+from mnist.data.datasets import load_dataset
+from mnist.data.images import fit_image, read_image
+from mnist.data.loader import ImageData, MappedImages, Split, build_batches, measured_splits
 from mnist.errors import ConfigError, UserError
-from mnist.hardware import available_cores
-from mnist.images import fit_image, read_image
+from mnist.launch.hardware import available_cores
 from tests.test_images import png, png_claiming, saved
 
 Pixels = NDArray[np.uint8]
@@ -74,7 +74,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(decoding, "_build", refuse)
+    monkeypatch.setattr(cache, "_build", refuse)
 
 
 # --- what is in a data set
@@ -516,7 +516,7 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_the_cache_is_there(
     with pytest.raises(UserError, match=r"pets is not decoded there yet\. Name a folder for data that can: --data-dir"):
         load_dataset(str(pets), pets.parent / "file")
     load(pets)
-    monkeypatch.setattr(decoding, "FileLock", None)
+    monkeypatch.setattr(cache, "FileLock", None)
     load(pets)  # without a lock, which a read-only folder does not give
 
 
@@ -526,7 +526,7 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_the_cache_is_there(
 BUILD = """
 import sys
 if __name__ == "__main__":
-    from mnist.datasets import load_dataset
+    from mnist.data.datasets import load_dataset
     data = load_dataset(sys.argv[1], sys.argv[2])
     print(data.checksum, int(data.train.images[:].sum()), len(data.test))
 """
@@ -623,7 +623,7 @@ def is_running(process: int) -> bool:
 
 
 def test_what_decodes_loads_no_torch() -> None:
-    script = "import sys, mnist.images; sys.exit('torch' in sys.modules)"
+    script = "import sys, mnist.data.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT_FOLDER, check=False).returncode == 0
 
 
@@ -686,7 +686,7 @@ def test_reading_all_of_a_large_file_needs_little_memory(tmp_path: Path) -> None
     script = """
 import resource, sys, torch
 from pathlib import Path
-from mnist.data import MappedImages
+from mnist.data.loader import MappedImages
 count = (600 << 20) // 12288
 images = MappedImages(Path(sys.argv[1]), (count, 64, 64, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist import hardware
-from mnist.hardware import available_cores, choose_threads, device_name
-from mnist.models import CNN, Net
+from mnist.launch import hardware
+from mnist.launch.hardware import available_cores, choose_threads, device_name
+from mnist.models.networks import CNN, Net
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_a_container_uses_no_more_cores_than_it_may_take_of_their_time(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
 def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
     script = (
-        "import resource, torch; from mnist.hardware import keep_freed_memory; assert keep_freed_memory()\n"
+        "import resource, torch; from mnist.launch.hardware import keep_freed_memory; assert keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for step in range(30):\n"
         "    if step == 10: before = faults()\n"

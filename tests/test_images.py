@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from mnist.config import PROJECT_FOLDER
-from mnist.data import ImageData
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data.images import MOST_PIXELS, find_images, read_image
+from mnist.data.loader import ImageData
 from mnist.errors import ImageError, UserError
-from mnist.handwriting import BOX, is_prepared, label_regions, prepare_digit
-from mnist.images import MOST_PIXELS, find_images, read_image
+from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
 from tests.conftest import metrics_of
 from tests.handwriting import HANDS, draw_digit, paste_digit
 
@@ -417,7 +417,7 @@ def test_regions_are_counted_with_corners_connecting() -> None:
 
 def predicted(run: Path, folder: Path) -> list[dict[str, Any]]:
     """What `mnist predict --json` says to the images of a folder, in the order of their names."""
-    command = [sys.executable, "-m", "mnist.cli", "predict", str(folder), "--json", "--model", str(run)]
+    command = [sys.executable, "-m", "mnist", "predict", str(folder), "--json", "--model", str(run)]
     done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return list(json.loads(done.stdout))

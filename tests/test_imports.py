@@ -1,91 +1,61 @@
-"""Who may import whom: an edge that is not in this table is a decision, to be made here."""
+"""Who may import whom: the rooms of the house in their order, each allowed to import only from those before it."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 
-ALLOWED = {
-    "__init__": {"predict"},
-    "errors": set(),
-    "config": {"errors"},
-    "recipes": {"config"},
-    "transforms": set(),
-    "models": {"errors"},  # a network that does not take images of some size says so
-    "optim": set(),
-    "metrics": set(),
-    "predict": {"errors", "handwriting", "hub", "images", "saved_model", "transforms"},
-    "hub": {"errors", "saved_model"},
-    "images": {"errors"},
-    "handwriting": set(),
-    "evaluation": {"data", "metrics", "storage"},
-    "hardware": set(),
-    "distributed": {"errors"},
-    "compiled": {"errors"},
-    "environment": {"config", "hardware"},
-    "terminal": {"config", "evaluation"},
-    "record": {"errors"},
-    "pictures": {"record"},
-    "report": {"pictures", "record", "storage"},
-    "cli": {
-        *(
-            "config",
-            "data",
-            "draw",
-            "errors",
-            "evaluation",
-            "folders",
-            "hardware",
-            "images",
-            "metrics",
-            "optim",
-            "pictures",
-        ),
-        *("datasets", "export", "predict", "record", "report", "transforms"),
-    },
-    "draw": {"errors"},
-    "export": {"errors", "predict", "storage", "transforms"},
-    "data": {"transforms", "errors", "hardware"},  # where the images lie depends on the memory that is free there
-    "datasets": {"data", "decoding", "errors", "folders", "images"},
-    "decoding": {"data", "errors", "folders", "hardware", "images", "storage"},
-    "folders": {"errors", "images"},
-    "profiling": {"progress"},
-    "progress": {"errors", "hardware", "metrics"},
-    "storage": {"errors"},
-    "interruption": set(),
-    "command_line": {"config", "errors"},
-    "process": {"command_line", "config", "distributed", "errors", "interruption"},
-    "checkpoint": {
-        *("config", "distributed", "errors", "interruption", "progress", "run", "saved_model", "storage"),
-    },
-    "saved_model": {"data", "errors", "models", "storage"},
-    "run": {"config", "distributed", "errors", "interruption", "storage"},
-    "tracking": {"data", "errors", "record", "wandb_run"},
-    "wandb_run": {"errors", "interruption", "record"},
-}
+ROOMS = (
+    "errors",
+    "files",
+    "config",
+    "launch",
+    "data",
+    "models",
+    "runs",
+    "training",
+    "tracking",
+    "reporting",
+    "inference",
+    "cli",
+    "__main__",
+)
+PACKAGE = PROJECT_FOLDER / "mnist"
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path) -> Iterator[str]:
     """The modules that a file imports, wherever in it."""
-    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
-            names |= {f"mnist.{alias.name}" for alias in node.names if node.module == "mnist"}
-    return names
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_imports_go_only_the_ways_that_are_allowed() -> None:
-    found = {
-        path.stem: {name.removeprefix("mnist.") for name in imports(path) if name.startswith("mnist.")}
-        for path in (PROJECT_FOLDER / "mnist").glob("*.py")
-    }
-    assert found.keys() == ALLOWED.keys()
-    for module, siblings in found.items():
-        assert siblings <= ALLOWED[module], f"mnist/{module}.py imports {sorted(siblings - ALLOWED[module])}"
+def room(module: str) -> str:
+    """`data` of `mnist.data.loader.Split`."""
+    return module.split(".")[1]
+
+
+def test_a_room_imports_only_from_those_before_it() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]  # which is above all of them
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in paths} == set(ROOMS)
+    for path in paths:
+        own = ROOMS.index(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+        for module in imports(path):
+            if module.startswith("mnist."):
+                assert ROOMS.index(room(module)) <= own, f"{path} imports {module}"
+
+
+def test_each_room_says_in_one_line_what_it_is_for() -> None:
+    for package in PACKAGE.glob("*/__init__.py"):
+        tree = ast.parse(package.read_text(encoding="utf-8"))
+        assert len(tree.body) == 1  # no imports, so that what needs one module loads one
+        docstring = ast.get_docstring(tree)
+        assert docstring is not None, package
+        assert "\n" not in docstring, package
 
 
 def calls(path: Path) -> set[str]:
@@ -95,6 +65,6 @@ def calls(path: Path) -> set[str]:
 
 
 def test_only_one_module_knows_wandb_and_only_what_composes_builds_an_accelerator() -> None:
-    paths = [PROJECT_FOLDER / "train.py", *(PROJECT_FOLDER / "mnist").glob("*.py")]
-    assert {path.stem for path in paths if "wandb" in imports(path)} == {"wandb_run"}
+    paths = [PROJECT_FOLDER / "train.py", *PACKAGE.rglob("*.py")]
+    assert {path.stem for path in paths if any(it.startswith("wandb") for it in imports(path))} == {"wandb_run"}
     assert {path.stem for path in paths if {"Accelerator", "LeanAccelerator"} & calls(path)} == {"train", "cli"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import MainHere, hear_ctrl_c, metrics_of, state_of
 
 PLAIN = (sys.executable, "train.py")

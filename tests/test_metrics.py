@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
-from mnist.data import ImageData, build_batches
-from mnist.metrics import evaluate
-from mnist.models import Net
-from mnist.optim import LOSSES
-from mnist.transforms import scale_pixels
+from mnist.data.loader import ImageData, build_batches
+from mnist.data.transforms import scale_pixels
+from mnist.models.networks import Net
+from mnist.training.evaluate import evaluate
+from mnist.training.optimizers import LOSSES
 from tests.conftest import RunHere, metrics_of
 
 

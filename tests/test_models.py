@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from mnist.data import ImageData, Split
+from mnist.config.recipes import RECIPES
+from mnist.data.loader import ImageData, Split
 from mnist.errors import ConfigError, UserError
-from mnist.hardware import choose_threads
-from mnist.models import MODELS, Net, build_model, count_parameters
-from mnist.recipes import RECIPES
-from mnist.saved_model import ModelConfig, load_model, save_model
+from mnist.launch.hardware import choose_threads
+from mnist.models.networks import MODELS, Net, build_model, count_parameters
+from mnist.models.saved import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
 

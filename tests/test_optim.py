@@ -13,7 +13,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist.optim import LOSSES, OPTIMIZERS, LeanAccelerator, LeanOptimizer, build_optimizer, build_schedule
+from mnist.training.optimizers import (
+    LOSSES,
+    OPTIMIZERS,
+    LeanAccelerator,
+    LeanOptimizer,
+    build_optimizer,
+    build_schedule,
+)
 from tests.conftest import RunHere, reset_accelerate
 
 

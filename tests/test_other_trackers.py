@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 
 Points = dict[str, list[tuple[int, float]]]  # step and value by key
 
@@ -23,7 +23,7 @@ LOG = """
 import json, sys
 from pathlib import Path
 from accelerate import Accelerator
-from mnist.tracking import Tracking
+from mnist.tracking.trackers import Tracking
 
 Accelerator(cpu=True)
 folder = Path("named").resolve()

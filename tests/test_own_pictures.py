@@ -17,11 +17,11 @@ from PIL import Image
 
 from mnist import load
 from mnist.cli import main
-from mnist.config import PROJECT_FOLDER
-from mnist.data import ImageData
-from mnist.datasets import load_dataset
+from mnist.config.settings import PROJECT_FOLDER
+from mnist.data.datasets import load_dataset
+from mnist.data.loader import ImageData
 from mnist.errors import ConfigError
-from mnist.predict import predict
+from mnist.inference.predict import predict
 from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
 from tests.photographs import KINDS, fill_folder, take_photograph
 from tests.test_checkpoint import end_of
@@ -63,7 +63,7 @@ def check_answers(run: Path, folder: Path) -> None:
     folder.mkdir()
     for number in range(30):
         take_photograph(KINDS[number % 3], rng).save(folder / f"{number:02}.png")
-    command = [sys.executable, "-m", "mnist.cli", "predict", str(folder), "--json", "--model", str(run)]
+    command = [sys.executable, "-m", "mnist", "predict", str(folder), "--json", "--model", str(run)]
     done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=True)
     answers = [row["label"] for row in json.loads(done.stdout)]
     assert sum(answer == KINDS[number % 3] for number, answer in enumerate(answers)) >= 25, answers
@@ -233,9 +233,7 @@ def test_names_that_a_terminal_cannot_show_are_escaped_everywhere(things: Path, 
     odd.hardlink_to(few / "box" / "1.jpg")
     for command in ("predict", "evaluate"):
         paths = (str(odd), f"--save={tmp_path / 'answers.png'}") if command == "predict" else ()
-        done = launch(
-            command, *paths, f"--model={tmp_path / 'x'}", command=("-m", "mnist.cli"), PYTHONIOENCODING="ascii"
-        )
+        done = launch(command, *paths, f"--model={tmp_path / 'x'}", command=("-m", "mnist"), PYTHONIOENCODING="ascii")
         assert (done.returncode, done.stderr.splitlines()[1:]) == (0, []), done.stderr
     page = (tmp_path / "x" / "report.html").read_text()
     assert "b\u00e4ll \U0001f642 &lt;b&gt;$x$" in page

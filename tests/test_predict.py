@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 
 from mnist import load
 from mnist.cli import main
-from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.data import ImageData
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
+from mnist.data.loader import ImageData
 from mnist.errors import ConfigError, ImageError, UserError
-from mnist.predict import Model
+from mnist.inference.predict import Model
 from tests.conftest import metrics_of, train_afresh, user_environment
 
 
@@ -120,7 +120,7 @@ def test_awkward_images_have_the_outcome_that_is_documented(
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(run: Path, digits: ImageData, tmp_path: Path) -> None:
     write_digits(tmp_path, digits, range(3))
-    command = f"{sys.executable} -m mnist.cli predict {tmp_path} --model {run} | true"
+    command = f"{sys.executable} -m mnist predict {tmp_path} --model {run} | true"
     done = subprocess.run(["bash", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("", "")
 
@@ -247,7 +247,7 @@ def test_a_model_that_is_not_there_is_an_error_in_words(
 def test_without_a_network_a_name_on_the_hub_is_an_error_and_a_pushed_model_loads_by_the_mixin(
     run: Path, tmp_path: Path
 ) -> None:
-    from mnist.hub import HubModel
+    from mnist.models.hub import HubModel
 
     model = load(run)
     HubModel(model.net, model.config).save_pretrained(tmp_path / "hub")

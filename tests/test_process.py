@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 
 ABORTS_WHEN_TAKEN_DOWN = """
 import atexit, os
-from mnist.process import end_process
+from mnist.launch.main import end_process
 
 class Thread:
     abort = staticmethod(os.abort)

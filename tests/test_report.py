@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist import pictures
 from mnist.cli import main
-from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import DivergedError
-from mnist.evaluation import OTHERS, cut
-from mnist.record import Record, evenly
-from mnist.report import LiveReport, render, write_pictures, write_report
+from mnist.reporting import plots
+from mnist.reporting.report import LiveReport, render, write_pictures, write_report
+from mnist.reporting.snapshots import OTHERS, cut
+from mnist.runs.record import Record, evenly
 from tests.conftest import RunHere, user_environment
 from tests.made_up import make_run
 
@@ -153,7 +153,7 @@ def test_a_report_that_cannot_be_drawn_is_a_warning_and_no_end_of_training(
     def break_down(_: object) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(pictures, "curves", break_down)
+    monkeypatch.setattr(plots, "curves", break_down)
     folder = run_here("x", report=True)
     assert Record.read(folder).status == "finished"
     assert "The report could not be written (RuntimeError: no ink)." in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_what_the_mnist_command_cannot_do_it_says_in_a_line(
 ) -> None:
     make_run(tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, "-m", "mnist.cli", *arguments],
+        [sys.executable, "-m", "mnist", *arguments],
         cwd=tmp_path,
         env=user_environment(tmp_path, PYTHONPATH=str(PROJECT_FOLDER)),
         capture_output=True,

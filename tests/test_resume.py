@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 from tests import wandb_log
 from tests.conftest import Launch, MainHere, metrics_of, state_of
 from tests.test_checkpoint import checkpoints_of, end_of

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, UserError
-from mnist.interruption import Interrupted
-from mnist.run import Run, find_run
+from mnist.launch.signals import Interrupted
+from mnist.runs.folder import Run, find_run
 from tests.conftest import state_of
 
 
@@ -99,7 +99,7 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leave
         Run.reopen(again, "")
     assert state_of(first.folder) == before
     script = (
-        f"from mnist.config import TrainConfig; from mnist.run import Run; import os, signal\n"
+        f"from mnist.config.settings import TrainConfig; from mnist.runs.folder import Run; import os, signal\n"
         f"run = Run.create(TrainConfig(output_dir={str(tmp_path)!r}, run_name='killed'))\n"
         f"os.kill(os.getpid(), signal.SIGKILL)"
     )

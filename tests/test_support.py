@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import user_environment
 
 TESTS = """

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from mnist.command_line import parse_command_line
-from mnist.config import PROJECT_FOLDER, TrainConfig
-from mnist.recipes import RECIPES
+from mnist.config.command_line import parse_command_line
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from tests.conftest import MainHere, metrics_of
 
 SWEEP: dict[str, Any] = yaml.safe_load((PROJECT_FOLDER / "sweep.yaml").read_text())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist.data import ImageData
-from mnist.terminal import Terminal, draw_image, understands_colors
+from mnist.data.loader import ImageData
+from mnist.reporting.terminal import Terminal, draw_image, understands_colors
 
 
 def test_a_digit_in_characters_shows_its_ink(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

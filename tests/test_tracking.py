@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import wandb
 
-from mnist.config import PROJECT_FOLDER, TrainConfig
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, DivergedError
-from mnist.interruption import Interrupted
-from mnist.tracking import Tracking
+from mnist.launch.signals import Interrupted
+from mnist.tracking.trackers import Tracking
 from tests import wandb_log
 from tests.conftest import Launch, MainHere, ResumeHere, RunHere, SetEnvironment, metrics_of, state_of, user_environment
 from tests.support.track import prepare, track

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist.config import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import Launch, MainHere, RunHere, metrics_of, state_of
 
 

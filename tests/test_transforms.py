@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from mnist.transforms import augment, augmentation_parameters, images_at_once, scale_pixels
+from mnist.data.transforms import augment, augmentation_parameters, images_at_once, scale_pixels
 
 
 def parameters(**values: float) -> Tensor:

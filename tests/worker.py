@@ -24,15 +24,15 @@ from accelerate.utils import DataLoaderConfiguration, gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist.datasets
-import mnist.metrics
+import mnist.data.datasets
+import mnist.training.evaluate
 import train
-from mnist.config import CHOICES, PROJECT_FOLDER, TrainConfig
-from mnist.metrics import evaluate
-from mnist.models import build_model
-from mnist.optim import LOSSES
-from mnist.process import end_process
-from mnist.report import LiveReport
+from mnist.config.settings import CHOICES, PROJECT_FOLDER, TrainConfig
+from mnist.launch.main import end_process
+from mnist.models.networks import build_model
+from mnist.reporting.report import LiveReport
+from mnist.training.evaluate import evaluate
+from mnist.training.optimizers import LOSSES
 
 GLOBAL_BATCH = 24
 WRITE_REPORT = LiveReport.write
@@ -68,14 +68,14 @@ def world_size() -> int:
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Without what takes time and is not looked at here: reading MNIST once more for each training, pictures."""
-    kept = mnist.datasets.load_dataset, LiveReport.write, Accelerator.end_training
-    mnist.datasets.load_dataset = functools.cache(mnist.datasets.load_dataset)
+    kept = mnist.data.datasets.load_dataset, LiveReport.write, Accelerator.end_training
+    mnist.data.datasets.load_dataset = functools.cache(mnist.data.datasets.load_dataset)
     LiveReport.write = lambda self, status=None: None  # type: ignore[method-assign]
     Accelerator.end_training = compare_weights  # instead of ending the process group, which serves all tasks
     try:
         yield
     finally:
-        mnist.datasets.load_dataset, LiveReport.write, Accelerator.end_training = kept  # type: ignore[method-assign]
+        mnist.data.datasets.load_dataset, LiveReport.write, Accelerator.end_training = kept  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float32)
 
 
@@ -139,9 +139,9 @@ def evaluate_all(folder: Path) -> None:
     for size in SIZES:
         new_accelerate()
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-        images = mnist.datasets.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
+        images = mnist.data.datasets.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
         torch.manual_seed(1)
-        batches = mnist.data.build_batches(images, batch_size=100 * world_size(), num_processes=world_size())
+        batches = mnist.data.loader.build_batches(images, batch_size=100 * world_size(), num_processes=world_size())
         model, batches = accelerator.prepare(build_model("cnn", 10), batches)
         result = evaluate(model, batches, LOSSES["nll"], accelerator, mistakes=12)
         surest = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes]
@@ -201,7 +201,7 @@ def download(folder: Path) -> None:
     import torchvision
 
     new_accelerate()
-    mnist.datasets.load_dataset.cache_clear()  # type: ignore[attr-defined]
+    mnist.data.datasets.load_dataset.cache_clear()  # type: ignore[attr-defined]
     torchvision.datasets.MNIST.mirrors = [os.environ["MIRROR"]]
     settings: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50, "max_steps": 1, "trackers": "none"}
     train.train(TrainConfig(data_dir=str(folder / "data"), output_dir=str(folder / "downloaded"), **settings))
@@ -218,9 +218,9 @@ def train_for_ever(folder: Path) -> None:
 
 def on_rank_1(folder: Path, action: Callable[[], None]) -> None:
     """Train through main(), where the process of rank 1 does something at its tenth batch."""
-    add, count = mnist.metrics.TrainingLoss.add, 0
+    add, count = mnist.training.evaluate.TrainingLoss.add, 0
 
-    def add_or_act(self: mnist.metrics.TrainingLoss, loss: torch.Tensor) -> None:
+    def add_or_act(self: mnist.training.evaluate.TrainingLoss, loss: torch.Tensor) -> None:
         nonlocal count
         count += 1
         if count == 10 and os.environ["RANK"] == "1":
@@ -228,7 +228,7 @@ def on_rank_1(folder: Path, action: Callable[[], None]) -> None:
             action()
         add(self, loss)
 
-    mnist.metrics.TrainingLoss.add = add_or_act  # type: ignore[method-assign]
+    mnist.training.evaluate.TrainingLoss.add = add_or_act  # type: ignore[method-assign]
     train_for_ever(folder)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mnist.data import ImageData, Split
-from mnist.tracking import Tracking
+from mnist.data.loader import ImageData, Split
+from mnist.tracking.trackers import Tracking
 from tests.made_up import make_run
 
 

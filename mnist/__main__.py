@@ -1,0 +1,7 @@
+"""`python -m mnist`: the `mnist` command where it is not on the path."""
+
+import sys
+
+from mnist.cli import main
+
+sys.exit(main())

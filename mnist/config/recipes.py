@@ -1,0 +1,43 @@
+"""Named settings to start from: `--recipe NAME`. Every other flag changes one of the recipe's settings.
+
+accelerate launch train.py                      # tutorial
+accelerate launch train.py --recipe cnn --epochs 10
+accelerate launch train.py --recipe fast        # 99 % of the test images, as soon as possible
+accelerate launch train.py --recipe best        # as many as one network can
+"""
+
+from mnist.config.settings import TrainConfig
+
+RECIPES = {
+    # The PyTorch MNIST tutorial's settings are TrainConfig's defaults: 96 to 97 % of the test images.
+    "tutorial": TrainConfig(),
+    "cnn": TrainConfig(
+        recipe="cnn",
+        model="cnn",
+        batch_size=64,
+        epochs=5,
+        learning_rate=3e-3,
+        schedule="one-cycle",
+    ),
+    "fast": TrainConfig(
+        recipe="fast",
+        model="cnn-quick",
+        batch_size=128,
+        epochs=3,
+        optimizer="adamw",
+        learning_rate=1e-2,
+        weight_decay=0.05,
+        schedule="one-cycle",
+    ),
+    "best": TrainConfig(
+        recipe="best",
+        model="cnn-deep",
+        augment=True,
+        batch_size=128,
+        epochs=45,
+        optimizer="adamw",
+        learning_rate=3e-3,
+        weight_decay=0.05,
+        schedule="one-cycle",
+    ),
+}

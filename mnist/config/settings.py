@@ -1,0 +1,297 @@
+"""The settings of a run: one frozen dataclass, checked when it is built. command_line.py makes the flags from it.
+
+config = TrainConfig(epochs=2)          # ConfigError (a ValueError) for what cannot be
+Path("config.yaml").write_text(config.to_yaml()); config == TrainConfig.load("config.yaml")
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist.errors import ConfigError
+
+CHOICES = {
+    "dataset": ("mnist", "fashion-mnist", "kmnist"),
+    "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),
+    "loss": ("nll", "mse"),
+    "optimizer": ("adam", "radam", "adamw", "sgd"),
+    "schedule": ("constant", "linear", "cosine", "one-cycle"),
+    "trackers": (
+        *("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"),
+        "none",
+    ),
+    "mixed_precision": ("no", "fp16", "bf16"),
+}
+"""What may be named; data, models, optim and tracking hold what the names stand for. A model may be torchvision's."""
+
+MAY_CHANGE = {
+    *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds", "compile"),
+    *("dataset", "data_dir"),  # the images themselves may not: runs/folder.py compares them
+}
+"""Settings that a run may go on with otherwise than it began: how long it is, what it says, where and how it runs."""
+
+SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
+"""Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
+
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run. The defaults are the PyTorch MNIST tutorial's recipe."""
+
+    recipe: str = "tutorial"
+    """Named settings to start from; every other flag changes one of them."""
+
+    run_name: str | None = None
+    """Name of the run's folder; by default the recipe and the time."""
+
+    output_dir: str = "runs"
+    """Folder in which the run's folder is made."""
+
+    resume: str | None = None
+    """Go on with the run in this folder; `auto`: with the one called --run-name, or start it where there is none."""
+
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; by default one an epoch, if that costs at most 5 % of the time."""
+
+    trackers: str = "wandb"
+    """Where the metrics go besides metrics.jsonl, separated by commas."""
+
+    log_every: int | None = None
+    """Optimizer steps between two values of the training loss; by default 100, or ten an epoch where it is shorter."""
+
+    profile: bool = False
+    """Say where the time of a training step goes, and leave a trace of some in the run's folder."""
+
+    seed: int = 0
+    """Seed of the first weights and of the order of the images."""
+
+    dataset: str = "mnist"
+    """The images to learn from: mnist, fashion-mnist, kmnist, or a folder of pictures with a folder a class."""
+
+    data_dir: str = str(PROJECT_FOLDER / "data")
+    """Folder of the data sets, as torchvision lays it out (MNIST/raw/ ...), and of decoded pictures (cache/)."""
+
+    image_size: int | None = None
+    """Width and height to which the pictures of a folder are brought; by default 28 in grey, 64 in colour."""
+
+    test_fraction: float | None = None
+    """Share of a folder's pictures to test on, by default 0.2; not where it holds train/ and test/ (or val/)."""
+
+    limit_train_images: int | None = None
+    """Train on the first N images only."""
+
+    limit_test_images: int | None = None
+    """Test on the first N images only."""
+
+    validation_size: int = 0
+    """Cut the last N training images off and measure on them too: choose settings by these, not by the test images."""
+
+    augment: bool = False
+    """Turn, zoom and shift the training images a little, anew in each epoch; mirror them where they are not writing."""
+
+    model: str = "mlp"
+    """The network: mlp, cnn, cnn-quick, cnn-deep, or a classification model of torchvision's, as resnet18."""
+
+    pretrained: bool = False
+    """Start from torchvision's weights, made with ImageNet, for all but the last layer; only for its models."""
+
+    loss: str = "nll"
+    """nll: cross-entropy, as negative log-likelihood of log-softmax; mse: squared error to one-hot targets."""
+
+    optimizer: str = "adam"
+    """The rule that changes the weights; radam is rectified Adam, sgd has momentum 0.9."""
+
+    learning_rate: float = 1e-3
+    """Size of the optimizer's steps; with a schedule, the highest one."""
+
+    weight_decay: float = 0.0
+    """Pull of the weights towards zero (decoupled in adamw, an L2 term in the others)."""
+
+    schedule: str = "constant"
+    """Course of the learning rate after the warm-up, over all optimizer steps."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from zero (one-cycle: 0 means 30 % of all)."""
+
+    max_grad_norm: float | None = None
+    """Scale the gradient down to this length where it is longer."""
+
+    epochs: int = 3
+    """Passes over the training images."""
+
+    max_steps: int | None = None
+    """Stop after N optimizer steps, if the epochs are not over before."""
+
+    batch_size: int = 10
+    """Images that a process takes at a time."""
+
+    global_batch_size: int | None = None
+    """Images that all processes together take at a time, in place of --batch-size: the same on any number of them."""
+
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are summed up for one optimizer step: 5 batches of 10 equal one of 50."""
+
+    compile: bool = False
+    """Compile forward and backward pass into one graph, which takes seconds and needs a C++ compiler."""
+
+    mixed_precision: str | None = None
+    """What the layers compute in; by default what the launcher says, which is `no` (float32) unless told otherwise."""
+
+    timeout_seconds: int = 600
+    """How long a process waits for the others before it gives up, and with it the job."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
+            self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in (
+            *("log_every", "checkpoint_every", "limit_train_images", "limit_test_images", "max_steps"),
+            "global_batch_size",
+        ):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "a whole number of at least 1")
+        for name in ("validation_size", "warmup_steps"):
+            self._require(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        self._require("seed", 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+        norm = self.max_grad_norm
+        self._require("max_grad_norm", norm is None or 0 < norm < math.inf, "a finite number above 0")
+        if self.run_name is not None:
+            well = re.fullmatch(r"\w[\w.+=@-]*", self.run_name, re.ASCII) and self.run_name != "latest"
+            self._require("run_name", well, "letters, digits and _ . + = @ - without a folder, and not 'latest'")
+        size, share = self.image_size, self.test_fraction
+        self._require("image_size", size is None or 8 <= size <= 1024, "a whole number from 8 to 1024")
+        self._require("test_fraction", share is None or 0 < share < 1, "a share between 0 and 1, as 0.2")
+        for name in ("loss", "optimizer", "schedule"):
+            check_choice(name, getattr(self, name), CHOICES[name])
+        if is_path(self.dataset):  # kept whole: a run may be gone on with from another folder
+            object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
+        else:
+            check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
+        if self.model not in CHOICES["model"]:
+            from torchvision import models  # takes a second, which the others can do without
+
+            theirs = models.list_models(module=models)
+            known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} of torchvision's, as resnet18"
+            check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
+        elif self.pretrained:
+            raise ConfigError(
+                f"--pretrained: there are no such weights for --model {self.model}. Choose a model of torchvision's, as"
+                " --model resnet18."
+            )
+        if self.mixed_precision is not None:
+            check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
+        for tracker in self.tracker_names:
+            check_choice("trackers", tracker, CHOICES["trackers"])
+
+    def _require(self, name: str, holds: object, accepted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{flag(name)} {getattr(self, name)}: must be {accepted}.")
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The trackers asked for, each once; empty for `none`."""
+        names = [name.strip() for name in self.trackers.split(",")]
+        return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+    @property
+    def essence(self) -> dict[str, Any]:
+        """What a checkpoint and the run that it is loaded into must have in common."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in MAY_CHANGE | SURROUNDINGS
+        }
+
+    def resumed(self, asked: "TrainConfig", given: Collection[str], folder: Path) -> "TrainConfig":
+        """These settings, of the run in `folder`, with what the command line `asked` may change of them.
+
+        `given` are the settings that the command line names. Raises ConfigError for one that may not change and
+        differs, with both values.
+        """
+        for name in given:
+            there, here = getattr(self, name), getattr(asked, name)
+            if name == "output_dir":
+                there, here = folder.resolve().parent, Path(here).resolve()
+            if name == "run_name":
+                there = folder.resolve().name
+            may_change = name in MAY_CHANGE | {"resume"}
+            if name == "dataset":  # a folder may have been moved
+                may_change = is_path(there) and is_path(here)
+            if here != there and not may_change:
+                raise ConfigError(
+                    f"{flag(name)} {here}: the run in {folder} has {there}, and goes on with that. Leave the flag away,"
+                    f" or start another run. What may change: {', '.join(sorted(map(flag, MAY_CHANGE)))}."
+                )
+        # what was asked for is in effect: the processes have met by now
+        changes = {name: getattr(asked, name) for name in (MAY_CHANGE & set(given)) | {"timeout_seconds"}}
+        return dataclasses.replace(
+            self, **changes, output_dir=str(folder.parent), run_name=folder.name, resume=str(folder)
+        )
+
+    def share_batch(self, num_processes: int) -> "TrainConfig":
+        """The settings with both batch sizes in them: a process's share, rounded up, and that of all processes.
+
+        Raises ConfigError for a --global-batch-size that does not divide by their number. A run that is resumed,
+        perhaps by as many processes as are left, keeps its own all the same.
+        """
+        whole = self.global_batch_size or self.batch_size * num_processes
+        share = -(-whole // num_processes)
+        if share * num_processes != whole and self.resume is None:
+            raise ConfigError(
+                f"--global-batch-size {whole}: does not divide by the {num_processes} processes of this job;"
+                f" {share * num_processes} would."
+            )
+        return dataclasses.replace(self, batch_size=share, global_batch_size=whole)
+
+    @property
+    def shared_batch_size(self) -> int:
+        """Images that all processes together take at a time, after `share_batch`."""
+        assert self.global_batch_size is not None
+        return self.global_batch_size
+
+    def to_yaml(self) -> str:
+        """Every setting, as `load` reads it."""
+        import yaml
+
+        settings = dataclasses.asdict(self) | {"resume": None}  # the file is what is resumed
+        return yaml.safe_dump(settings, sort_keys=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TrainConfig":
+        """Read a file of what `to_yaml` gave; ConfigError for settings that do not exist or cannot be."""
+        import yaml
+
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: no YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: holds no settings.")
+        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; was it written by another version?")
+        return cls(**settings)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `--learning-rate` for `learning_rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def is_path(dataset: str) -> bool:
+    """Whether --dataset means a folder: it has a separator, or a folder of that name is here and no data set is."""
+    return dataset not in ("", *CHOICES["dataset"]) and (Path(dataset).name != dataset or Path(dataset).is_dir())
+
+
+def check_choice(name: str, value: str, choices: Sequence[str], known: str = "") -> None:
+    """Raise ConfigError, with the nearest names, where `value` is no choice; `known` is a shorter list of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"{flag(name)} {value}: unknown.{hint} Known: {known or ', '.join(choices)}.")

@@ -1,0 +1,245 @@
+"""The pictures of a folder, decoded once into a file that all processes of a machine map.
+
+cache = open_cache(find_files("PetImages"), Path("data/cache"), image_size=None)
+cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 28, 28] where all pictures are grey
+
+The file's name tells the folder and the size, and the state of the folder's files: whatever is added, removed or
+changed, by name, size or time, has it made anew. How the images are split is no part of it. It holds all pixels, then a
+JSON text with the rest, then FOOTER: one file, so that it is there whole or not.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from mnist.data.folders import Folder, a_few, reasons
+from mnist.data.images import any_in_colour, decode_images, follow_parent, printable
+from mnist.data.loader import MappedImages
+from mnist.errors import UserError
+from mnist.files import flush, remove_leftovers, storage_errors, temporary_name
+from mnist.launch.hardware import available_cores
+
+FORMAT = 1  # of the file, and of how images are read and fitted: a new number has all of them made anew
+FOOTER = struct.Struct("<Q8s")  # at the end: the length of the text before it, and who wrote it
+MAGIC = b"mnist-u8"
+GREY_SIZE, COLOUR_SIZE = 28, 64
+MOST_BROKEN = 0.1  # of the files that should be images
+CHUNK = 16  # images that a process decodes before it hands them over
+SPARE_BYTES = 64 << 20  # on the disk, when the file has been written
+
+Answer = TypeVar("Answer")
+Task = tuple[Path, str]  # a file, and its name below the folder
+
+
+class Cache(NamedTuple):
+    """A decoded folder: the images that could be read, in the order of its files."""
+
+    images: MappedImages
+    digests: list[str]  # of each image
+    broken: dict[str, str]  # the names of the other files, and why
+
+
+def open_cache(folder: Folder, cache_dir: Path, image_size: int | None) -> Cache:
+    """The folder's images, decoded by this process or by another, now or earlier.
+
+    Other caches of the folder with the same settings are of files as they were, and removed: a job that still maps
+    one keeps it until it ends.
+    """
+    place = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}"))
+    state = hashlib.sha256(os.fsencode("\n".join(f"{it.name}\0{it.stamp}" for it in folder.files)))
+    state.update(f"\0{FORMAT}".encode())
+    stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
+    path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
+    if (cache := _read(path)) is not None:
+        return cache
+    with _turn(folder, cache_dir):
+        if (cache := _read(path)) is None:
+            remove_leftovers(cache_dir)
+            with storage_errors(path, "start again."):
+                _build(folder, path, image_size)
+            for other in cache_dir.glob("*.u8"):
+                if other != path and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{16}\.u8", other.name):
+                    other.unlink(missing_ok=True)
+            cache = _read(path)
+    if cache is None:
+        raise UserError(f"{path}: gone, or changed, as soon as it was written. Start again.")
+    return cache
+
+
+def _read(path: Path) -> Cache | None:
+    """A cache, mapped; None where there is none, or what is there is not whole."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - FOOTER.size))
+            length, magic = FOOTER.unpack(file.read().rjust(FOOTER.size))
+            if magic != MAGIC or length > size - FOOTER.size:
+                return None
+            file.seek(size - FOOTER.size - length)
+            text = json.loads(file.read(length))
+        if math.prod(text["shape"]) + length + FOOTER.size != size:
+            return None
+        return Cache(MappedImages(path, tuple(text["shape"])), text["digests"], text["broken"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Mend that, or remove it.") from error
+    except (ValueError, KeyError, TypeError):  # another's text
+        return None
+
+
+@contextlib.contextmanager
+def _turn(folder: Folder, cache_dir: Path) -> Iterator[None]:
+    """Hold the lock on the folder of caches, and say so where another process has had it for over a second."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache_dir / ".lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one of a job says it for all
+                print(f"Waiting for another process, which decodes images into {cache_dir} ...", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{cache_dir}: cannot be written ({error.strerror}), and {printable(folder.path.name)} is not decoded there"
+            " yet. Name a folder for data that can: --data-dir PATH"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(folder: Folder, path: Path, image_size: int | None) -> None:
+    """Decode a folder into a cache, on all cores; nothing is left of it where that fails."""
+    tasks = [(folder.path / file.name, file.name) for file in folder.files]
+    temporary = temporary_name(path, "new")
+    with _pool(folder, len(tasks)) as pool:
+        colour = any(_on_all_cores(pool, any_in_colour, tasks))  # up to the first
+        size = image_size or (COLOUR_SIZE if colour else GREY_SIZE)
+        shape = (size, size, 3) if colour else (size, size)
+        _announce(folder, path, shape)
+        digests, broken = [], {}
+        try:
+            with (
+                temporary.open("wb") as file,
+                tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar,
+            ):
+                decoded = _on_all_cores(pool, partial(decode_images, size=size, colour=colour), tasks)
+                for (_, name), image in zip(tasks, (image for images in decoded for image in images), strict=True):
+                    if isinstance(image, str):
+                        broken[name] = image
+                    else:
+                        file.write(image.pixels)
+                        digests.append(image.digest.hex())
+                    bar.update()
+                _check_readable(folder, broken)
+                text = json.dumps({"shape": [len(digests), *shape], "digests": digests, "broken": broken}).encode()
+                file.write(text + FOOTER.pack(len(text), MAGIC))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
+    """Say how large the cache is going to be; raises UserError where the disk has no room for it."""
+    size, free = len(folder.files) * math.prod(shape), shutil.disk_usage(path.parent).free
+    mebibytes = f"{math.ceil(size / 2**20):,} MiB"
+    name, pixels = printable(folder.path.name), f"{shape[0]} x {shape[1]}"
+    if size + SPARE_BYTES > free:
+        raise UserError(
+            f"{path.parent}: {mebibytes} are needed for the {len(folder.files):,} images of {name} at {pixels}, and"
+            f" {SPARE_BYTES >> 20} MiB to spare; {free >> 20:,} MiB are free. Make room, name another disk with"
+            " --data-dir, or a smaller --image-size."
+        )
+    colour = "colour" if len(shape) == 3 else "grey"
+    print(f"Decoding {len(folder.files):,} images of {name} at {pixels} in {colour} into {path} ({mebibytes}) ...")
+    sys.stdout.flush()
+
+
+def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
+    """Raises UserError where too many images cannot be read to be sure that this is meant, or all of a class."""
+    if len(broken) > MOST_BROKEN * len(folder.files):
+        raise UserError(
+            f"{folder.flag}: {len(broken):,} of {len(folder.files):,} images cannot be read, over"
+            f" one in ten: {reasons(broken.items())}. For example {a_few([printable(name) for name in broken])}."
+            " Mend or remove them."
+        )
+    left = {(file.part, file.label) for file in folder.files if file.name not in broken}
+    for part in {file.part for file in folder.files} - {part for part, _ in left}:
+        raise UserError(f"{folder.flag}: no image of the {part} part can be read. Mend some.")
+    for label, name in enumerate(folder.class_names):
+        if ("train", label) not in left:
+            lost = [(it.name, broken[it.name]) for it in folder.files if (it.part, it.label) == ("train", label)]
+            raise UserError(
+                f"{folder.flag}: no image of the class {name} can be read: {reasons(lost)}. Mend some, or remove its"
+                " folder."
+            )
+
+
+# --- all cores
+
+
+@contextlib.contextmanager
+def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes to decode with, one a core; None where that is not worth their start."""
+    workers = min(available_cores(), images // CHUNK)
+    if workers < 2:
+        yield None
+        return
+    # started anew: a process that has loaded torch has threads, and a fork of it may hang
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{folder.flag}: a process that decoded images was ended from outside, perhaps for"
+            " want of memory. Start again, with more of it, or with fewer cores (taskset)."
+        ) from error
+    finally:
+        # After Ctrl-C or on a full disk too they end what they are at, a few chunks: one that is ended while it hands
+        # something over has this process wait for the rest of it for ever, and so does one that is not waited for.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_all_cores(
+    pool: ProcessPoolExecutor | None, work: Callable[[Sequence[Task]], Answer], tasks: Sequence[Task]
+) -> Iterator[Answer]:
+    """work(chunk) for one chunk of the tasks after another, in their order, and only so far ahead as memory allows."""
+    chunks = (tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK))
+    if pool is None:
+        yield from map(work, chunks)
+        return
+    waiting: deque[Future[Any]] = deque()
+    most = 4 * available_cores()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(work, chunk))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

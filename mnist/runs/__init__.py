@@ -1,0 +1,1 @@
+"""A run's folder: written while it trains, and read back."""

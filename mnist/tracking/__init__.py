@@ -1,0 +1,1 @@
+"""Where metrics go: metrics.jsonl, W&B and other trackers."""
