@@ -35,7 +35,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.launch.hardware import choose_threads, keep_freed_memory
     from mnist.launch.processes import accelerate_settings, check_precision, join_processes, waiting_for_others
     from mnist.launch.signals import Interruption
-    from mnist.models.networks import build_model, count_parameters
+    from mnist.models.by_name import build_model
+    from mnist.models.networks import count_parameters
     from mnist.models.saved import ModelConfig, save_model
     from mnist.reporting.report import LiveReport
     from mnist.reporting.snapshots import MISTAKES, Evaluation
@@ -45,14 +46,9 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.training.capture import compile_loss
     from mnist.training.checkpoint import Checkpoints, has_checkpoint
     from mnist.training.evaluate import evaluate
-    from mnist.training.optimizers import (
-        LOSSES,
-        LeanAccelerator,
-        LeanOptimizer,
-        build_optimizer,
-        build_schedule,
-        clip_gradients,
-    )
+    from mnist.training.lean import LeanAccelerator, LeanOptimizer
+    from mnist.training.losses import LOSSES
+    from mnist.training.optimizers import build_optimizer, build_schedule, clip_gradients
     from mnist.training.profiling import Profile
     from mnist.training.progress import Progress
 

@@ -65,7 +65,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def main() -> None:
-    from mnist.models.networks import build_model
+    from mnist.models.by_name import build_model
     from mnist.models.saved import ModelConfig, save_model
     from tests.handwriting import draw_digit
 

@@ -269,7 +269,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from mnist.launch.hardware import choose_threads
     from mnist.reporting.snapshots import cut
     from mnist.training.evaluate import evaluate
-    from mnist.training.optimizers import LOSSES
+    from mnist.training.losses import LOSSES
 
     model = load(options.model)
     data, run = _load_data(options, model)

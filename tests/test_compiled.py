@@ -14,9 +14,11 @@ from torch import nn
 from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
 from mnist.launch.environment import COMPILED
-from mnist.models.networks import Net, build_model
+from mnist.models.by_name import build_model
+from mnist.models.networks import Net
 from mnist.training.capture import check, first_line, trace
-from mnist.training.optimizers import LOSSES, LeanAccelerator
+from mnist.training.lean import LeanAccelerator
+from mnist.training.losses import LOSSES
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
 from tests.test_checkpoint import end_of
 from tests.test_distributed import TOLERANCE, largest_difference, weights

@@ -184,7 +184,8 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
 def test_every_name_that_may_be_chosen_is_there() -> None:
     from mnist.data.datasets import SOURCES
     from mnist.models.networks import MODELS
-    from mnist.training.optimizers import LOSSES, OPTIMIZERS, schedule_factor
+    from mnist.training.losses import LOSSES
+    from mnist.training.optimizers import OPTIMIZERS, schedule_factor
 
     assert tuple(SOURCES) == CHOICES["dataset"]
     assert tuple(MODELS) == CHOICES["model"]

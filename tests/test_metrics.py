@@ -10,7 +10,7 @@ from mnist.data.loader import ImageData, build_batches
 from mnist.data.transforms import scale_pixels
 from mnist.models.networks import Net
 from mnist.training.evaluate import evaluate
-from mnist.training.optimizers import LOSSES
+from mnist.training.losses import LOSSES
 from tests.conftest import RunHere, metrics_of
 
 

@@ -14,7 +14,8 @@ from mnist.config.recipes import RECIPES
 from mnist.data.loader import ImageData, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import choose_threads
-from mnist.models.networks import MODELS, Net, build_model, count_parameters
+from mnist.models.by_name import build_model
+from mnist.models.networks import MODELS, Net, count_parameters
 from mnist.models.saved import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")

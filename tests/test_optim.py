@@ -13,14 +13,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist.training.optimizers import (
-    LOSSES,
-    OPTIMIZERS,
-    LeanAccelerator,
-    LeanOptimizer,
-    build_optimizer,
-    build_schedule,
-)
+from mnist.training.lean import LeanAccelerator, LeanOptimizer
+from mnist.training.losses import LOSSES
+from mnist.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
 from tests.conftest import RunHere, reset_accelerate
 
 

@@ -29,10 +29,10 @@ import mnist.training.evaluate
 import train
 from mnist.config.settings import CHOICES, PROJECT_FOLDER, TrainConfig
 from mnist.launch.main import end_process
-from mnist.models.networks import build_model
+from mnist.models.by_name import build_model
 from mnist.reporting.report import LiveReport
 from mnist.training.evaluate import evaluate
-from mnist.training.optimizers import LOSSES
+from mnist.training.losses import LOSSES
 
 GLOBAL_BATCH = 24
 WRITE_REPORT = LiveReport.write

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mnist.data.loader import ImageData
 from mnist.errors import UserError
 from mnist.files import new_folder
-from mnist.models.networks import build_model, non_finite_parameters
+from mnist.models.by_name import build_model
+from mnist.models.networks import non_finite_parameters
 
 
 @dataclass(frozen=True)

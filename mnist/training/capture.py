@@ -21,8 +21,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mnist.errors import ConfigError
+from mnist.training.losses import Loss
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
