@@ -14,7 +14,7 @@ lint: ## the same commands as in .ci/run
 	ruff format --check .
 	mypy
 	hadolint docker/Dockerfile
-	shellcheck docker/engine deploy/train.sbatch .ci/run
+	shellcheck tests/container/engine deploy/train.sbatch .ci/run
 	kubernetes-validate --strict --quiet deploy/job.yaml
 
 format:
@@ -26,7 +26,7 @@ image: ## docs/docker.md
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mnist/__init__.py) .
 
 image-test: ## builds the image and tries all that docs/docker.md promises; a private engine where there is none
-	python docker/test_image.py
+	python tests/container/try_image.py
 
 bench: ## one epoch beside what people would use instead, as far as it is installed (pip install -e '.[bench]')
 	python benchmarks/peers.py

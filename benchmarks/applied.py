@@ -67,7 +67,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 def main() -> None:
     from mnist.models.by_name import build_model
     from mnist.models.saved import ModelConfig, save_model
-    from tests.handwriting import draw_digit
+    from tests.support.handwriting import draw_digit
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="times that each command is run (default: 9)")

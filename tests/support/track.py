@@ -13,7 +13,7 @@ import torch
 
 from mnist.data.loader import ImageData, Split
 from mnist.tracking.trackers import Tracking
-from tests.made_up import make_run
+from tests.support.made_up import make_run
 
 
 def prepare(folder: Path, classes: int = 10, epochs: int = 3) -> ImageData:

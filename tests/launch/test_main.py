@@ -1,4 +1,4 @@
-"""A training process from its start to its exit code; the signals are in test_interruption.py."""
+"""A training process from its start to its exit code; the signals are in tests/launched/test_signals.py."""
 
 import subprocess
 import sys

@@ -23,11 +23,11 @@ from mnist.data.loader import ImageData
 from mnist.errors import ConfigError
 from mnist.inference.predict import predict
 from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
-from tests.photographs import KINDS, fill_folder, take_photograph
-from tests.test_checkpoint import end_of
-from tests.test_distributed import TORCHRUN
-from tests.test_predict import assert_figures
-from tests.test_resume import kill_and_resume
+from tests.inference.test_predict import assert_figures
+from tests.launched.test_processes import TORCHRUN
+from tests.launched.test_resume import kill_and_resume
+from tests.support.photographs import KINDS, fill_folder, take_photograph
+from tests.training.test_checkpoint import end_of
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 RECIPE = ("--epochs=8", "--global-batch-size=32", "--learning-rate=2e-3", "--schedule=one-cycle", "--trackers=none")

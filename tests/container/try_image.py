@@ -1,7 +1,7 @@
 """Build the image and try what docs/docker.md promises of it; every check says what it saw.
 
     make image-test                            # with the Docker engine that there is, or with one of its own (as root)
-    python docker/test_image.py health stop    # builds the image, and only checks what has these words in its name
+    python tests/container/try_image.py health stop    # builds the image; only checks with these words in their name
 
 Ends with 1 if a check fails. Needs Linux, room for 25 GB, and some minutes.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 IMAGE = "mnist-trainer:test"
 USER = 1234  # whom nobody knows
 RESTRICTED = (
@@ -373,7 +373,7 @@ def check_compose_rehearsal_trains_as_one() -> str:
 def main() -> int:
     if subprocess.run(["docker", "info"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
         require("DOCKER_HOST" not in os.environ, f"DOCKER_HOST={os.environ.get('DOCKER_HOST')}: no engine answers")
-        engine = str(PROJECT_FOLDER / "docker" / "engine")
+        engine = str(Path(__file__).with_name("engine"))
         os.execv(engine, [engine, sys.executable, *sys.argv])
     build()
     wanted = sys.argv[1:]

@@ -36,7 +36,6 @@ from mnist.launch.processes import (
     waiting_for_others,
 )
 from mnist.runs.record import Record, pixels
-from tests import wandb_log, worker
 from tests.conftest import (
     Launch,
     MainHere,
@@ -47,7 +46,8 @@ from tests.conftest import (
     state_of,
     user_environment,
 )
-from tests.test_report import Reading, numbers_in
+from tests.reporting.test_report import Reading, numbers_in
+from tests.support import wandb_log, worker
 
 CONFIGS = PROJECT_FOLDER / "accelerate_configs"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
@@ -124,7 +124,7 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = str(CONFIGS / "multi_cpu.yaml")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
     tasks = ("train_most", "evaluate_all", "begin_run", "resume_run", "train_seen")
-    done = run((*ACCELERATE, config, "--num_processes=2", "tests/worker.py", str(folder), *tasks), folder)
+    done = run((*ACCELERATE, config, "--num_processes=2", "tests/support/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     (folder / "output").write_text(done.stdout)
     return folder
@@ -134,7 +134,9 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
 def four_processes_with_every_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes get in all trainings, which takes half a minute on two cores."""
     folder = tmp_path_factory.mktemp("four")
-    done = run((*TORCHRUN, "4", "tests/worker.py", str(folder), "train_most", "train_deep", "evaluate_all"), folder)
+    done = run(
+        (*TORCHRUN, "4", "tests/support/worker.py", str(folder), "train_most", "train_deep", "evaluate_all"), folder
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -146,7 +148,7 @@ def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
     tasks = ("download", "train_few", "evaluate_all", "log_to_wandb", "resume_run", "fail_on_rank_1")
     with mirror() as (address, requests):
-        done = run((*TORCHRUN, "3", "tests/worker.py", str(folder), *tasks), folder, MIRROR=address)
+        done = run((*TORCHRUN, "3", "tests/support/worker.py", str(folder), *tasks), folder, MIRROR=address)
     (folder / "requests").write_text("\n".join(requests))
     (folder / "seconds").write_text(str(time.time() - float((folder / "reached").read_text())))
     (folder / "output").write_text(done.stdout)
@@ -433,7 +435,7 @@ def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other
     folders = [tmp_path / host.name for host in hosts]
     launchers = []
     for host, folder, command in zip(hosts, folders, documented_commands(rendezvous), strict=True):
-        script = command.replace("train.py", f"tests/worker.py {folder} train_few train_for_ever")
+        script = command.replace("train.py", f"tests/support/worker.py {folder} train_few train_for_ever")
         launchers.append(host.launch(script, folder))
 
     def logged() -> bool:
@@ -660,7 +662,7 @@ def test_compiled_by_inductor_the_weights_have_the_same_names_and_nearly_the_sam
 
 @pytest.mark.slow
 def test_a_process_that_answers_no_more_is_given_up_after_the_timeout(tmp_path: Path) -> None:
-    done = run((*TORCHRUN, "2", "tests/worker.py", str(tmp_path), "hang_on_rank_1"), tmp_path)
+    done = run((*TORCHRUN, "2", "tests/support/worker.py", str(tmp_path), "hang_on_rank_1"), tmp_path)
     assert done.returncode != 0
     stopped, ended = float((tmp_path / "reached").read_text()), time.time()
     assert 8 <= ended - stopped < 8 + 30 + 10  # --timeout-seconds, torchrun's patience with the other, and its own end

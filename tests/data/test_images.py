@@ -24,7 +24,7 @@ from mnist.data.loader import ImageData
 from mnist.errors import ImageError, UserError
 from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
 from tests.conftest import metrics_of
-from tests.handwriting import HANDS, draw_digit, paste_digit
+from tests.support.handwriting import HANDS, draw_digit, paste_digit
 
 MEASURED = 1000  # digits of each kind
 SEED = 20240  # of the digits that are reported on; the clean-up was tuned on others, of the training images

@@ -25,10 +25,10 @@ from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, DivergedError
 from mnist.launch.signals import Interrupted
 from mnist.tracking.trackers import Tracking
-from tests import wandb_log
 from tests.conftest import Launch, MainHere, ResumeHere, RunHere, SetEnvironment, metrics_of, state_of, user_environment
+from tests.support import wandb_log
 from tests.support.track import prepare, track
-from tests.wandb_server import Stalling, Vanishing, answering, http_server, refusing_server, silent_server
+from tests.support.wandb_server import Stalling, Vanishing, answering, http_server, refusing_server, silent_server
 from train import train
 
 TrackHere = Callable[..., dict[str, Any]]

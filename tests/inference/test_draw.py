@@ -30,7 +30,7 @@ from mnist.errors import ConfigError, UserError
 from mnist.inference.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
 from mnist.reporting.snapshots import picture
 from tests.conftest import hear_ctrl_c
-from tests.handwriting import HANDS, swing
+from tests.support.handwriting import HANDS, swing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAMES = tuple("0123456789")

@@ -1,6 +1,6 @@
-"""What each process of a launched job does in tests/test_distributed.py, one task after the other:
+"""What each process of a launched job does in tests/launched/test_processes.py, one task after the other:
 
-    torchrun --nproc-per-node 4 tests/worker.py <folder> train evaluate
+    torchrun --nproc-per-node 4 tests/support/worker.py <folder> train evaluate
 
 Each task leaves its results in <folder>. Tasks share one process group: only Accelerate's other state is made anew.
 """
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, gather_object
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mnist.data.datasets
 import mnist.training.evaluate

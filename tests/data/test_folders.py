@@ -25,7 +25,7 @@ from mnist.data.images import fit_image, read_image
 from mnist.data.loader import ImageData, MappedImages, Split, build_batches, measured_splits
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import available_cores
-from tests.test_images import png, png_claiming, saved
+from tests.data.test_images import png, png_claiming, saved
 
 Pixels = NDArray[np.uint8]
 

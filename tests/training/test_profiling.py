@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Launch, RunHere
-from tests.test_checkpoint import end_of
+from tests.training.test_checkpoint import end_of
 
 PARTS = ["data", "zero_grad", "forward", "backward", "optimizer", "schedule", "logging", "checkpoints"]
 

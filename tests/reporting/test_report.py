@@ -24,7 +24,7 @@ from mnist.reporting.report import LiveReport, render, write_pictures, write_rep
 from mnist.reporting.snapshots import OTHERS, cut
 from mnist.runs.record import Record, evenly
 from tests.conftest import RunHere, user_environment
-from tests.made_up import make_run
+from tests.support.made_up import make_run
 
 MEDIA_BYTES = 2_000_000  # for all that is drawn of a run; W&B gets half of that at most
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,6 +1,6 @@
 """train.py with a network that draws from every random generator there is: dropout, and images moved and dimmed.
 
-Started by tests/test_resume.py, with train.py's own flags.
+Started by tests/launched/test_resume.py, with train.py's own flags.
 """
 
 import random
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mnist.models.networks
 import train

@@ -400,7 +400,7 @@ def test_kubernetes_accepts_the_job_and_the_pods_of_both() -> None:
 
 
 def test_the_train_job_has_only_what_kubeflow_knows() -> None:
-    schema = json.loads((PROJECT_FOLDER / "tests" / "trainjob.schema.json").read_text())
+    schema = json.loads((PROJECT_FOLDER / "tests" / "container" / "trainjob.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     (train_job,) = manifests("trainjob.yaml")
     jsonschema.validate(train_job, schema)

@@ -20,9 +20,9 @@ from mnist.training.capture import check, first_line, trace
 from mnist.training.lean import LeanAccelerator
 from mnist.training.losses import LOSSES
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
-from tests.test_checkpoint import end_of
-from tests.test_distributed import TOLERANCE, largest_difference, weights
-from tests.test_resume import kill_and_resume
+from tests.launched.test_processes import TOLERANCE, largest_difference, weights
+from tests.launched.test_resume import kill_and_resume
+from tests.training.test_checkpoint import end_of
 
 COMPILER = f"compiler    {COMPILED}"
 NEEDS_COMPILER = pytest.mark.skipif(

@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER
-from tests import wandb_log
 from tests.conftest import Launch, MainHere, metrics_of, state_of
-from tests.test_checkpoint import checkpoints_of, end_of
-from tests.test_distributed import CONFIGS, TORCHRUN
+from tests.launched.test_processes import CONFIGS, TORCHRUN
+from tests.support import wandb_log
+from tests.training.test_checkpoint import checkpoints_of, end_of
 
-RANDOM = str(Path("tests") / "augmented.py")  # draws from all random generators
+RANDOM = str(Path("tests", "support", "augmented.py"))  # draws from all random generators
 COMMANDS = {1: (sys.executable, RANDOM), 2: (*TORCHRUN, "2", RANDOM)}
 SETTINGS = (
     *("--trackers=none", "--epochs=3", "--limit-train-images=2007", "--checkpoint-every=20", "--log-every=7"),
