@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
 MOST_LETTERS = 24  # of a class's name in a table
 MOST_DRAWN = 40  # images and answers in one figure
+TRAINING = "Training starts in a checkout of the project: accelerate launch train.py"
 CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compared with its original
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 0, 1 for what failed, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="mnist", description="What is done with runs that there are.")
+    parser = argparse.ArgumentParser(
+        prog="mnist", description="What is done with runs that there are.", epilog=TRAINING
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", help="what a trained model sees in images")
@@ -209,7 +212,7 @@ def draw_digits(options: argparse.Namespace) -> None:
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, Record | None]":
     """The data set to test on, and the run of the model, if there is one."""
-    from mnist.config.settings import PROJECT_FOLDER, TrainConfig
+    from mnist.config.settings import TrainConfig
     from mnist.data.datasets import SOURCES, load_dataset
     from mnist.data.folders import find_files
     from mnist.errors import ConfigError
@@ -222,8 +225,8 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
             f"--model {options.model}: was trained on the folder {model.config.dataset}. Name one to test on: --dataset"
         )
     of_run = run.config["dataset"] if run else model.config.dataset
-    dataset = TrainConfig(dataset=options.dataset or of_run).dataset  # raises ConfigError for what is none
-    settings: dict[str, Any] = {"data_dir": PROJECT_FOLDER / "data"}
+    defaults = TrainConfig(dataset=options.dataset or of_run)  # raises ConfigError for what is none
+    dataset, settings = defaults.dataset, dict[str, Any](data_dir=defaults.data_dir)
     if run and dataset == of_run:
         settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
     elif dataset not in SOURCES:

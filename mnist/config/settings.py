@@ -40,6 +40,8 @@ SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mix
 """Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+DATA_FOLDER = PROJECT_FOLDER / "data" if (PROJECT_FOLDER / "train.py").is_file() else Path("data")
+"""The checkout's; for an installed package, which is no place for data, one in the current folder, beside runs/."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class TrainConfig:
     dataset: str = "mnist"
     """The images to learn from: mnist, fashion-mnist, kmnist, or a folder of pictures with a folder a class."""
 
-    data_dir: str = str(PROJECT_FOLDER / "data")
+    data_dir: str = str(DATA_FOLDER)
     """Folder of the data sets, as torchvision lays it out (MNIST/raw/ ...), and of decoded pictures (cache/)."""
 
     image_size: int | None = None
@@ -171,7 +173,9 @@ class TrainConfig:
         self._require("test_fraction", share is None or 0 < share < 1, "a share between 0 and 1, as 0.2")
         for name in ("loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
-        if is_path(self.dataset):  # kept whole: a run may be gone on with from another folder
+        # paths are kept whole: a run may be resumed from another folder
+        object.__setattr__(self, "data_dir", str(Path(self.data_dir).expanduser().absolute()))
+        if is_path(self.dataset):
             object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")

@@ -12,7 +12,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # the tests of each of these modules share what takes long to make: runs of several processes, compiled code, a browser
-TOGETHER = {"test_capture", "test_draw", "test_own_images", "test_predict", "test_processes"}
+TOGETHER = {"test_capture", "test_draw", "test_own_images", "test_predict", "test_processes", "test_wheel"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
