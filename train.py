@@ -31,9 +31,15 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     from mnist.data.loader import build_batches, measured_splits
     from mnist.data.transforms import images_at_once, scale_pixels
     from mnist.inference.predict import predict
-    from mnist.launch.environment import describe_environment
+    from mnist.launch.environment import describe_code, describe_environment
     from mnist.launch.hardware import choose_threads, keep_freed_memory
-    from mnist.launch.processes import accelerate_settings, check_precision, join_processes, waiting_for_others
+    from mnist.launch.processes import (
+        accelerate_settings,
+        check_alike,
+        join_processes,
+        resolve_precision,
+        waiting_for_others,
+    )
     from mnist.launch.signals import Interruption
     from mnist.models.by_name import build_model
     from mnist.models.networks import count_parameters
@@ -56,9 +62,11 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     here = find_run_here(config, given)
     decode_folder(here.dataset, here.data_dir, here.image_size)  # which may take longer than processes wait for others
     joined = join_processes(config.timeout_seconds)
-    config = find_run(config, given).share_batch(joined.num_processes)
+    asked, config = config, find_run(config, given).share_batch(joined.num_processes)
     check_trackers(config.tracker_names)
-    check_precision(config.mixed_precision, joined.device.type)
+    check_alike(
+        asked.shared | {"precision": resolve_precision(config.mixed_precision, joined.device.type)} | describe_code()
+    )
     accelerator = LeanAccelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
@@ -80,6 +88,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         data = load_dataset(config.dataset, config.data_dir, *limits, config.image_size, config.test_fraction)
         description = ModelConfig.of(config.model, data)
         net = model = build_model(config.model, len(data.class_names), description.image_shape, pretrained)
+    check_alike(data.describe())  # another machine's copy may be another one
     batches_of = functools.partial(build_batches, num_processes=processes, device=accelerator.device)
     accumulated, flips = config.gradient_accumulation_steps, data.flips
     train_batches = batches_of(

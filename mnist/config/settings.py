@@ -212,6 +212,11 @@ class TrainConfig:
             name: value for name, value in dataclasses.asdict(self).items() if name not in MAY_CHANGE | SURROUNDINGS
         }
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all processes of a job must be told alike, by flag: all but where the data sets are on a machine."""
+        return {flag(name): value for name, value in dataclasses.asdict(self).items() if name != "data_dir"}
+
     def resumed(self, asked: "TrainConfig", given: Collection[str], folder: Path) -> "TrainConfig":
         """These settings, of the run in `folder`, with what the command line `asked` may change of them.
 

@@ -127,7 +127,7 @@ class ImageData:
     def describe(self) -> dict[str, Any]:
         """What a run should keep of it."""
         counts = {"train_images": len(self.train), "test_images": len(self.test)}
-        return {"data": self.title, "dataset_md5": self.checksum, **counts}
+        return {"data": self.title, **counts, "dataset_md5": self.checksum}
 
     @property
     def checksum(self) -> str:

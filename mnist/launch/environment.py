@@ -15,20 +15,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+import mnist
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.launch.hardware import device_name
 
 COMPILED = "inductor, loss and gradients in one graph"  # what --compile gives, as opposed to the launcher's compiler
 
 
-def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
-    """Plain values by name; all processes must call it.
+def describe_code() -> dict[str, str | None]:
+    """Versions of what computes the result, and the commit; None where the code lies in no repository of its own."""
+    return {
+        "torch": str(torch.__version__),  # a string of a kind of its own
+        "accelerate": version("accelerate"),
+        "version": mnist.__version__,
+        "git_commit": _git("rev-parse", "HEAD") if (PROJECT_FOLDER / ".git").exists() else None,
+    }
 
-    The commit is None where the code does not lie in a Git repository of its own, and on all but the main process.
-    """
-    asks = accelerator.is_main_process and (PROJECT_FOLDER / ".git").exists()
-    commit = _git("rev-parse", "HEAD") if asks else None
-    changes = _git("status", "--porcelain") if commit else None
+
+def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
+    """Plain values by name; all processes must call it."""
+    code = describe_code()
+    changes = _git("status", "--porcelain") if code["git_commit"] and accelerator.is_main_process else None
     return {
         "device": " + ".join(sorted(set(gather_object([device_name(accelerator.device)])))),
         "num_processes": accelerator.num_processes,
@@ -36,13 +43,11 @@ def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> di
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
         "compiler": COMPILED if loss_is_compiled else accelerator.state.dynamo_plugin.backend.value.lower(),
-        "torch": str(torch.__version__),  # a string of a kind of its own
-        "accelerate": version("accelerate"),
+        **code,
         "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "git_commit": commit,
         "git_dirty": None if changes is None else changes != "",
     }
 

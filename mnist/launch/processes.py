@@ -1,6 +1,7 @@
 """What the launcher started, one process or many: checked before anything is built on it, and named when it breaks.
 
     processes = join_processes(config.timeout_seconds)     # ConfigError for what would go wrong
+    check_alike({"dataset": checksum})                     # ConfigError, on all, where one of them has another
     answer = on_main_process(look_it_up)                   # on all of them
 
 Accelerate takes the environment at its word. Where that is incomplete it trains alone, or waits for ever, and says
@@ -21,6 +22,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     KwargsHandler,
     broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -94,6 +96,23 @@ def on_main_process(function: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError, on all processes, where one has another value than the first; all of them must call it.
+
+    Data parallelism takes for granted that the processes differ in nothing but their share of each batch. Where they
+    do, training goes on and comes to a wrong result.
+    """
+    everyone = gather_object([(socket.gethostname(), dict(values))])
+    host, expected = everyone[0]
+    for rank, (other_host, found) in enumerate(everyone):
+        for name, value in found.items():
+            if value != expected[name]:
+                raise ConfigError(
+                    f"The processes of this job differ in {name}: {value} in process {rank} on {other_host},"
+                    f" {expected[name]} in process 0 on {host}. All machines need the same data, code and settings."
+                )
+
+
 def check_environment(environment: Mapping[str, str], device_type: str, device_count: int) -> None:
     """Raise ConfigError for an environment that does not fit together on a machine with so many such devices."""
     for name in SHARDING:
@@ -145,8 +164,8 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
             )
 
 
-def check_precision(mixed_precision: str | None, device_type: str) -> None:
-    """Raise ConfigError for a precision, of the flag or else of the launcher, that would have no effect."""
+def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
+    """The precision of the flag, or else of the launcher; ConfigError for one that would have no effect."""
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):
@@ -155,6 +174,7 @@ def check_precision(mixed_precision: str | None, device_type: str) -> None:
         raise ConfigError(
             f"{origin} fp16: has no effect on a CPU, which would go on in float32. Add --mixed-precision bf16, or no."
         )
+    return asked
 
 
 def _whole_number(variable: str, environment: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -30,9 +31,9 @@ from mnist.data.loader import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.launch.processes import (
     check_environment,
-    check_precision,
     interface_towards,
     launch_command,
+    resolve_precision,
     waiting_for_others,
 )
 from mnist.runs.record import Record, pixels
@@ -46,8 +47,10 @@ from tests.conftest import (
     state_of,
     user_environment,
 )
+from tests.data.test_folders import write_images
 from tests.reporting.test_report import Reading, numbers_in
 from tests.support import wandb_log, worker
+from tests.support.namespaces import NAMESPACES
 
 CONFIGS = PROJECT_FOLDER / "accelerate_configs"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
@@ -123,7 +126,7 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
-    tasks = ("train_most", "evaluate_all", "begin_run", "resume_run", "train_seen")
+    tasks = ("train_most", "evaluate_all", "begin_run", "resume_run", "train_seen", "train_unlike")
     done = run((*ACCELERATE, config, "--num_processes=2", "tests/support/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     (folder / "output").write_text(done.stdout)
@@ -362,6 +365,41 @@ def test_a_page_asks_for_nothing_from_outside(seen: Path) -> None:
     assert not re.search(r"url\((?!#)|@import", page)
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("flag", "differ in --learning-rate: 0.1 in process 1 on {host}, 0.001 in process 0 on {host}."),
+        ("precision", "differ in precision: bf16 in process 1 on {host}, no in process 0 on {host}."),
+    ],
+)
+def test_processes_with_other_settings_or_another_precision_are_refused_by_all(
+    case: str, message: str, two_processes: Path
+) -> None:
+    for rank in range(2):
+        assert message.format(host=socket.gethostname()) in (two_processes / f"{case}-{rank}").read_text()
+    assert not (two_processes / "unlike").exists()  # no run was begun
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
+@pytest.mark.parametrize(("images", "message"), [(8, "dataset_md5: [0-9a-f]{32}"), (6, "train_images: 10")])
+def test_another_machines_copy_of_the_data_that_is_another_one_is_refused_with_what_differs(
+    images: int, message: str, tmp_path: Path
+) -> None:
+    for folder, first, count in (("here", 0, 8), ("there", 100, images)):
+        for number, name in enumerate(("cat", "dog")):
+            write_images(tmp_path / folder / name, count, first=first + 50 * number)
+    here, there = tmp_path / "here", tmp_path / "there"
+    flags = f"--dataset={here} --data-dir={tmp_path} --output-dir={tmp_path / 'runs'} --batch-size=4 --trackers=none"
+    train = f"exec {sys.executable} train.py {flags}"
+    mounted = f'exec unshare --map-root-user --mount sh -c "mount --bind {there} {here} && {train}"'
+    script = f'if [ "$RANK" = 1 ]; then {mounted}; else {train}; fi'
+    done = run((*TORCHRUN, "2", "--no-python", "sh", "-c", script), tmp_path)
+    assert done.returncode == 1
+    assert re.search(rf"ConfigError: The processes of this job differ in {message} in process 1", done.stderr)
+    assert "lost the others" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 # --- two machines: network namespaces joined by a pair of virtual cards
 
 
@@ -522,15 +560,15 @@ def test_an_environment_that_does_not_fit_together_is_refused_with_the_way_out(
 
 def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
-        check_precision("fp16", "cpu")
+        resolve_precision("fp16", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    check_precision("bf16", "cpu")
-    check_precision(None, "cuda")
+    assert resolve_precision("bf16", "cpu") == "bf16"
+    assert resolve_precision(None, "cuda") == "fp16"
     with pytest.raises(ConfigError, match="The launcher's mixed precision fp16: has no effect"):
-        check_precision(None, "cpu")
+        resolve_precision(None, "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ConfigError, match="The launcher's mixed precision fp8: not supported"):
-        check_precision(None, "cuda")
+        resolve_precision(None, "cuda")
 
 
 def test_a_world_size_that_no_launcher_stands_behind_is_refused_before_anything_waits(main_here: MainHere) -> None:

@@ -17,6 +17,7 @@ from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import Launch, MainHere, metrics_of, state_of
 from tests.launched.test_processes import CONFIGS, TORCHRUN
 from tests.support import wandb_log
+from tests.support.namespaces import NAMESPACES
 from tests.training.test_checkpoint import checkpoints_of, end_of
 
 RANDOM = str(Path("tests", "support", "augmented.py"))  # draws from all random generators
@@ -125,9 +126,6 @@ def test_a_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_bit(
 def test_a_run_that_is_killed_twenty_times_comes_to_the_same_end_to_the_bit(processes: int, tmp_path: Path) -> None:
     kill_and_resume(processes, 20, tmp_path, "--limit-train-images=30007", "--epochs=4")
 
-
-MOUNT = "unshare --map-root-user --mount true".split()
-NAMESPACES = shutil.which("unshare") is not None and subprocess.run(MOUNT, check=False).returncode == 0
 
 FULL_DISK = """
     mount -t tmpfs -o size=2600k tmpfs "$RUNS"

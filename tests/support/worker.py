@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -28,6 +29,7 @@ import mnist.data.datasets
 import mnist.training.evaluate
 import train
 from mnist.config.settings import CHOICES, PROJECT_FOLDER, TrainConfig
+from mnist.errors import ConfigError
 from mnist.launch.main import end_process
 from mnist.models.by_name import build_model
 from mnist.reporting.report import LiveReport
@@ -196,6 +198,22 @@ def train_seen(folder: Path) -> None:
     LiveReport.write = without  # type: ignore[method-assign]
 
 
+def train_unlike(folder: Path) -> None:
+    """Runs in which the process of rank 1 differs from the first; each writes the error that it gets."""
+    torch.set_default_dtype(torch.float32)
+    rank = os.environ["RANK"]
+    for case in ("flag", "precision"):
+        new_accelerate()
+        settings: dict[str, Any] = {"learning_rate": 0.1} if (case, rank) == ("flag", "1") else {}
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if (case, rank) == ("precision", "1"):
+                monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+            try:
+                train.train(TrainConfig(output_dir=str(folder / "unlike"), trackers="none", **settings))
+            except ConfigError as error:
+                (folder / f"{case}-{rank}").write_text(str(error))
+
+
 def download(folder: Path) -> None:
     """Load a data set that no process has, from the mirror that the test serves."""
     import torchvision
@@ -254,6 +272,7 @@ TASKS: dict[str, Callable[[Path], None]] = {
         resume_run,
         log_to_wandb,
         train_seen,
+        train_unlike,
         download,
         train_for_ever,
         fail_on_rank_1,

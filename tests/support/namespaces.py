@@ -1,0 +1,7 @@
+"""Whether this system lets a test mount something for itself alone."""
+
+import shutil
+import subprocess
+
+MOUNT = "unshare --map-root-user --mount true".split()
+NAMESPACES = shutil.which("unshare") is not None and subprocess.run(MOUNT, check=False).returncode == 0
