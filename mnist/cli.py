@@ -214,7 +214,6 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     """The data set to test on, and the run of the model, if there is one."""
     from mnist.config.settings import TrainConfig
     from mnist.data.datasets import SOURCES, load_dataset
-    from mnist.data.folders import find_files
     from mnist.errors import ConfigError
     from mnist.runs.record import Record
 
@@ -230,14 +229,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     if run and dataset == of_run:
         settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
     elif dataset not in SOURCES:
-        found = find_files(dataset)
-        if found.class_names != model.class_names:
-            raise ConfigError(
-                f"--dataset {dataset}: its classes are {', '.join(found.class_names)}; the model's are"
-                f" {', '.join(model.class_names)}."
-            )
-        # all of it is to test on, where it does not say itself what is
-        settings |= {"image_size": model.config.image_size[0], "test_fraction": None if found.is_split else 1}
+        settings |= {"image_size": model.config.image_size[0], "class_names": model.class_names}
     data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
     shape, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), shape) != (len(model.class_names), wanted):

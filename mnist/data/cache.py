@@ -29,8 +29,9 @@ from typing import Any, NamedTuple, TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from mnist.data.folders import Folder, a_few, reasons
+from mnist.data.folders import Folder, reasons
 from mnist.data.images import any_in_colour, decode_images, follow_parent, printable
+from mnist.data.layout import a_few
 from mnist.data.loader import MappedImages
 from mnist.errors import UserError
 from mnist.files import flush, remove_leftovers, storage_errors, temporary_name

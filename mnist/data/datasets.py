@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mnist.data.cache import open_cache
-from mnist.data.folders import File, Folder, a_few, find_files, reasons
+from mnist.data.folders import File, Folder, find_files, reasons
 from mnist.data.images import printable
+from mnist.data.layout import a_few
 from mnist.data.loader import ImageData, Split, cut_off
 from mnist.errors import ConfigError, UserError
 
@@ -94,13 +95,15 @@ def load_dataset(
     validation_size: int = 0,
     image_size: int | None = None,
     test_fraction: float | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> ImageData:
     """A data set of SOURCES, or the pictures in a folder, decoded into a file in `data_dir`/cache.
 
     Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`. Of a folder images are `image_size`
     pixels wide and high; None stands for 28 where all are grey, which includes colour files whose channels are equal
     everywhere, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless told
-    otherwise, is for testing; 1 is all of it. Processes that call it at once decode once: the others wait.
+    otherwise, is for testing; 1 is all of it, and so it is where a model with these `class_names` is to be tested, some
+    of which the folder may lack. Processes that call it at once decode once: the others wait.
 
     Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError for a file
     that is missing or corrupt, where more than a tenth of a folder's images, or all of a class, cannot be read, or
@@ -108,7 +111,7 @@ def load_dataset(
     """
     limits = limit_train_images, limit_test_images, validation_size
     if name not in SOURCES:
-        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction)
+        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction, class_names)
     for setting, value in (("--image-size", image_size), ("--test-fraction", test_fraction)):
         if value is not None:
             raise ConfigError(f"{setting} {value}: for a folder of pictures only; {name} is as it was published.")
@@ -137,9 +140,12 @@ def _load_folder(
     validation_size: int,
     image_size: int | None,
     test_fraction: float | None,
+    class_names: Sequence[str] | None,
 ) -> ImageData:
     """The pictures in a folder. Their order is a random one, but always the same: the first are of all classes."""
-    folder = find_files(path)
+    folder = find_files(path, class_names)
+    if class_names is not None and not folder.is_split:
+        test_fraction = 1
     cache = open_cache(folder, cache_dir, image_size)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels = torch.tensor([file.label for file in files])

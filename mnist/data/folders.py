@@ -1,34 +1,23 @@
-"""What lies in a person's folder of pictures, before any of them is opened.
+"""What lies in a person's folder of images, before any of them is opened.
 
     folder = find_files("PetImages")
     folder.class_names, folder.files       # ("Cat", "Dog"), [File("Cat/0.jpg", 0, "train", ...), ...]
     folder.skipped                         # [("Cat/Thumbs.db", "left by a system"), ...]
 
-The folder holds a folder a class, or train/ and test/ (or val/) with a folder a class in each. Images may lie deeper.
+layout.py says which folders are classes. Images may lie deeper in them. Links are followed, each real file once.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist.data.images import IMAGE_SUFFIXES, printable
+from mnist.data.images import printable
+from mnist.data.layout import PARTS, Layout, Tree, a_few, find_layout
 from mnist.errors import ConfigError, UserError
-
-PARTS = {  # how a split's folders are called
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
-LINK_OUT = "a link that leads out of the folder"
-LEFT_BY_SYSTEMS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 
 
 class File(NamedTuple):
@@ -60,121 +49,101 @@ class Folder:
         return f"--dataset {printable(str(self.path))}"
 
 
-def find_files(path: str | Path) -> Folder:
-    """Walk through a folder of pictures; raises ConfigError where it is no data set."""
+def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Folder:
+    """Walk through a folder of images; raises ConfigError where it is no data set.
+
+    `class_names` are those of a model that is to be tested on it: the folder may lack some of them.
+    """
     folder = Folder(Path(path).resolve())
     if not folder.path.exists():
-        raise folder.error("no such folder. Where it lies elsewhere now, name it there: --dataset PATH")
+        raise folder.error("no such folder. If it has moved, name its new place: --dataset PATH")
     if not folder.path.is_dir():
-        raise folder.error("a file, where a folder with a folder a class is needed.")
+        raise folder.error("a file, where a folder with one folder per class is needed.")
+    tree = Tree(folder.path)
     try:
-        _find_classes(folder)
+        layout = find_layout(tree, folder.error, class_names)
+        walk = Walk(tree)
+        walk.classes([(part, label, name) for part, named in layout.parts.items() for label, name in named.items()])
+        files = [File(name, label, part, _stamp(folder.path / name)) for part, label, name in walk.found]
     except OSError as error:
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
+    folder.class_names, folder.is_split = layout.class_names, "test" in layout.parts
+    folder.files = sorted(files, key=lambda file: (PARTS.index(file.part), file.label, file.name))
+    folder.skipped = [*layout.skipped, *walk.skipped]
+    folder.notes = layout.notes
+    if walk.outside:
+        folder.notes.append(f"links that lead out of the folder are followed: {printable(a_few(walk.outside))}")
+    _check_images(folder, layout)
     return folder
 
 
-def _find_classes(folder: Folder) -> None:
-    top = _subfolders(folder, "")
-    if linked := [name for name, reason in folder.skipped if reason == LINK_OUT]:
-        folder.notes.append(f"left out, for they are links that lead out of the folder: {printable(a_few(linked))}")
-    called = {PARTS[name.lower()]: name for name in sorted(top, reverse=True) if name.lower() in PARTS}
-    test_part = "test" if "test" in called else "val"
-    if {"train", test_part} <= called.keys():
-        folder.is_split = True
-        parts = {part: _subfolders(folder, called[part]) for part in ("train", "val", "test") if part in called}
-        if others := sorted(top.keys() - {called[part] for part in parts}):
-            read = "/, ".join(called[part] for part in parts)
-            folder.notes.append(f"beside {read}/, not read: {printable(', '.join(others))}")
-    elif top and len(called) == len(top):
-        raise folder.error(
-            f"{'/, '.join(sorted(top))}/ is there, but not both train/ and test/ (or val/). Put the images to train on"
-            " and those to test on there; or name the folder in which the classes are, and a share is taken for"
-            f" testing: --dataset {printable(str(folder.path / min(top)))}"
-        )
-    else:
-        parts = {"train": top}
-    names = sorted(parts["train"])
-    folder.class_names = tuple(printable(name) for name in names)
-    if not names:
-        place = called["train"] + "/" if folder.is_split else "it"
-        raise folder.error(
-            f"{place} holds no folders. Make a folder for each class, and put the images of the class there."
-        )
-    if len(names) == 1:
-        raise folder.error(f"one class only, {printable(names[0])}: there is nothing to tell apart. Add a folder.")
-    for part, classes in parts.items():
-        if missing := sorted(set(classes) - set(names)):
+def _check_images(folder: Folder, layout: Layout) -> None:
+    """Raise ConfigError where a class to train on, or all that is to be tested on, has no image."""
+    counts = Counter((file.part, file.label) for file in folder.files)
+    for label, name in layout.parts.get("train", {}).items():
+        if not counts["train", label]:
+            below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
             raise folder.error(
-                f"{part}/ has classes that train/ lacks: {printable(a_few(missing))}. Training cannot learn them:"
-                " move them out of there, or add images of theirs to train/."
+                f"{printable(name)}/ holds no image{f', only what is skipped: {reasons(below)}' if below else ''}."
+                " Put some there, or remove it."
             )
-    for part, classes in parts.items():
-        for label, name in enumerate(names):
-            found = sorted(_images_below(folder, classes[name])) if name in classes else []
-            # what is called val/ beside train/ alone is what to test on
-            role = part if test_part == "test" or part == "train" else "test"
-            folder.files += [File(it, label, role, _stamp(folder.path / it)) for it in found]
-            if not found and part == "train":
-                below = [it for it in folder.skipped if it[0].startswith(f"{classes[name]}/")]
-                raise folder.error(
-                    f"{printable(classes[name])}/ holds no image"
-                    f"{f', only what is skipped: {reasons(below)}' if below else ''}. Put some there, or remove it."
-                )
     if folder.is_split and not any(file.part == "test" for file in folder.files):
-        raise folder.error(f"{test_part}/ holds no image of a class. Put some there, or remove it.")
+        raise folder.error(f"{layout.splits['test']}/ holds no image of a class. Put some there, or remove it.")
 
 
-def _subfolders(folder: Folder, parent: str) -> dict[str, str]:
-    """The folders in a folder: their names -> where they are below the data set's. Its files are noted as skipped."""
-    found = {}
-    for entry in _entries(folder, parent):
-        if os.path.isdir(entry.path):
-            found[entry.name] = _below(parent, entry.name)
+class Walk:
+    """The images of the classes, each real file once: what is there itself comes before what links lead to."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.found: list[tuple[str, int, str]] = []  # part, label and name of an image
+        self.links: list[tuple[str, int, str]] = []  # the same of a link to an image or a folder
+        self.skipped: list[tuple[str, str]] = []
+        self.outside: list[str] = []  # links that lead out of the data set
+        self.folders: dict[str, None] = {}  # by real path, those that were walked through: so circles end
+        self.files: set[str] = set()  # real paths of the images, once there are links to compare with
+
+    def classes(self, classes: Sequence[tuple[str, int, str]]) -> None:
+        """Walk through the folders of the classes: (part, label, name of the folder)."""
+        self.links = [it for it in classes if os.path.islink(self.tree.path / it[2])]
+        for it in classes:
+            if it not in self.links:
+                self._below(*it)
+        if self.links:
+            self.files.update(self.tree.real(name) for _, _, name in self.found)
+        for part, label, name in self.links:  # which grows, where a link leads to a folder with links
+            self._follow(part, label, name)
+
+    def _below(self, part: str, label: int, top: str) -> None:
+        to_do = [top]
+        while to_do:
+            name = to_do.pop()
+            real = self.tree.real(name)
+            if real in self.folders:
+                continue
+            self.folders[real] = None
+            contents = self.tree.scan(name)
+            self.skipped += contents.skipped
+            links, own = contents.links, contents.folders.values()
+            self.links += [(part, label, it) for it in (*own, *contents.images) if it in links]
+            self.found += [(part, label, it) for it in contents.images if it not in links]
+            to_do += [it for it in own if it not in links]
+
+    def _follow(self, part: str, label: int, link: str) -> None:
+        real, count = self.tree.real(link), len(self.found)
+        if not Path(real).is_relative_to(self.tree.path):
+            self.outside.append(link)
+        if os.path.isdir(real):
+            known = real in self.folders
+            self._below(part, label, link)
+            self.files.update(self.tree.real(name) for _, _, name in self.found[count:])
         else:
-            folder.skipped.append((_below(parent, entry.name), "in no class's folder"))
-    return found
-
-
-def _images_below(folder: Folder, top: str) -> Iterator[str]:
-    """The names of what should be an image in a folder and below."""
-    seen, to_do = set(), [top]
-    while to_do:
-        parent = to_do.pop()
-        real = os.path.realpath(folder.path / parent)
-        if real in seen:  # links may go in circles
-            continue
-        seen.add(real)
-        for entry in _entries(folder, parent):
-            name = _below(parent, entry.name)
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                to_do.append(name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                yield name
-            else:
-                folder.skipped.append((name, "not called as images are"))
-
-
-def _entries(folder: Folder, parent: str) -> Iterator["os.DirEntry[str]"]:
-    """What is in a folder, but for what has no business there, which is noted as skipped."""
-    with os.scandir(folder.path / parent) as entries:
-        for entry in entries:
-            reason = None
-            if entry.name.startswith("."):
-                reason = "hidden"
-            elif entry.name.lower() in LEFT_BY_SYSTEMS:
-                reason = "left by a system"
-            elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(folder.path):
-                reason = LINK_OUT
-            if reason is None:
-                yield entry
-            else:
-                folder.skipped.append((_below(parent, entry.name), reason))
-
-
-def _below(parent: str, name: str) -> str:
-    return f"{parent}/{name}" if parent else name
+            known = real in self.files
+            self.files.add(real)
+            self.found += [] if known else [(part, label, link)]
+        if known:
+            self.skipped.append((link, "a link to what is read already"))
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -190,8 +159,3 @@ def reasons(skipped: Any) -> str:
     """(name, reason) -> `an empty file (2), hidden (1)`, without what differs from one file to the next."""
     kinds = Counter(re.split(r" \(|; |, or ", re.sub(r"^\d+ x \d+ (is |pixels, )?", "", it))[0] for _, it in skipped)
     return ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())
-
-
-def a_few(names: Sequence[str]) -> str:
-    """`cat, dog, cow and 2 more`."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

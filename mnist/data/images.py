@@ -159,8 +159,11 @@ def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ImageError(f"{printable(str(error.filename))}: {error.strerror}.") from error
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):  # follows no links, for they may go in circles
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    visited = {os.path.realpath(folder)}  # links are followed, each real folder once: so circles end
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        below = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = [name for name, real in below.items() if real not in visited]
+        visited.update(below.values())
         found += [
             Path(parent, name)
             for name in files

@@ -143,16 +143,34 @@ def test_parts_may_be_called_otherwise(pets: Path, tmp_path: Path, names: tuple[
 def test_parts_without_those_to_train_on_are_not_taken_for_classes(pets: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "split" / "val" / "dog", 3, first=200)
     pets.rename(tmp_path / "split" / "test")
-    with pytest.raises(ConfigError, match=r"test/, val/ is there, but not both train/ and test/ \(or val/\)"):
+    with pytest.raises(ConfigError, match=r"test/, val/ is there, but no train/\. Add it; or .*--dataset \S+/test$"):
         load(tmp_path / "split")
 
 
-def test_a_class_that_is_a_link_out_of_the_folder_is_said_to_be_left_out(pets: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "elsewhere", 3, first=200)
+def test_links_are_followed_and_a_line_says_which_lead_out_of_the_folder(pets: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "elsewhere" / "deep", 3, first=200)
     (pets / "bird").symlink_to(tmp_path / "elsewhere")
     data = load(pets)
-    assert data.class_names == ("cat", "dog")
-    assert "left out, for they are links that lead out of the folder: bird" in data.notes
+    assert data.class_names == ("bird", "cat", "dog")
+    assert contents(data.train, data.test) == expected((range(200, 203), 0), (range(20), 1), (range(100, 110), 2))
+    assert "links that lead out of the folder are followed: bird" in data.notes
+
+
+def test_each_image_is_read_once_however_many_links_lead_to_it(pets: Path) -> None:
+    (pets / "ant").symlink_to(pets / "dog")  # comes before what it leads to
+    with pytest.raises(ConfigError, match=r"ant/ holds no image, only what is skipped: a link to what is read already"):
+        load(pets)
+    (pets / "ant").unlink()
+    write_images(pets / "ant", 2, first=300)
+    (pets / "ant" / "more").symlink_to(pets / "dog")
+    (pets / "ant" / "again.png").symlink_to(pets / "cat" / "0000.png")
+    (pets / "cat" / "circle").symlink_to(pets)
+    data = load(pets)
+    assert contents(data.train, data.test) == expected((range(300, 302), 0), (range(20), 1), (range(100, 110), 2))
+    assert (
+        dict.fromkeys(("ant/again.png", "ant/more"), "a link to what is read already").items()
+        <= dict(data.skipped).items()
+    )
 
 
 def test_with_all_three_parts_val_is_for_choosing(pets: Path, tmp_path: Path) -> None:
@@ -234,7 +252,7 @@ def test_shrinking_averages_rather_than_picks() -> None:
 # --- dirty folders
 
 
-def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there(pets: Path, tmp_path: Path) -> None:
+def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there(pets: Path) -> None:
     write_images(pets / "dog", 60, first=110)
     cat, whole = pets / "cat", png(Image.fromarray(noise(400, channels=1)))
     bad = {
@@ -254,10 +272,6 @@ def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there
     (pets / "__MACOSX" / "cat").mkdir(parents=True)
     (pets / "README").write_text("pets")
     (pets / "stray.png").write_bytes(whole)
-    write_images(tmp_path / "elsewhere", 2, first=500)
-    (cat / "outside.png").symlink_to(tmp_path / "elsewhere" / "0500.png")
-    (cat / "outside").symlink_to(tmp_path / "elsewhere")
-    (pets / "other").symlink_to(tmp_path / "elsewhere")
     (cat / "circle").symlink_to(pets / "cat")
     (cat / "linked.png").symlink_to(pets / "dog" / "0100.png")
     # odd, but images
@@ -280,12 +294,12 @@ def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there
         "__MACOSX": "left by a system",
         "README": "in no class's folder",
         "stray.png": "in no class's folder",
-        **dict.fromkeys(("cat/outside.png", "cat/outside", "other"), "a link that leads out of the folder"),
+        **dict.fromkeys(("cat/circle", "cat/linked.png"), "a link to what is read already"),
     }
-    assert len(data.skipped) == 16
+    assert len(data.skipped) == 15
     (note,) = (note for note in data.notes if "skipped" in note)
-    assert note.startswith("16 of 111 files skipped, listed in skipped.txt: ")
-    for part in ("a link that leads out of the folder (3)", "not an image (2)", "too large (2)", "an empty file (1)"):
+    assert note.startswith("15 of 110 files skipped, listed in skipped.txt: ")
+    for part in ("a link to what is read already (2)", "not an image (2)", "too large (2)", "an empty file (1)"):
         assert part in note
     kept = contents(data.train, data.test)
     odd = [noise(100, channels=1), noise(400, channels=1), noise(401, channels=1), np.full((28, 28), 255, np.uint8)]
@@ -358,7 +372,7 @@ def make_single_images(path: Path) -> None:
         (lambda path: write_images(path / "cat", 2), "one class only, cat"),
         (make_train_only, "data/train"),
         (make_unknown_class, "test/ has classes that train/ lacks: eel"),
-        (make_no_tests, "test/ holds no image"),
+        (make_no_tests, "test/ holds no folders of classes"),
         (make_single_images, "no class has two images"),
     ],
 )

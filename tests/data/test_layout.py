@@ -1,0 +1,147 @@
+"""Folders as people lay them out: what is clear is understood, and the rest refused with what was probably meant."""
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from mnist.data.folders import find_files
+from mnist.errors import ConfigError
+from tests.data.test_folders import write_images
+
+PETS = "cats", "dogs"
+
+
+def lay_out(top: Path, counts: Mapping[str, int]) -> None:
+    """Folders with so many images, each unlike all others."""
+    for place, (folder, count) in enumerate(counts.items()):
+        write_images(top / folder, count, first=1000 * place)
+
+
+def of_classes(*folders: str, names: tuple[str, ...] = PETS) -> dict[str, int]:
+    """Three images of each class in each of the folders."""
+    return {f"{folder}/{name}".strip("/"): 3 for folder in folders for name in names}
+
+
+@pytest.mark.parametrize(
+    ("counts", "splits", "note"),
+    [
+        (of_classes("training_set", "test_set"), ("test", "train"), ""),
+        (of_classes("Train", "dev"), ("test", "train"), ""),
+        (of_classes("train", "eval"), ("test", "train"), ""),
+        (of_classes("TrainImages", "test1"), ("test", "train"), ""),
+        (of_classes("01_train", "02_validation", "03_test"), ("test", "train", "val"), ""),
+        (
+            of_classes("train", "val", "test", "dev2"),
+            ("test", "train", "val"),
+            "beside train/, val/, test/, not read: dev2",
+        ),
+        (
+            of_classes("seg_train/seg_train", "seg_test/seg_test") | {"seg_pred/seg_pred": 5},
+            ("test", "train"),
+            "beside seg_train/, seg_test/, not read: seg_pred",
+        ),
+        (of_classes("train", "val") | {"test": 4}, ("test", "train"), "beside train/, val/, not read: test"),
+        (of_classes("train", "val") | {"test": 0}, ("test", "train"), "beside train/, val/, not read: test"),
+        (of_classes("", "augmented data"), ("train",), "not read: augmented data/, which holds cats/, dogs/ again"),
+    ],
+)
+def test_splits_in_any_spelling_are_understood(
+    counts: Mapping[str, int], splits: tuple[str, ...], note: str, tmp_path: Path
+) -> None:
+    lay_out(tmp_path, counts)
+    folder = find_files(tmp_path)
+    assert folder.class_names == PETS
+    assert tuple(sorted({file.part for file in folder.files})) == splits
+    assert len(folder.files) == 6 * len(splits)
+    assert folder.is_split == (len(splits) > 1)
+    assert folder.notes == ([note] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            of_classes("pets"),
+            "one folder only, pets/, with cats, dogs in it. If these are the classes, name it: {}",
+        ),
+        (of_classes("a", "b"), "a/ and b/ hold the same folders: cats, dogs. If these are the classes, rename"),
+        (of_classes("a", "b", "c") | {"a/eels": 3}, "a/ and b/ hold the same folders: cats, dogs."),
+        (of_classes("train_a", "train_b", "test"), "train_a/ and train_b/ both seem to hold the train images. Rename"),
+        (
+            of_classes("train") | {"test": 5},
+            "test/ holds no folders of classes. Add them, or let a share",
+        ),
+        ({"train": 5, "test": 5}, "train/ holds no folders. Make a folder for each class"),
+        ({"images": 5}, "one class only, images: there is nothing to tell apart. Add a folder. labels.csv is not read"),
+    ],
+)
+def test_what_may_be_meant_in_two_ways_is_refused_with_what_was_probably_meant(
+    counts: Mapping[str, int], message: str, tmp_path: Path
+) -> None:
+    lay_out(tmp_path, counts)
+    if "images" in counts:
+        (tmp_path / "labels.csv").write_text("file,label\n")
+    with pytest.raises(ConfigError) as raised:
+        find_files(tmp_path)
+    assert message.format(f"--dataset {tmp_path}") in str(raised.value)
+
+
+def test_classes_in_the_names_of_files_are_named_in_the_refusal(tmp_path: Path) -> None:
+    lay_out(tmp_path, {"train": 6, "test1": 6})
+    for number, path in enumerate(sorted((tmp_path / "train").iterdir())):
+        path.rename(path.with_name(f"{('cat', 'dog')[number % 2]}.{number}.png"))
+    for path in (tmp_path, tmp_path / "train"):
+        with pytest.raises(ConfigError, match="The names of its images begin with cat, dog: if these are the classes"):
+            find_files(path)
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    vehicles = {"car": 3, "plane": 3, "train": 3, "test bench": 3}
+    lay_out(tmp_path, vehicles)
+    assert find_files(tmp_path).class_names == tuple(sorted(vehicles))
+
+
+def test_folders_of_kinds_are_classes_whatever_lies_in_them(tmp_path: Path) -> None:
+    lay_out(tmp_path, {"animals/cats": 3, "animals/dogs": 3, "vehicles/cars": 3, "vehicles/dogs": 3})
+    assert find_files(tmp_path).class_names == ("animals", "vehicles")
+
+
+@pytest.mark.parametrize("place", ["runs/x", "x"])
+def test_what_this_project_has_written_is_no_class(place: str, tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes("") | {place: 3})
+    (tmp_path / place / "config.yaml").write_text("recipe: tutorial\n")
+    (tmp_path / place / "state.json").write_text(json.dumps({"status": "running"}))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "pets-01234567-0123456789abcdef.u8").write_bytes(b"")
+    folder = find_files(tmp_path)
+    assert folder.class_names == PETS
+    assert dict(folder.skipped) == dict.fromkeys((place.split("/")[0], "cache"), "written by this project")
+
+
+@pytest.mark.parametrize("other", ["CATS", unicodedata.normalize("NFD", "Kätzchen")])
+def test_classes_that_differ_in_case_or_unicode_form_only_are_refused(other: str, tmp_path: Path) -> None:
+    lay_out(tmp_path, {"cats": 3, "Kätzchen": 3, other: 3})
+    with pytest.raises(ConfigError, match="differ in case or Unicode form only"):
+        find_files(tmp_path)
+
+
+def test_a_class_of_a_split_is_known_in_any_case_and_unicode_form(tmp_path: Path) -> None:
+    name = "Kätzchen"
+    other = unicodedata.normalize("NFD", name).lower()
+    lay_out(tmp_path, {f"train/{name}": 3, "train/dogs": 3, f"test/{other}": 2, "test/Dogs": 1})
+    folder = find_files(tmp_path)
+    assert folder.class_names == (name, "dogs")
+    assert [(file.part, file.label) for file in folder.files].count(("test", 0)) == 2
+
+
+def test_a_model_is_tested_on_a_folder_with_some_of_its_classes(tmp_path: Path) -> None:
+    lay_out(tmp_path, {"dogs": 3})
+    folder = find_files(tmp_path, class_names=("cats", "dogs", "eels"))
+    assert folder.class_names == ("cats", "dogs", "eels")
+    assert {file.label for file in folder.files} == {1}
+    lay_out(tmp_path, {"fish": 3})
+    with pytest.raises(ConfigError, match=r"it has classes that the model does not know: fish\. It knows cats, dogs"):
+        find_files(tmp_path, class_names=PETS)
