@@ -87,7 +87,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     with accelerator.local_main_process_first():  # which downloads what is missing
         data = load_dataset(config.dataset, config.data_dir, *limits, config.image_size, config.test_fraction)
         description = ModelConfig.of(config.model, data)
-        net = model = build_model(config.model, len(data.class_names), description.image_shape, pretrained)
+        classes, shape = len(data.class_names), description.image_shape
+        net = model = build_model(config.model, classes, shape, pretrained, data.normalization)
     check_alike(data.describe())  # another machine's copy may be another one
     batches_of = functools.partial(build_batches, num_processes=processes, device=accelerator.device)
     accumulated, flips = config.gradient_accumulation_steps, data.flips
@@ -149,7 +150,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             progress, compiled or model, optimizer, scheduler, checkpoints
         )
     with report, interruption, run, tracking, checkpoints, waiting_for_others(config.timeout_seconds):
-        for note in checkpoints.resume():
+        for note in [*checkpoints.resume(), *tracking.warnings]:
             terminal.row("resumed", note)
         terminal.row("trackers", tracking.start(progress.step))
         for epoch in progress.epochs():

@@ -145,7 +145,7 @@ def predict_images(options: argparse.Namespace) -> int:
     drawn: list[tuple[str, Any, Prediction]] = []
     for name, source in sources.items():
         try:
-            picture = read_image(source, name)
+            picture = read_image(source, name, model.config.scale)
             found = model.predict(picture)
         except ImageError as error:
             print(f"mnist predict: {error}", file=sys.stderr)
@@ -198,7 +198,7 @@ def draw_digits(options: argparse.Namespace) -> None:
     model = load(options.model)
 
     def answer(drawing: bytes) -> dict[str, Any]:
-        found = model.predict(read_image(drawing, "the drawing"))
+        found = model.predict(read_image(drawing, "the drawing", model.config.scale))
         return {
             "label": found.label,
             "probability": found.probability,

@@ -1,11 +1,11 @@
 """The pictures of a folder, decoded once into a file that all processes of a machine map.
 
 cache = open_cache(find_files("PetImages"), Path("data/cache"), image_size=None)
-cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 28, 28] where all pictures are grey
+cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 64, 64] where all are grey
 
 The file's name tells the folder and the size, and the state of the folder's files: whatever is added, removed or
-changed, by name, size or time, has it made anew. How the images are split is no part of it. It holds all pixels, then a
-JSON text with the rest, then FOOTER: one file, so that it is there whole or not.
+changed, by name, size or time, has it made anew. How the images are split is no part of it. It holds all pixels, then
+digest and sums of each image, a JSON text with the rest, and FOOTER: one file, so that it is there whole or not.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import statistics
 import struct
 import sys
 from collections import deque
@@ -24,23 +25,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mnist.data.folders import Folder, reasons
-from mnist.data.images import any_in_colour, decode_images, follow_parent, printable
+from mnist.data.images import Scale, decode_images, follow_parent, printable, ranges_of, scale_of, survey_images
 from mnist.data.layout import a_few
 from mnist.data.loader import MappedImages
 from mnist.errors import UserError
 from mnist.files import flush, remove_leftovers, storage_errors, temporary_name
 from mnist.launch.hardware import available_cores
 
-FORMAT = 1  # of the file, and of how images are read and fitted: a new number has all of them made anew
+FORMAT = 2  # of the file, and of how images are read and fitted: a new number has all of them made anew
 FOOTER = struct.Struct("<Q8s")  # at the end: the length of the text before it, and who wrote it
 MAGIC = b"mnist-u8"
-GREY_SIZE, COLOUR_SIZE = 28, 64
+SIZE, SMALL_SIZE = 64, 28
+ABOUT_SMALL = 32  # pixels of the shorter side, at the median, up to which grey images become small ones
 MOST_BROKEN = 0.1  # of the files that should be images
 CHUNK = 16  # images that a process decodes before it hands them over
 SPARE_BYTES = 64 << 20  # on the disk, when the file has been written
@@ -53,8 +57,15 @@ class Cache(NamedTuple):
     """A decoded folder: the images that could be read, in the order of its files."""
 
     images: MappedImages
-    digests: list[str]  # of each image
+    digests: NDArray[np.uint8]  # [N, 16]
+    sums: NDArray[np.int64]  # [N, 2 x channels]: of the pixels of each channel, then of their squares
     broken: dict[str, str]  # the names of the other files, and why
+    scale: Scale | None  # of the images of more than 8 bits per pixel, where there are some
+
+
+def record_type(channels: int) -> np.dtype[Any]:
+    """What follows the pixels for each image."""
+    return np.dtype([("digest", np.uint8, (16,)), ("sums", "<i8", (2 * channels,))])
 
 
 def open_cache(folder: Folder, cache_dir: Path, image_size: int | None) -> Cache:
@@ -68,25 +79,27 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None) -> Cache
     state.update(f"\0{FORMAT}".encode())
     stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
     path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
-    if (cache := _read(path)) is not None:
+    if (cache := _read(path, folder, image_size)) is not None:
         return cache
     with _turn(folder, cache_dir):
-        if (cache := _read(path)) is None:
+        if (cache := _read(path, folder, image_size)) is None:
             remove_leftovers(cache_dir)
             with storage_errors(path, "start again."):
                 _build(folder, path, image_size)
             for other in cache_dir.glob("*.u8"):
                 if other != path and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{16}\.u8", other.name):
                     other.unlink(missing_ok=True)
-            cache = _read(path)
+            cache = _read(path, folder, image_size)
     if cache is None:
         raise UserError(f"{path}: gone, or changed, as soon as it was written. Start again.")
     return cache
 
 
-def _read(path: Path) -> Cache | None:
-    """A cache, mapped; None where there is none, or what is there is not whole."""
+def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
+    """A cache, mapped; None where there is none, or what is there is not a whole one of this folder."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            return None
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - FOOTER.size))
@@ -95,15 +108,32 @@ def _read(path: Path) -> Cache | None:
                 return None
             file.seek(size - FOOTER.size - length)
             text = json.loads(file.read(length))
-        if math.prod(text["shape"]) + length + FOOTER.size != size:
-            return None
-        return Cache(MappedImages(path, tuple(text["shape"])), text["digests"], text["broken"])
+            shape, broken = tuple(text["shape"]), dict(text["broken"])
+            scale = None if text["scale"] is None else (float(text["scale"][0]), float(text["scale"][1]))
+            if not _fits(shape, len(folder.files) - len(broken), image_size):
+                return None
+            kind = record_type(3 if len(shape) == 4 else 1)
+            if math.prod(shape) + shape[0] * kind.itemsize + length + FOOTER.size != size:
+                return None
+            file.seek(math.prod(shape))
+            records = np.frombuffer(file.read(shape[0] * kind.itemsize), kind)
+        return Cache(MappedImages(path, shape, records["digest"]), records["digest"], records["sums"], broken, scale)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}. Mend that, or remove it.") from error
-    except (ValueError, KeyError, TypeError):  # another's text
+    except (ValueError, KeyError, TypeError, RecursionError):  # another's text
         return None
+
+
+def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
+    """Whether it is that of so many square images, in grey or in colour."""
+    return (
+        all(type(it) is int for it in shape)
+        and len(shape) in (3, 4)
+        and (shape[0], shape[3:]) in ((count, ()), (count, (3,)))
+        and shape[1] == shape[2] == (image_size or shape[1]) > 0
+    )
 
 
 @contextlib.contextmanager
@@ -134,33 +164,62 @@ def _build(folder: Folder, path: Path, image_size: int | None) -> None:
     tasks = [(folder.path / file.name, file.name) for file in folder.files]
     temporary = temporary_name(path, "new")
     with _pool(folder, len(tasks)) as pool:
-        colour = any(_on_all_cores(pool, any_in_colour, tasks))  # up to the first
-        size = image_size or (COLOUR_SIZE if colour else GREY_SIZE)
+        colour, size = _survey(pool, tasks)
+        size = image_size or size
         shape = (size, size, 3) if colour else (size, size)
         _announce(folder, path, shape)
-        digests, broken = [], {}
         try:
-            with (
-                temporary.open("wb") as file,
-                tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar,
-            ):
-                decoded = _on_all_cores(pool, partial(decode_images, size=size, colour=colour), tasks)
-                for (_, name), image in zip(tasks, (image for images in decoded for image in images), strict=True):
-                    if isinstance(image, str):
-                        broken[name] = image
-                    else:
-                        file.write(image.pixels)
-                        digests.append(image.digest.hex())
-                    bar.update()
-                _check_readable(folder, broken)
-                text = json.dumps({"shape": [len(digests), *shape], "digests": digests, "broken": broken}).encode()
-                file.write(text + FOOTER.pack(len(text), MAGIC))
+            with temporary.open("wb") as file:
+                if not _write(file, pool, folder, tasks, shape, None):
+                    ranges = [it for found in _on_all_cores(pool, ranges_of, tasks) for it in found]
+                    file.seek(0)
+                    file.truncate()
+                    _write(file, pool, folder, tasks, shape, scale_of(ranges))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _survey(pool: ProcessPoolExecutor | None, tasks: Sequence[Task]) -> tuple[bool, int]:
+    """Whether the images are in colour, and the size that they are brought to unless the user names one."""
+    sides: list[int] = []
+    for found in _on_all_cores(pool, survey_images, tasks):
+        if found.any_in_colour:
+            return True, SIZE
+        sides += found.sides
+    return False, SMALL_SIZE if sides and statistics.median(sides) <= ABOUT_SMALL else SIZE
+
+
+def _write(
+    file: BinaryIO,
+    pool: ProcessPoolExecutor | None,
+    folder: Folder,
+    tasks: Sequence[Task],
+    shape: tuple[int, ...],
+    scale: Scale | None,
+) -> bool:
+    """Write a whole cache; False, half way, where an image needs a scale and there is none."""
+    records, broken, colour = [], {}, len(shape) == 3
+    work = partial(decode_images, size=shape[0], colour=colour, scale=scale)
+    with tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar:
+        decoded = (image for images in _on_all_cores(pool, work, tasks) for image in images)
+        for (_, name), image in zip(tasks, decoded, strict=True):
+            if image is None:
+                return False
+            if isinstance(image, str):
+                broken[name] = image
+            else:
+                file.write(image.pixels)
+                records.append((list(image.digest), image.sums))
+            bar.update()
+    _check_readable(folder, broken)
+    text = json.dumps({"shape": [len(records), *shape], "scale": scale, "broken": broken}).encode()
+    file.write(np.array(records, record_type(3 if colour else 1)).tobytes())
+    file.write(text + FOOTER.pack(len(text), MAGIC))
+    return True
 
 
 def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:

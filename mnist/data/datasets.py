@@ -9,6 +9,7 @@ read-only folder will do, and processes that start together cannot race.
 
 import gzip
 import hashlib
+import math
 import os
 import struct
 import zlib
@@ -26,10 +27,11 @@ from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
 from mnist.data.images import printable
 from mnist.data.layout import a_few
-from mnist.data.loader import ImageData, Split, cut_off
+from mnist.data.loader import ImageData, MappedImages, Normalization, Split, cut_off
 from mnist.errors import ConfigError, UserError
 
 TEST_FRACTION = 0.2  # of the images of each class, where a folder does not say what to test on
+LEAST_DEVIATION = 1 / 255  # of the pixels of a data set: images of one shade are not blown up to noise
 MOST_NAMED = 6  # classes whose counts are shown
 
 
@@ -148,7 +150,7 @@ def _load_folder(
         test_fraction = 1
     cache = open_cache(folder, cache_dir, image_size)
     files = [file for file in folder.files if file.name not in cache.broken]
-    labels = torch.tensor([file.label for file in files])
+    labels, digests = torch.tensor([file.label for file in files]), [it.tobytes().hex() for it in cache.digests]
     rng = np.random.default_rng(0)
     if folder.is_split and test_fraction is not None:
         raise ConfigError(f"--test-fraction {test_fraction}: {folder.path} says by its folders what to test on.")
@@ -170,14 +172,17 @@ def _load_folder(
             f"{len(skipped):,} of {len(folder.files) + len(folder.skipped):,} files skipped, listed in skipped.txt:"
             f" {reasons(skipped)}"
         )
-    notes += _describe_duplicates(files, cache.digests, parts)
+    if cache.scale is not None:
+        notes.append(f"more than 8 bits per pixel: {cache.scale[0]:,g} becomes black, {cache.scale[1]:,g} white")
+    notes += _describe_duplicates(files, digests, parts)
     name = printable(folder.path.name)
     if validation_size and len(splits["val"]):
         raise ConfigError(f"--validation-size {validation_size}: {folder.path} has val/, which is used for that.")
     train, validation = cut_off(train, validation_size, limit_train_images, name)
     content = [
         *folder.class_names,
-        *(f"{file.label} {it}" for file, it in zip(files, cache.digests, strict=True)),
+        str(cache.scale),
+        *(f"{part} {file.label} {it}" for part, file, it in zip(parts, files, digests, strict=True)),
     ]
     return ImageData(
         name,
@@ -188,8 +193,26 @@ def _load_folder(
         notes=tuple(notes),
         pixels_md5=hashlib.md5("\n".join(content).encode(), usedforsecurity=False).hexdigest(),
         skipped=tuple((printable(file), reason) for file, reason in skipped),
+        normalization=_normalization(train, cache.sums) if len(train) else None,
+        scale=cache.scale,
         preparation="fit",
         flips=True,
+    )
+
+
+def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
+    """Of the images to train on, from whole numbers: the same on any machine, in whatever order they are added."""
+    assert isinstance(train.images, MappedImages)
+    totals = [int(it) for it in sums[train.images.places.numpy()].sum(axis=0)]
+    pixels, channels = len(train) * math.prod(train.images.shape[1:3]), len(totals) // 2
+    means = [total / pixels for total in totals[:channels]]
+    # of whole numbers first: a difference of floating-point numbers might be below zero
+    variances = [
+        (pixels * squares - total * total) / pixels**2
+        for total, squares in zip(totals[:channels], totals[channels:], strict=True)
+    ]
+    return Normalization(
+        tuple(mean / 255 for mean in means), tuple(max(math.sqrt(it) / 255, LEAST_DEVIATION) for it in variances)
     )
 
 

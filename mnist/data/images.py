@@ -30,22 +30,33 @@ from mnist.errors import ImageError
 # A photograph of 12 to 50 million pixels is common; one of 64 takes 200 MB in colour, a few times that in all
 MOST_PIXELS = 64_000_000
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .dib .gif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    ".avif .bmp .dib .gif .heic .heif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff"
+    " .webp".split()
 )
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # ISO/IEC 23008-12
 UNWANTED_FORMATS = {"EPS", "WMF"}  # Pillow has them drawn by other programs, at any size
 NEARLY_WHITE = 200  # of 255
 _one_at_a_time = threading.Lock()  # a filter of warnings belongs to all threads, and so does the memory
 
 
-def read_image(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
+Scale = tuple[float, float]  # of images of more than 8 bits per pixel: the values that become 0 and 255
+
+
+def read_image(source: Path | bytes | BinaryIO, name: str = "", scale: Scale | None = None) -> Image.Image:
     """The picture in a file, in what a file holds, or in an open one, in mode L or RGB.
 
     It is turned as its EXIF data say; of an animation it is the first frame. What is transparent becomes white, or
-    black where all that is opaque is nearly white. Of more than 8 bits a pixel, the brightest value becomes 255.
-    `name` is what messages call it, if the source itself does not say.
+    black where all that is opaque is nearly white. More than 8 bits per pixel are brought to 8 by `scale`, that of a
+    data set, or else by the image's own range (`scale_of`). `name` is what messages call it, if the source itself does
+    not say.
 
     Raises ImageError, with one line, for what cannot be opened, is no image, is broken, or has more than MOST_PIXELS.
     """
+    return in_8_bits(_read(source, name), scale)
+
+
+def _read(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
+    """As `read_image`, but what has more than 8 bits per pixel stays as it is."""
     name = printable(name or str(source if isinstance(source, Path) else getattr(source, "name", "") or "the image"))
     with _one_at_a_time, warnings.catch_warnings(), contextlib.ExitStack() as opened:
         warnings.simplefilter("ignore")  # of Pillow's, on what it skips in files that are a little wrong
@@ -55,7 +66,7 @@ def read_image(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
             source = io.BytesIO(source)
         try:
             image = _decode(source, name)
-            return _in_gray_or_colour(_upright(image))
+            return _in_grey_or_colour(_upright(image))
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
@@ -83,46 +94,109 @@ def fit_image(picture: Image.Image, size: int, colour: bool) -> NDArray[np.uint8
 
 
 class Decoded(NamedTuple):
-    """An image as `fit_image` gives it, and what tells it from others."""
+    """An image as `fit_image` gives it, and what is known of it without looking at it again."""
 
     pixels: bytes
-    digest: bytes  # of the pixels, 16 bytes: the same for the same picture in another file, or in another format
+    digest: bytes  # of the pixels: the same for the same picture in another file, or in another format
+    sums: tuple[int, ...]  # of the pixels of each channel, then of their squares
 
 
-def decode_images(files: Sequence[tuple[Path, str]], size: int, colour: bool) -> list[Decoded | str]:
-    """For each path, with the name to call it by, the image, fitted, or why it cannot be read."""
-    decoded: list[Decoded | str] = []
+def digest_of(pixels: bytes | memoryview) -> bytes:
+    """16 bytes that tell an image from others."""
+    return hashlib.blake2b(pixels, digest_size=16).digest()
+
+
+def decode_images(
+    files: Sequence[tuple[Path, str]], size: int, colour: bool, scale: Scale | None
+) -> list[Decoded | str | None]:
+    """For each path, with the name to call it by, the image, fitted, or why it cannot be read.
+
+    None for an image of more than 8 bits per pixel where there is no `scale`.
+    """
+    decoded: list[Decoded | str | None] = []
     for path, name in files:
         try:
-            pixels = fit_image(read_image(path, name), size, colour).tobytes()
+            image = _read(path, name)
+            if scale is None and is_wide(image):
+                decoded.append(None)
+                continue
+            fitted = fit_image(in_8_bits(image, scale), size, colour)
         except ImageError as error:
             decoded.append(str(error).removeprefix(f"{printable(name)}: ").rstrip("."))
         else:
-            decoded.append(Decoded(pixels, hashlib.blake2b(pixels, digest_size=16).digest()))
+            values = fitted.reshape(size * size, -1).astype(np.int64)  # [pixels, channels]
+            sums = (*values.sum(axis=0).tolist(), *(values * values).sum(axis=0).tolist())
+            pixels = fitted.tobytes()
+            decoded.append(Decoded(pixels, digest_of(pixels), sums))
     return decoded
 
 
-def any_in_colour(files: Sequence[tuple[Path, str]]) -> bool:
-    """Whether any of the pictures has a pixel whose channels differ. What cannot be read has none.
+class Survey(NamedTuple):
+    """What is to be known of images before the first is decoded for good."""
 
-    Those whose header says that they are grey are not decoded.
-    """
+    any_in_colour: bool  # a pixel whose channels differ
+    sides: list[int]  # the shorter side of each; of those before the first in colour
+
+
+def survey_images(files: Sequence[tuple[Path, str]]) -> Survey:
+    """Look at images up to the first in colour. Those whose header says that they are grey are not decoded."""
+    sides: list[int] = []
     for path, name in files:
         with contextlib.suppress(ImageError):
-            if not _says_grey(path, name):
-                pixels = np.asarray(read_image(path, name).convert("RGB"))
+            if (size := _size_if_grey(path, name)) is None:
+                image = _read(path, name)
+                size, pixels = image.size, np.asarray(image.convert("RGB"))
                 if (pixels != pixels[..., :1]).any():
-                    return True
-    return False
+                    return Survey(True, sides)
+            sides.append(min(size))
+    return Survey(False, sides)
 
 
-def _says_grey(path: Path, name: str) -> bool:
+def _size_if_grey(path: Path, name: str) -> tuple[int, int] | None:
     with _one_at_a_time, warnings.catch_warnings(), _open(path, name) as file:
         warnings.simplefilter("ignore")
         try:
-            return _identify(file).mode.startswith(("1", "L", "I", "F"))  # LA, I;16
-        except Exception:  # read_image says what is wrong with it
-            return False
+            image = _identify(file)
+        except Exception:  # _read says what is wrong with it
+            return None
+        return image.size if image.mode.startswith(("1", "L", "I", "F")) else None  # LA, I;16
+
+
+def ranges_of(files: Sequence[tuple[Path, str]]) -> list[Scale]:
+    """`range_of` each image of more than 8 bits per pixel among the files."""
+    ranges = []
+    for path, name in files:
+        with contextlib.suppress(ImageError):
+            if is_wide(image := _read(path, name)):
+                ranges.append(range_of(image))
+    return ranges
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Whether it has more than 8 bits per pixel: integers of 16 or 32 bits, or floating point."""
+    return image.mode.startswith(("I", "F"))
+
+
+def range_of(image: Image.Image) -> Scale:
+    """The values that a thousandth of the pixels are below and above: a few hot pixels say nothing of the others."""
+    low, high = np.quantile(_values(image), (0.001, 0.999), method="nearest")
+    return float(low), float(high)
+
+
+def scale_of(ranges: Sequence[Scale]) -> Scale:
+    """One scale for images with such ranges: from zero, or less, to the end of as many bits as they need.
+
+    So an empty page stays empty, which stretching from the darkest to the brightest would make noise of, and images of
+    12 bits are not dark for being stored in 16.
+    """
+    low, high = min(0.0, *(low for low, _ in ranges)), max(high for _, high in ranges)
+    if low < 0 or high <= 1:  # signed, or shares of one
+        return low, max(high, low + 1)
+    return low, next((2.0**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits), high)
+
+
+def _values(image: Image.Image) -> NDArray[np.float64]:
+    return np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
 
 
 def follow_parent() -> None:
@@ -193,6 +267,10 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     try:
         image = _identify(file)
     except UnidentifiedImageError as error:
+        if _is_heif(file):
+            raise ImageError(
+                f"{name}: HEIC, as iPhones write it, needs pi-heif. Run: pip install pi-heif (or -e '.[heic]')."
+            ) from error
         if file.seekable() and file.seek(0, io.SEEK_END) == 0:
             raise ImageError(f"{name}: an empty file.") from error
         raise ImageError(f"{name}: not an image, or of a kind that is not read; PNG and JPEG are.") from error
@@ -208,7 +286,21 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 def _identify(file: BinaryIO) -> Image.Image:
     """The picture in an open file, of which only the header has been read; raises what Pillow raises."""
     Image.init()
+    if "HEIF" not in Image.ID and _is_heif(file):
+        with contextlib.suppress(ImportError):
+            import pi_heif
+
+            pi_heif.register_heif_opener()
     return Image.open(file, formats=[it for it in Image.ID if it not in UNWANTED_FORMATS])
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    if not file.seekable():
+        return False
+    file.seek(0)
+    header = file.read(12)
+    file.seek(0)
+    return header[4:8] == b"ftyp" and header[8:12] in HEIF_BRANDS
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -217,26 +309,21 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _in_gray_or_colour(image: Image.Image) -> Image.Image:
-    """Any mode -> L or RGB."""
-    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+def _in_grey_or_colour(image: Image.Image) -> Image.Image:
+    """Any mode -> L or RGB; what is wide stays as it is."""
+    if is_wide(image) or (image.mode in ("L", "RGB") and "transparency" not in image.info):
         return image.copy()  # without its file
-    if image.mode.startswith(("I", "F")):
-        return _in_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _on_paper(image.convert("RGBA"))
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Integers of 16 or 32 bits or floating point -> L: zero, or less where there is less, is black, and the brightest
-    white. So an empty page stays empty, which stretching from the darkest to the brightest would make noise of.
-    """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    low, high = min(0.0, values.min()), values.max()
-    if 1 < high <= 255:  # 8 bits, in a wider mode
-        high = 255.0
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-30))).astype(np.uint8))
+def in_8_bits(image: Image.Image, scale: Scale | None) -> Image.Image:
+    """Integers of 16 or 32 bits or floating point -> L, by `scale` or their own range; other images as they are."""
+    if not is_wide(image):
+        return image
+    low, high = scale or scale_of([range_of(image)])
+    return Image.fromarray(np.rint((_values(image) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8))
 
 
 def _on_paper(image: Image.Image) -> Image.Image:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mnist.data.images import Scale, digest_of
 from mnist.data.transforms import augment, augmentation_parameters, scale_pixels
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import free_memory
@@ -38,11 +39,16 @@ class MappedImages:
 
     MAPPED = 512 << 20
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        """The first bytes of a file, as an array of that shape."""
+    def __init__(self, path: Path, shape: tuple[int, ...], digests: NDArray[np.uint8] | None = None) -> None:
+        """The first bytes of a file, as an array of that shape.
+
+        With `digests` [N, 16] (images.py), each image is checked when this process first reads it.
+        """
         self.file = path.open("rb", buffering=0)  # what is open stays, though the name may go
         self.item = shape[1:]
         self.places = torch.arange(shape[0])  # in the file
+        self.digests = digests
+        self.unchecked = np.full(shape[0], digests is not None)
         self.pixels: NDArray[np.uint8] | None = None
         if math.prod(shape) <= self.MAPPED or not hasattr(os, "preadv"):  # Windows
             # not a tensor's: that would be writable, and count as memory that was asked for
@@ -60,16 +66,31 @@ class MappedImages:
         return 1 + len(self.item)
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        """The images at `index`, of any shape, as a tensor of their own; UserError where the file is shorter now."""
+        """The images at `index`, of any shape, as a tensor of their own; UserError where the file has changed."""
         places = self.places[index]
-        if self.pixels is not None:
-            return torch.from_numpy(self.pixels.take(places.numpy(), axis=0))
+        images = self._read(places) if self.pixels is None else self.pixels.take(places.numpy(), axis=0)
+        if self.unchecked[places.numpy()].any():
+            self._check(places.flatten().numpy(), images)
+        return torch.from_numpy(images)
+
+    def _read(self, places: Tensor) -> NDArray[np.uint8]:
         images, size = np.empty((*places.shape, *self.item), np.uint8), math.prod(self.item)
         buffer = images.reshape(-1).data
         for number, place in enumerate(places.flatten().tolist()):
             if os.preadv(self.file.fileno(), [buffer[number * size : (number + 1) * size]], place * size) < size:
                 raise UserError(f"{self.file.name}: was cut off while it was in use. Remove it, and start again.")
-        return torch.from_numpy(images)
+        return images
+
+    def _check(self, places: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
+        assert self.digests is not None
+        rows = images.reshape(len(places), -1)
+        for number in np.flatnonzero(self.unchecked[places]).tolist():
+            if digest_of(rows[number].data) != self.digests[places[number]].tobytes():
+                raise UserError(
+                    f"{self.file.name}: image {places[number]:,} is not what was decoded: the file was changed, or the"
+                    " disk is failing. Remove it, and it is made anew."
+                )
+        self.unchecked[places] = False
 
     def at(self, index: slice | Tensor) -> "MappedImages":
         """The images at `index`, in one dimension, none of which is read."""
@@ -101,6 +122,13 @@ class Split(NamedTuple):
         return images, self.labels[index]
 
 
+class Normalization(NamedTuple):
+    """Mean and standard deviation of each channel of images in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set in memory, or mapped into it."""
@@ -114,6 +142,8 @@ class ImageData:
     files: Mapping[Path, str] = field(default_factory=dict)  # that it was read from, with their MD5 sums
     pixels_md5: str = ""  # of what was decoded, where it comes from a folder of pictures
     skipped: tuple[tuple[str, str], ...] = ()  # files in that folder that are not in the data set, and why
+    normalization: Normalization | None = None  # of the images to train on, where they come from a folder
+    scale: Scale | None = None  # of its images of more than 8 bits per pixel, where there are some
     preparation: str = "none"  # of a person's image for a model of these, see models/saved.py
     flips: bool = False  # whether an image that is mirrored is still one of its class, as writing is not
 
@@ -256,9 +286,11 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.ready = dict(zip(parts, zip(X.unbind(), labels.unbind(), weight.unbind(), strict=True), strict=True))
 
     def _to_device(self, values: Tensor) -> Tensor:
-        if self.home != self.device and self.device.type == "cuda":  # only from such memory it need not wait
+        on_cuda = self.device.type == "cuda"
+        if self.home != self.device and on_cuda:  # only from such memory it need not wait
             values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
+        # Apple's copies whatever is in the memory by then (pytorch issue 189690)
+        return values.to(self.device, non_blocking=on_cuda)
 
 
 class PositionBatches:

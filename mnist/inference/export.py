@@ -9,6 +9,7 @@ The file takes `images`, float32 [batch, channels, height, width] from 0 to 1, a
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     )
     assert program is not None
     program.model.metadata_props.update(metadata(model, tuple(X.shape[1:])))
-    temporary = temporary_name(path, "new")
+    temporary = temporary_name(path, "new")  # a folder: large weights go into a second file, which the first one names
     try:
-        program.save(str(temporary))
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        temporary.mkdir()
+        program.save(str(temporary / path.name))
+        session = onnxruntime.InferenceSession(temporary / path.name, providers=["CPUExecutionProvider"])
         expected = predict(model.net, images)
         found = torch.cat(
             [run(session, part) for part in (images[:1], *torch.split(images[1:], images_at_once(images.shape[1:])))]
@@ -80,9 +82,10 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
                 f" original's, where {LARGEST_DIFFERENCE:.0e} is the most; another version of torch or onnxruntime may"
                 " do better."
             )
-        os.replace(temporary, path)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):  # the model itself last
+            os.replace(file, path.with_name(file.name))
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return difference
 
 

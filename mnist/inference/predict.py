@@ -76,9 +76,11 @@ class Model:
         """What the network is given, uint8 [height, width] or, in colour, [height, width, 3]; None where there is no
         digit. Errors as in `predict`.
         """
-        from mnist.data.images import fit_image, read_image
+        from mnist.data.images import fit_image, in_8_bits, read_image
 
-        picture = read_image(Path(image)) if isinstance(image, (str, os.PathLike)) else as_picture(image)
+        scale = self.config.scale
+        is_file = isinstance(image, (str, os.PathLike))
+        picture = read_image(Path(image), scale=scale) if is_file else in_8_bits(as_picture(image), scale)
         if self.config.preparation == "digit":
             from mnist.inference.handwriting import prepare_digit
 

@@ -5,11 +5,14 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from mnist.errors import ConfigError
 
 FLOPS_WORTH_SHARING = 10_000_000
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: its microseconds of processor time, and in how many
@@ -65,6 +68,23 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
+
+
+def check_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
+    """Raise ConfigError where torch has no code for a card: it would be seen, and fail at the first step.
+
+    `capability` is the card's, (7, 0) for a V100; `architectures` are those of torch's kernels: sm_75 runs on the cards
+    of its generation from 7.5 on, and compute_75, compiled when it is loaded, on all later ones.
+    """
+    names = [name.partition("_") for name in architectures]
+    known = [(kind, (int(digits[:-1]), int(digits[-1]))) for kind, _, digits in names if digits.isdecimal()]
+    fits = [it <= capability and (kind == "compute" or it[0] == capability[0]) for kind, it in known]
+    if fits and not any(fits):
+        raise ConfigError(
+            f"{name} (compute capability {capability[0]}.{capability[1]}): torch {torch.__version__} has no kernels for"
+            f" it, only for {', '.join(architectures)}. Install one that has (an older CUDA, as pip install torch"
+            " --index-url https://download.pytorch.org/whl/cu126), or train on the CPU: ACCELERATE_USE_CPU=true"
+        )
 
 
 def free_memory(device: torch.device) -> int:

@@ -28,6 +28,7 @@ from accelerate.utils import (
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from mnist.errors import ConfigError, UserError
+from mnist.launch.hardware import check_kernels
 
 RANK_OF = {  # the variable in which each kind of launcher gives the number of processes, and where it numbers them
     "WORLD_SIZE": "RANK",
@@ -51,6 +52,10 @@ def join_processes(timeout_seconds: int) -> PartialState:
     on_cpu = device is None or parse_flag_from_env("ACCELERATE_USE_CPU")
     device_type = "cpu" if on_cpu or device is None else device.type
     check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
+    if device_type == "cuda" and torch.version.cuda:  # not ROCm, which has other names for all of it
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        capability = torch.cuda.get_device_capability(number)
+        check_kernels(torch.cuda.get_device_name(number), capability, torch.cuda.get_arch_list())
     if os.environ.get("WORLD_SIZE") == "1":
         # one that is alone is told so: Accelerate would wrap its model, which takes a third of the speed
         os.environ.pop("LOCAL_RANK", None)

@@ -7,7 +7,7 @@ log_probabilities = model(images)     # [batch, channels, height, width] in [0, 
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist.errors import ConfigError, UserError
-from mnist.models.networks import MODELS, ImageShape
+from mnist.models.networks import MODELS, ImageShape, Normalized
 
 INCEPTIONS = ("googlenet", "inception_v3")
 
@@ -106,19 +106,26 @@ def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> t
 
 
 def build_model(
-    name: str, num_classes: int, image_shape: ImageShape = (1, 28, 28), pretrained: bool = False
+    name: str,
+    num_classes: int,
+    image_shape: ImageShape = (1, 28, 28),
+    pretrained: bool = False,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Module:
     """The network called `name`, of MODELS or of torchvision's classification models, for images of that shape.
 
     Fresh weights are from torch's global random generator. `pretrained` takes torchvision's for all but the last layer,
-    from its cache or its server; to load others into the model afterwards, leave it away.
+    from its cache or its server; to load others into the model afterwards, omit it. `normalization` is the mean and the
+    standard deviation of each channel, which a network of the project's own is to take off its images and divide them
+    by; torchvision's have those of their weights.
     Raises ConfigError for an unknown name and for images of a size that the network does not take, UserError for
     pretrained weights that cannot be had.
     """
     if name in MODELS:
         if pretrained:
             raise ConfigError(f"--pretrained: there are no such weights for {name}, only for torchvision's models.")
-        return MODELS[name](num_classes, image_shape)
+        net = MODELS[name](num_classes, image_shape)
+        return net if normalization is None else Normalized(net, *normalization)
     from torchvision import models
 
     if name not in models.list_models(module=models):

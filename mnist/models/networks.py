@@ -4,7 +4,7 @@ log_probabilities = Net(num_classes=10, image_shape=(1, 28, 28))(images)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,27 @@ def pooling(sides: tuple[int, int], places: tuple[int, int]) -> nn.MaxPool2d:
     # fields that overlap where the side does not divide
     fields = [side - (count - 1) * stride for side, count, stride in zip(sides, places, strides, strict=True)]
     return nn.MaxPool2d((fields[0], fields[1]), strides)
+
+
+class Normalized(nn.Module):
+    """A network for images of which the mean of each channel is taken off, and which are divided by its deviation.
+
+    A network learns slowly from images that are far from zero on average, as drawings on white are. Both numbers are
+    buffers, saved with the weights, which are of no use without them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # [channels, 1, 1]
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net((x - self.mean) / self.std)
+        return output
 
 
 class CNN(nn.Module):

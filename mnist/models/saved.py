@@ -18,7 +18,7 @@ from mnist.data.loader import ImageData
 from mnist.errors import UserError
 from mnist.files import new_folder
 from mnist.models.by_name import build_model
-from mnist.models.networks import non_finite_parameters
+from mnist.models.networks import MODELS, non_finite_parameters
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,17 @@ class ModelConfig:
     dataset: str
     channels: int = 1  # 3 for images in colour
     preparation: str = "none"  # of a person's image: "digit" as MNIST's were, "fit" to the size, "none" if it has it
+    normalized: bool = False  # whether mean and deviation of the images are among the weights (networks.Normalized)
+    scale: tuple[float, float] | None = None  # of images of more than 8 bits per pixel, if it was trained on such
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
         """The description of a model that was trained on `data`."""
         height, width, *colours = data.train.images.shape[1:]
         channels = colours[0] if colours else 1
-        return cls(architecture, data.class_names, (height, width), data.name, channels, data.preparation)
+        normalized = data.normalization is not None and architecture in MODELS
+        size = height, width
+        return cls(architecture, data.class_names, size, data.name, channels, data.preparation, normalized, data.scale)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,8 +85,13 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
         dataset=values["dataset"],
         channels=values.get("channels", 1),  # which the first versions did not write
         preparation=values.get("preparation", "digit" if values["dataset"] == "mnist" else "none"),
+        normalized=values.get("normalized", False),
+        scale=tuple(values["scale"]) if values.get("scale") else None,
     )
-    model = build_model(config.architecture, len(config.class_names), config.image_shape)
+    # what it is filled with comes with the weights
+    normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
+    shape = config.image_shape
+    model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
     model.load_state_dict(weights)
     return model.eval(), config
 

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from mnist.config.settings import MAY_CHANGE, TrainConfig
+from mnist.config.settings import MAY_CHANGE, TrainConfig, is_path
 from mnist.errors import ConfigError, UserError
 from mnist.files import lock_folder, remove_leftovers, storage_errors, temporary_name, write_file
 from mnist.launch.processes import on_main_process
@@ -144,7 +144,14 @@ class Run:
         """Take up the run in the folder `config.resume`, with what of its settings has changed."""
         folder = Path(str(config.resume))
         if (folder / "environment.json").is_file():
-            before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["dataset_md5"]
+            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            before = environment["dataset_md5"]
+            if before != dataset_md5 and "version" not in environment and is_path(config.dataset):
+                raise ConfigError(
+                    f"--resume {folder}: an earlier version of this project began this run, whose networks took the"
+                    " images of a folder as they are, not normalized. It cannot go on; its model can be applied. Start"
+                    " another run."
+                )
             if before != dataset_md5:
                 raise ConfigError(
                     f"--resume {folder}: this run began with other images than {config.dataset} has now (MD5 {before},"

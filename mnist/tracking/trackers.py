@@ -113,7 +113,16 @@ class Tracking:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; to be called before `start`."""
-        self.kept_bytes = state["metrics_bytes"]
+        kept = state["metrics_bytes"]
+        found = self.file.seek(0, os.SEEK_END) if self.writes else kept
+        if kept < 0:
+            raise ValueError(f"{kept} bytes of metrics.jsonl")
+        if found < kept:
+            self.warnings.append(
+                f"metrics.jsonl has {found:,} of the {kept:,} bytes that it had at the checkpoint: the curves lack what"
+                " is gone."
+            )
+        self.kept_bytes = kept
 
     def _cut(self) -> None:
         """Before the first line: cut off what came after the point from which the run goes on, for it comes again."""

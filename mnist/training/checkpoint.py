@@ -248,14 +248,22 @@ class Checkpoints:
                     f"{self.folder / name}: was saved with {setting} {there}, but this run has {here}."
                     " It can only go on with what it began with."
                 )
-        self.net.load_state_dict(load(files["model.safetensors"]))
-        self.optimizer.load_state_dict(unflatten(load(files["optimizer.safetensors"]), state["optimizer"]))
-        for key, part in self.parts.items():
-            if key in state:
-                part.load_state_dict(state[key])
-        ranks, rank = state["ranks"], self.accelerator.process_index
-        for key, own in self.own.items():
-            own.load_state_dict(ranks[rank % len(ranks)][key])
+        weights, moments = load(files["model.safetensors"]), load(files["optimizer.safetensors"])
+        try:
+            check_plausible(files["state.json"], weights | moments)
+            self.net.load_state_dict(weights)
+            self.optimizer.load_state_dict(unflatten(moments, state["optimizer"]))
+            for key, part in self.parts.items():
+                if key in state:
+                    part.load_state_dict(state[key])
+            ranks, rank = state["ranks"], self.accelerator.process_index
+            for key, own in self.own.items():
+                own.load_state_dict(ranks[rank % len(ranks)][key])
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(
+                f"{self.folder / name}: is whole, but cannot be a state of this run: {error}. Remove it to resume from"
+                " the one before it."
+            ) from error
         changed = [
             f"{key} was {there}, is {self.launch.get(key)}"
             for key, there in state["launch"].items()
@@ -287,6 +295,20 @@ def read_whole(folder: Path) -> dict[str, bytes]:
     except Exception as error:  # whatever a parser says of what is not its format
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return files
+
+
+def check_plausible(state: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for numbers that no training comes to: NaN, infinity, steps below zero."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} in state.json")
+
+    json.loads(state, parse_constant=refuse)
+    for name, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+        if name.endswith(".step") and (values < 0).any():
+            raise ValueError(f"{name} is {float(values.min()):g}")
 
 
 def fingerprint(content: bytes) -> dict[str, Any]:

@@ -151,7 +151,9 @@ class TrainingLoss:
         return {"sum": float(self.sum), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken. Raises ValueError for less than no steps."""
+        if state["steps"] < 0:
+            raise ValueError(f"a loss of {state['steps']} steps")
         self.sum.fill_(state["sum"])
         self.steps = state["steps"]
 

@@ -74,8 +74,15 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        """Go on where `state_dict` was taken. Raises ValueError for a place that this run cannot be at."""
+        step, epoch, batch = state["step"], state["epoch"], state["batch"]
+        window = self.accelerator.gradient_accumulation_steps
+        steps_per_epoch = -(-self.batches_per_epoch // window)
+        if not 0 <= batch <= self.batches_per_epoch or epoch < 1:
+            raise ValueError(f"epoch {epoch}, batch {batch:,} of {self.batches_per_epoch:,}")
+        if step != (epoch - 1) * steps_per_epoch + -(-batch // window):
+            raise ValueError(f"step {step:,} in epoch {epoch}, batch {batch:,}")
+        self.step, self.epoch, self.batch = step, epoch, batch
         self.seconds, self.results, self.best = state["seconds"], state["results"], state["best"]
 
     @property

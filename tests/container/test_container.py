@@ -517,7 +517,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.1; else echo "$@" >> "$CAL
 """
 
 
-def start_batch(folder: Path, nodes: int, *flags: str) -> "subprocess.Popen[bytes]":
+def start_batch(folder: Path, nodes: int, *flags: str, **more: str) -> "subprocess.Popen[bytes]":
     """deploy/train.sbatch as Slurm starts it, with stand-ins for srun and scontrol, and the real launcher."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -535,6 +535,7 @@ def start_batch(folder: Path, nodes: int, *flags: str) -> "subprocess.Popen[byte
         "SLURM_JOB_ID": str(number),
         "SLURM_JOB_NODELIST": "this,this",
         "SLURM_JOB_NUM_NODES": str(nodes),
+        **more,
     }
     with (folder / "output").open("ab") as output:
         return subprocess.Popen(
@@ -547,10 +548,15 @@ def start_batch(folder: Path, nodes: int, *flags: str) -> "subprocess.Popen[byte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_on(tmp_path: Path, nodes: int) -> None:
+@pytest.mark.parametrize(
+    ("nodes", "array", "task"),
+    [(1, {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77_3"), (2, {}, r"\d+")],
+)
+def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_on(
+    nodes: int, array: dict[str, str], task: str, tmp_path: Path
+) -> None:
     run, calls, output = tmp_path / "runs" / "x", tmp_path / "calls", tmp_path / "output"
-    batch = start_batch(tmp_path, nodes, "--epochs=100000", "--log-every=10")
+    batch = start_batch(tmp_path, nodes, "--epochs=100000", "--log-every=10", **array)
     try:
         wait_for(run / "metrics.jsonl", batch, output)
         os.kill(batch.pid, signal.SIGUSR1)  # to the script alone, as --signal=B: does
@@ -560,7 +566,7 @@ def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_o
             os.killpg(batch.pid, signal.SIGKILL)
     state = state_of(run)
     assert (state["status"], state["error"], state["checkpoint"]) == ("interrupted", "SIGUSR1", state["step"])
-    assert re.fullmatch(r"requeue \d+\n", calls.read_text())
+    assert re.fullmatch(rf"requeue {task}\n", calls.read_text())
     assert json.loads((run / "environment.json").read_text())["num_processes"] == nodes
 
     again = start_batch(tmp_path, nodes, f"--max-steps={state['step'] + 5}")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data import cache
+from mnist.data.cache import FOOTER, MAGIC
 from mnist.data.datasets import load_dataset
 from mnist.data.images import fit_image, read_image
 from mnist.data.loader import ImageData, MappedImages, Split, build_batches, measured_splits
@@ -249,6 +250,54 @@ def test_shrinking_averages_rather_than_picks() -> None:
     assert np.abs(fitted.astype(int) - 127).max() <= 2
 
 
+@pytest.mark.parametrize(("side", "size"), [(16, 28), (28, 28), (32, 28), (40, 64), (64, 64), (300, 64)])
+def test_grey_images_become_28_pixels_only_where_they_are_about_that_small(
+    side: int, size: int, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        write_images(tmp_path / "pets" / name, 3, first=10 * number, side=side)
+    Image.fromarray(noise(99, 500, 500, channels=1)).save(tmp_path / "pets" / "dog" / "large.png")  # an exception
+    assert load(tmp_path / "pets").train.images.shape[1:] == (size, size)
+
+
+# --- more than 8 bits
+
+
+def write_wide(folder: Path, values: NDArray[np.uint16], count: int = 3) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.fromarray(values + np.uint16(number)).save(folder / f"{number}.png")
+
+
+def shades(folder: Path) -> dict[str, float]:
+    """The mean of the images of each class."""
+    data = load(folder)
+    images = torch.cat([split.images[:].float() for split in (data.train, data.test)])
+    labels = torch.cat([data.train.labels, data.test.labels])
+    return {name: float(images[labels == label].median()) for label, name in enumerate(data.class_names)}
+
+
+def test_images_of_16_bits_have_one_scale_for_the_data_set_and_a_line_says_which(tmp_path: Path) -> None:
+    flat = np.full((28, 28), 1, np.uint16)
+    for name, value in (("dim", 1000), ("bright", 60_000)):
+        write_wide(tmp_path / "sixteen" / name, flat * np.uint16(value))
+    assert shades(tmp_path / "sixteen") == {"dim": 4, "bright": 233}
+    assert "more than 8 bits per pixel: 0 becomes black, 65,535 white" in load(tmp_path / "sixteen").notes
+    write_wide(tmp_path / "ten" / "dim", flat * np.uint16(100))
+    write_wide(tmp_path / "ten" / "bright", flat * np.uint16(1000))
+    assert shades(tmp_path / "ten") == {"dim": 25, "bright": 250}
+
+
+def test_a_hot_pixel_darkens_nothing(tmp_path: Path) -> None:
+    hot = np.full((40, 40), 500, np.uint16)
+    write_wide(tmp_path / "data" / "plain", hot.copy())
+    hot[3, 4] = 65_000
+    write_wide(tmp_path / "data" / "hot", hot)
+    data = load(tmp_path / "data")
+    assert "more than 8 bits per pixel: 0 becomes black, 1,023 white" in data.notes
+    assert data.train.images[:].float().median() == pytest.approx(500 / 1023 * 255, abs=1)
+
+
 # --- dirty folders
 
 
@@ -476,20 +525,69 @@ def test_a_change_in_the_folder_is_noticed_and_the_old_cache_removed(pets: Path,
     assert len(contents(before.train, before.test)) == len(contents(small.train, small.test)) == 30  # still mapped
 
 
-def test_what_the_checksum_is_of(pets: Path) -> None:
+def test_the_checksum_is_of_images_classes_and_split(pets: Path) -> None:
     checksum = load(pets).checksum
-    assert load(pets, test_fraction=0.5).checksum == checksum
+    assert load(pets, limit_train_images=3).checksum == checksum
+    assert load(pets, test_fraction=0.5).checksum != checksum
     (pets / "dog").rename(pets / "hound")
     assert load(pets).checksum != checksum
 
 
-def test_a_cache_whose_text_is_damaged_is_made_anew(pets: Path) -> None:
-    before = load(pets)
+def test_pixels_that_changed_in_the_cache_are_an_error_when_they_are_first_read(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(pets)
     (cache,) = (pets.parent / "cache").glob("*.u8")
     content = bytearray(cache.read_bytes())
-    content[-60] = 0x8B  # in the list of digests
+    content[7 * 784 + 5] ^= 1
     cache.write_bytes(content)
-    assert load(pets).checksum == before.checksum
+    for mapped_bytes in (0, 1 << 20):
+        monkeypatch.setattr(MappedImages, "MAPPED", mapped_bytes)
+        data = load(pets)
+        split = data.train if 7 in data.train.images.places else data.test  # type: ignore[union-attr]
+        (place,) = (split.images.places == 7).nonzero()[0].tolist()  # type: ignore[union-attr]
+        others = torch.tensor([it for it in range(len(split)) if it != place])
+        for _ in range(2):
+            assert len(split.images[others]) == len(split) - 1
+            with pytest.raises(UserError, match="image 7 is not what was decoded: the file was changed, or the disk"):
+                split.images[:]
+
+
+def with_text(content: bytes, text: bytes) -> bytes:
+    """The same pixels with another text."""
+    length = FOOTER.unpack(content[-FOOTER.size :])[0]
+    return content[: -FOOTER.size - length] + text + FOOTER.pack(len(text), MAGIC)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-40] + b"\x8b" + content[-39:],
+        lambda content: with_text(content, b"[" * 100_000),
+        lambda content: with_text(content, b'{"shape": [30, 28, 28], "broken": {}}'),
+        lambda content: with_text(content, b'{"shape": [30, 784, 1], "broken": {}, "scale": null}'),
+        lambda content: with_text(content, b'{"shape": [-30, -28, 28], "broken": {}, "scale": null}'),
+        lambda content: with_text(content, b'{"shape": ["30", 28, 28], "broken": {}, "scale": null}'),
+        lambda content: with_text(content, b'{"shape": [30, 28, 28], "broken": 5, "scale": null}'),
+        lambda content: with_text(content, b'{"shape": [30, 28, 28], "broken": {}, "scale": ["x", 1]}'),
+        lambda content: content[784:],
+        lambda content: None,
+    ],
+)
+def test_a_cache_that_is_damaged_or_none_is_made_anew(pets: Path, damage: Callable[[bytes], bytes | None]) -> None:
+    before = load(pets)
+    (cache,) = (pets.parent / "cache").glob("*.u8")
+    whole = cache.read_bytes()
+    damaged = damage(whole)
+    cache.unlink()
+    if damaged is None:
+        os.mkfifo(cache)
+    else:
+        cache.write_bytes(damaged)
+    after = load(pets)
+    assert after.checksum == before.checksum
+    assert contents(after.train) == contents(before.train)
+    assert cache.read_bytes() == whole
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1, -20])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from mnist.data.images import MOST_PIXELS, find_images, read_image
 from mnist.data.loader import ImageData
 from mnist.errors import ImageError, UserError
 from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
+from mnist.models.networks import Net
+from mnist.models.saved import ModelConfig, save_model
 from tests.conftest import metrics_of
 from tests.support.handwriting import HANDS, draw_digit, paste_digit
 
@@ -410,6 +413,39 @@ def test_regions_are_counted_with_corners_connecting() -> None:
     assert labels[0, 0] == labels[1, 2] != labels[0, 4] == labels[2, 4]
     assert labels[3, 0] == labels[3, 2] == labels[4, 1]
     assert label_regions(np.zeros((3, 3), dtype=bool)).max() == 0
+
+
+# --- HEIC, as iPhones write it
+
+HEIF_ENC = shutil.which("heif-enc")
+WITHOUT_PI_HEIF = "import sys; sys.modules['pi_heif'] = None; from mnist.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(HEIF_ENC is None, reason="apt install libheif-examples")
+def test_heic_is_read_as_other_photographs_are(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :48], pixels[:, 48:] = (200, 40, 40), (20, 60, 180)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    command = [str(HEIF_ENC), "-q", "95", "-o", str(tmp_path / "IMG_0001.HEIC"), str(tmp_path / "photo.png")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert find_images([tmp_path]) == [tmp_path / "IMG_0001.HEIC", tmp_path / "photo.png"]
+    image = read_image(tmp_path / "IMG_0001.HEIC")
+    assert (image.mode, image.size) == ("RGB", (96, 64))
+    assert np.abs(np.asarray(image, dtype=int) - pixels).mean() < 8
+
+
+def test_heic_without_the_package_is_named_with_the_way_out_and_the_exit_code_says_so(
+    digits: ImageData, tmp_path: Path
+) -> None:
+    save_model(Net(), tmp_path / "model", ModelConfig("mlp", digits.class_names, (28, 28), "mnist", 1, "digit"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (tmp_path / "photos" / "seven.png").write_bytes(png(seven()))
+    command = [sys.executable, "-c", WITHOUT_PI_HEIF, "predict", str(tmp_path / "photos")]
+    done = subprocess.run([*command, "--model", str(tmp_path / "model")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "seven.png" in done.stdout
+    assert "IMG_0001.HEIC: HEIC, as iPhones write it, needs pi-heif. Run: pip install pi-heif" in done.stderr
 
 
 # --- what a network makes of them, through the command

@@ -17,6 +17,9 @@ from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.loader import ImageData
 from mnist.errors import UserError
 from mnist.inference import export
+from mnist.inference.predict import Model, predict
+from mnist.models.by_name import build_model
+from mnist.models.saved import ModelConfig
 from tests.conftest import RunHere
 
 
@@ -54,6 +57,27 @@ def test_the_file_is_valid_takes_any_number_of_images_and_says_how_they_are_prep
     preprocessing = json.loads(metadata["preprocessing"])
     assert (preprocessing["shape"], preprocessing["scale"]) == ([1, 28, 28], "uint8 / 255")
     assert "centre of mass" in preprocessing["image"]
+
+
+def test_an_exported_model_normalizes_images_as_the_model_does(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    net = build_model("mlp", 3, (3, 16, 16), normalization=((0.9, 0.8, 0.7), (0.05, 0.1, 0.2)))
+    model = Model(net, ModelConfig("mlp", ("a", "b", "c"), (16, 16), "pets", 3, "fit", True))
+    assert export.export_onnx(model, tmp_path / "m.onnx", images) < 1e-4
+    without = predict(net.net, images)  # type: ignore[arg-type]
+    assert (export.run(onnxruntime.InferenceSession(tmp_path / "m.onnx"), images) - without).abs().max() > 0.01
+
+
+def test_weights_in_a_second_file_are_found_under_its_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)  # bytes
+    images = torch.randint(0, 256, (2, 28, 28), dtype=torch.uint8)
+    model = Model(build_model("mlp", 10), ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist"))
+    export.export_onnx(model, tmp_path / "m.onnx", images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    found = export.run(onnxruntime.InferenceSession(tmp_path / "m.onnx"), images)
+    torch.testing.assert_close(found, predict(model.net, images), atol=1e-4, rtol=0)
 
 
 def test_a_program_without_torch_can_use_the_file(run_here: RunHere, digits: ImageData, tmp_path: Path) -> None:

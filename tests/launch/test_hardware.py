@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnist.errors import ConfigError
 from mnist.launch import hardware
-from mnist.launch.hardware import available_cores, choose_threads, device_name
+from mnist.launch.hardware import available_cores, check_kernels, choose_threads, device_name
 from mnist.models.networks import CNN, Net
 
 
@@ -65,6 +66,33 @@ def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 7_812  # the pages of one step
+
+
+WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # as torch 2.14 for CUDA 13 has them
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "architectures", "fits"),
+    [
+        ("Tesla V100", (7, 0), WHEEL, False),
+        ("Tesla P100", (6, 0), WHEEL, False),
+        ("T4", (7, 5), WHEEL, True),
+        ("A10", (8, 6), WHEEL, True),  # by sm_80
+        ("H100", (9, 0), WHEEL, True),
+        ("a later one", (13, 0), WHEEL, True),  # by compute_120
+        ("H100", (9, 0), ("sm_80",), False),
+        ("of another make", (9, 0), ("gfx90a",), True),
+        ("H100", (9, 0), ("sm_90a",), True),
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_named(
+    name: str, capability: tuple[int, int], architectures: tuple[str, ...], fits: bool
+) -> None:
+    if fits:
+        check_kernels(name, capability, architectures)
+    else:
+        with pytest.raises(ConfigError, match=f"{name} .compute capability {capability[0]}.{capability[1]}.: torch"):
+            check_kernels(name, capability, architectures)
 
 
 def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were() -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mnist import load
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.datasets import load_dataset
 from mnist.data.loader import ImageData
+from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
 from mnist.inference.predict import predict
 from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
@@ -178,13 +180,53 @@ def test_a_folder_may_be_moved_and_a_run_gone_on_with_and_measured_from_another_
     assert "few, 6 test images" in capsys.readouterr().out
     few.rename(tmp_path / "moved")
     assert main(["evaluate", "--model", str(run)]) == 2
-    assert f"--dataset {few}: no such folder. Where it lies elsewhere now, name it" in capsys.readouterr().err
+    assert f"--dataset {few}: no such folder. If it has moved, name its new place" in capsys.readouterr().err
     resume_here(run, dataset=str(tmp_path / "moved"), epochs=2)
     assert metrics_of(run)[-1]["epoch"] == 2
     assert main(["evaluate", "--model", str(run), "--dataset", str(things)]) == 0
     assert "things, 600 test images" in capsys.readouterr().out  # all of what it was not made from
     shutil.rmtree(tmp_path / "moved" / "tent")
     assert main(["evaluate", "--model", str(run), "--dataset", str(tmp_path / "moved" / ".." / "few" / "..")]) == 2
+
+
+def test_a_model_of_a_folder_carries_the_mean_and_the_deviation_of_its_training_images(
+    things: Path, tmp_path: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    few = copy_few(things, tmp_path / "few")
+    settings = {"dataset": str(few), "data_dir": str(tmp_path / "data"), "limit_train_images": None, "image_size": 16}
+    run = run_here("x", epochs=1, max_steps=1, **settings)
+    data = load_dataset(str(few), tmp_path / "data", image_size=16)
+    pixels = data.train.images[:].double().flatten(0, 2) / 255  # [pixels, channels]
+    weights = load_file(run / "model" / "model.safetensors")
+    torch.testing.assert_close(weights["mean"].flatten().double(), pixels.mean(dim=0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights["std"].flatten().double(), pixels.std(dim=0, correction=0), atol=1e-6, rtol=0)
+    model = load(run)
+    X = (scale_pixels(data.test.images[:]) - weights["mean"]) / weights["std"]
+    torch.testing.assert_close(predict(model.net, data.test.images[:]), model.net.net(X).exp())
+    resume_here(run, max_steps=2)
+    assert torch.equal(load_file(run / "model" / "model.safetensors")["mean"], weights["mean"])
+    environment = json.loads((run / "environment.json").read_text())
+    environment["dataset_md5"] = "of an earlier version"
+    del environment["version"]
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(ConfigError, match="an earlier version of this project began this run"):
+        resume_here(run, max_steps=3)
+
+
+def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path, run_here: RunHere) -> None:
+    rng = np.random.default_rng(0)
+    for name, most in (("dim", 1000), ("bright", 60_000)):
+        (tmp_path / "wide" / name).mkdir(parents=True)
+        for number in range(5):
+            values = rng.integers(0, most, (28, 28), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / "wide" / name / f"{number}.png")
+    run = run_here("x", dataset=str(tmp_path / "wide"), data_dir=str(tmp_path), limit_train_images=None, batch_size=2)
+    model, data = load(run), load_dataset(str(tmp_path / "wide"), tmp_path)
+    known = [it.numpy().tobytes() for split in (data.train, data.test) for it in split.images[:]]
+    for path in sorted((tmp_path / "wide").rglob("*.png")):
+        with Image.open(path) as picture:
+            for source in (path, picture):
+                assert model.prepare(source).numpy().tobytes() in known
 
 
 def test_ctrl_c_while_pictures_are_decoded_ends_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mnist.data.loader import ImageData, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import choose_threads
 from mnist.models.by_name import build_model
-from mnist.models.networks import MODELS, Net, count_parameters
+from mnist.models.networks import MODELS, Net, Normalized, count_parameters
 from mnist.models.saved import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
@@ -51,6 +51,20 @@ def test_a_state_dict_of_the_tutorials_code_loads_and_gives_the_same_outputs(tmp
     torch.testing.assert_close(net(images), expected)
     torch.testing.assert_close(net(images.view(-1, 784)), expected)  # as the tutorial calls it
     assert count_parameters(net) == 784 * 64 + 64 + 2 * (64 * 64 + 64) + 64 * 10 + 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_normalized_network_sees_of_dark_on_white_the_negative_of_white_on_black(name: str) -> None:
+    images = torch.rand(8, 3, 64, 64).square()  # more dark than bright
+    seen = []
+    for pictures in (images, 1 - images):
+        mean, std = pictures.mean(dim=(0, 2, 3)).tolist(), pictures.std(dim=(0, 2, 3)).tolist()
+        model = build_model(name, 3, (3, 64, 64), normalization=(mean, std))
+        assert isinstance(model, Normalized)
+        model.net = nn.Identity()
+        seen.append(model(pictures))
+    torch.testing.assert_close(seen[0], -seen[1], atol=1e-5, rtol=0)
+    assert not isinstance(build_model(name, 3, (3, 64, 64)), Normalized)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,9 +5,11 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mnist import files
 from mnist.config.settings import TrainConfig
@@ -183,6 +186,59 @@ def test_where_no_checkpoint_is_whole_it_is_an_error_and_no_fresh_start(begun: P
             resume_here(begun)
         assert metrics_of(begun) == metrics
         assert state_of(begun)["status"] == "failed"
+
+
+def rewrite(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    """Change a file of a checkpoint, and its line in the manifest with it."""
+    path, tensors = folder / name, name.endswith(".safetensors")
+    content = load_file(path) if tensors else json.loads(path.read_text())
+    change(content)
+    if tensors:
+        save_file(content, path)
+    else:
+        path.write_text(json.dumps(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[name] = fingerprint(path.read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state.json", lambda it: it["progress"].update(step=-5), "step -5 in epoch"),
+        ("state.json", lambda it: it["progress"].update(batch=10**9), "batch 1,000,000,000 of 20"),
+        ("state.json", lambda it: it["progress"].update(batch=-1), "batch -1 of 20"),
+        ("state.json", lambda it: it["progress"].update(epoch=0), "epoch 0"),
+        ("state.json", lambda it: it["progress"].update(step=10**6), "step 1,000,000 in epoch"),
+        ("state.json", lambda it: it["progress"].update(seconds=math.nan), "NaN in state.json"),
+        ("state.json", lambda it: it["progress"].update(step="x"), "'<=' not supported|step x|could not|invalid"),
+        ("state.json", lambda it: it["tracking"].update(metrics_bytes=-1), "-1 bytes of metrics.jsonl"),
+        ("state.json", lambda it: it["ranks"][0]["loss"].update(sum=math.inf), "Infinity in state.json"),
+        ("model.safetensors", lambda it: it["fc1.weight"].fill_(math.nan), "fc1.weight holds NaN"),
+        ("optimizer.safetensors", lambda it: it["0.exp_avg"].fill_(math.inf), "0.exp_avg holds NaN or infinity"),
+        ("optimizer.safetensors", lambda it: it["0.step"].fill_(-3), "0.step is -3"),
+    ],
+)
+def test_a_checkpoint_that_is_whole_but_holds_what_cannot_be_is_refused(
+    name: str, change: Callable[[Any], None], message: str, begun: Path, resume_here: ResumeHere
+) -> None:
+    newest = checkpoints_of(begun)[-1]
+    rewrite(newest, name, change)
+    with pytest.raises(UserError, match=f"{newest.name}: is whole, but cannot be a state of this run: .*({message})"):
+        resume_here(begun)
+    assert newest.exists()
+    shutil.rmtree(newest)
+    resume_here(begun)  # from the one before it
+    assert state_of(begun)["status"] == "finished"
+
+
+def test_metrics_that_are_gone_are_missed_aloud(
+    begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (begun / "metrics.jsonl").unlink()
+    resume_here(begun)
+    assert re.search(r"resumed +metrics\.jsonl has 0 of the \d+ bytes that it had", capsys.readouterr().out)
+    assert state_of(begun)["status"] == "finished"
 
 
 class Payload:
