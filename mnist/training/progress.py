@@ -78,6 +78,8 @@ class Progress:
         step, epoch, batch = state["step"], state["epoch"], state["batch"]
         window = self.accelerator.gradient_accumulation_steps
         steps_per_epoch = -(-self.batches_per_epoch // window)
+        if not all(type(it) is int for it in (step, epoch, batch)):
+            raise ValueError(f"step {step!r}, epoch {epoch!r}, batch {batch!r}")
         if not 0 <= batch <= self.batches_per_epoch or epoch < 1:
             raise ValueError(f"epoch {epoch}, batch {batch:,} of {self.batches_per_epoch:,}")
         if step != (epoch - 1) * steps_per_epoch + -(-batch // window):

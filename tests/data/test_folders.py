@@ -347,7 +347,7 @@ def test_dirty_files_are_skipped_with_their_reasons_and_the_others_are_all_there
     }
     assert len(data.skipped) == 15
     (note,) = (note for note in data.notes if "skipped" in note)
-    assert note.startswith("15 of 110 files skipped, listed in skipped.txt: ")
+    assert note.startswith("15 of 109 files skipped, listed in skipped.txt: ")
     for part in ("a link to what is read already (2)", "not an image (2)", "too large (2)", "an empty file (1)"):
         assert part in note
     kept = contents(data.train, data.test)
@@ -415,7 +415,7 @@ def make_single_images(path: Path) -> None:
     ("make", "message"),
     [
         (make_nothing, "no such folder"),
-        (make_file, "a file, where a folder with a folder a class is needed"),
+        (make_file, "a file, where a folder with one folder per class is needed"),
         (Path.mkdir, "holds no folders. Make a folder for each class"),
         (lambda path: write_images(path, 2), "holds no folders. Make a folder for each class"),
         (lambda path: write_images(path / "cat", 2), "one class only, cat"),

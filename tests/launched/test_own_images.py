@@ -380,7 +380,10 @@ def test_the_same_images_are_tested_on_whatever_the_seed(things: Path, tmp_path:
     ]
     weights, shown = zip(
         *(
-            (load(run).net.state_dict()["fc1.weight"], json.loads((run / "evaluation.json").read_text())["examples"])
+            (
+                load(run).net.state_dict()["net.fc1.weight"],
+                json.loads((run / "evaluation.json").read_text())["examples"],
+            )
             for run in runs
         ),
         strict=True,
