@@ -267,7 +267,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     try:
         image = _identify(file)
     except UnidentifiedImageError as error:
-        if _is_heif(file):
+        if "HEIF" not in Image.ID and _is_heif(file):
             raise ImageError(
                 f"{name}: HEIC, as iPhones write it, needs pi-heif. Run: pip install pi-heif (or -e '.[heic]')."
             ) from error

@@ -258,10 +258,10 @@ def _hint(tree: Tree, *contents: Contents) -> str:
     names_hint = table_hint = ""
     if len(names) > 1 and "" not in names and min(names.values()) > 1:
         first = printable(a_few(sorted(names)))
-        names_hint = f" The names of its images begin with {first}: if these are the classes, sort them by that."
+        names_hint = f" The images' names begin with {first}: if these are the classes, make folders of these names."
     tables = [name for it in (*contents, tree.scan("")) for name, _ in it.skipped if name.lower().endswith(TABLES)]
     if tables:
-        table_hint = f" {printable(tables[0])} is not read, whatever it says of the images."
+        table_hint = f" {printable(tables[0])} is not read, whatever it says of the images: classes are folders."
     return names_hint + table_hint
 
 

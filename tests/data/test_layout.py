@@ -94,7 +94,7 @@ def test_classes_in_the_names_of_files_are_named_in_the_refusal(tmp_path: Path) 
     for number, path in enumerate(sorted((tmp_path / "train").iterdir())):
         path.rename(path.with_name(f"{('cat', 'dog')[number % 2]}.{number}.png"))
     for path in (tmp_path, tmp_path / "train"):
-        with pytest.raises(ConfigError, match="The names of its images begin with cat, dog: if these are the classes"):
+        with pytest.raises(ConfigError, match="The images' names begin with cat, dog: if these are the classes"):
             find_files(path)
 
 
