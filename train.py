@@ -64,9 +64,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     joined = join_processes(config.timeout_seconds)
     asked, config = config, find_run(config, given).share_batch(joined.num_processes)
     check_trackers(config.tracker_names)
-    check_alike(
-        asked.shared | {"precision": resolve_precision(config.mixed_precision, joined.device.type)} | describe_code()
-    )
+    precision = resolve_precision(config.mixed_precision, joined.device.type)
+    check_alike(asked.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,

@@ -223,11 +223,14 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
         raise ConfigError(
             f"--model {options.model}: was trained on the folder {model.config.dataset}. Name one to test on: --dataset"
         )
+    is_old = run is not None and "version" not in run.environment  # made before folders were read as they are now
     of_run = run.config["dataset"] if run else model.config.dataset
     defaults = TrainConfig(dataset=options.dataset or of_run)  # raises ConfigError for what is none
     dataset, settings = defaults.dataset, dict[str, Any](data_dir=defaults.data_dir)
     if run and dataset == of_run:
         settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
+        if is_old and dataset not in SOURCES:  # it may have had another default size
+            settings["image_size"] = model.config.image_size[0]
     elif dataset not in SOURCES:
         settings |= {"image_size": model.config.image_size[0], "class_names": model.class_names}
     data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
@@ -237,7 +240,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
             f"--dataset {dataset}: has {len(data.class_names)} classes and images of {shape_in_words(shape)}; the model"
             f" has {len(model.class_names)}, for images of {shape_in_words(wanted)}."
         )
-    if run and dataset == of_run and data.checksum != run.environment.get("dataset_md5", data.checksum):
+    if run and dataset == of_run and not is_old and data.checksum != run.environment.get("dataset_md5", data.checksum):
         print(f"{dataset}: its images are others than when the run was made.", file=sys.stderr)
     return data, run
 

@@ -10,7 +10,7 @@ nothing: so what is refused here is what Accelerate 1.15 was seen to accept and 
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -101,17 +101,18 @@ def on_main_process(function: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
-def check_alike(values: Mapping[str, Any]) -> None:
+def check_alike(values: Mapping[str, Any], perhaps_unknown: Collection[str] = ()) -> None:
     """Raise ConfigError, on all processes, where one has another value than the first; all of them must call it.
 
     Data parallelism takes for granted that the processes differ in nothing but their share of each batch. Where they
-    do, training goes on and comes to a wrong result.
+    do, training goes on and comes to a wrong result. What is `perhaps_unknown` is compared where it is not None.
     """
     everyone = gather_object([(socket.gethostname(), dict(values))])
     host, expected = everyone[0]
     for rank, (other_host, found) in enumerate(everyone):
         for name, value in found.items():
-            if value != expected[name]:
+            unknown = name in perhaps_unknown and None in (value, expected[name])
+            if value != expected[name] and not unknown:
                 raise ConfigError(
                     f"The processes of this job differ in {name}: {value} in process {rank} on {other_host},"
                     f" {expected[name]} in process 0 on {host}. All machines need the same data, code and settings."
