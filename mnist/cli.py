@@ -11,6 +11,7 @@ mnist report runs/a runs/b --output ab.html   # two side by side
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -18,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist.errors import UserError, print_any_text
+from mnist.errors import UserError
+from mnist.launch.streams import keep_output
 
 if TYPE_CHECKING:
     from mnist.data.loader import ImageData
@@ -84,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     report.set_defaults(do=write_report)
 
+    keep_output(["stderr"])
     options = parser.parse_args(arguments)
-    print_any_text()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a name shows it as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         exit_code = int(options.do(options) or 0)
         sys.stdout.flush()

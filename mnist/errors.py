@@ -3,9 +3,6 @@
 Everything else that goes wrong is a bug or a broken machine, and keeps its traceback.
 """
 
-import io
-import sys
-
 
 class UserError(Exception):
     """A run cannot start or go on; the message names the thing, the value and the way out."""
@@ -25,10 +22,3 @@ class ImageError(UserError):
 
 class DivergedError(UserError):
     """The loss is no number any more."""
-
-
-def print_any_text() -> None:
-    """Let a terminal that lacks a letter of a name show it as an escape, instead of ending the run."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -4,7 +4,6 @@ end_process(run_process(train, RECIPES))
 """
 
 import atexit
-import contextlib
 import json
 import os
 import sys
@@ -16,18 +15,20 @@ from typing import NoReturn
 
 from mnist.config.command_line import given_settings, parse_command_line
 from mnist.config.settings import TrainConfig
-from mnist.errors import UserError, print_any_text
+from mnist.errors import UserError
 from mnist.launch.signals import Interrupted, end_at_once, follow_launcher
+from mnist.launch.streams import keep_output
 
 
 def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: Mapping[str, TrainConfig]) -> int:
     """Train with the settings of the command line, and those settings of them that it names.
 
-    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage; 143, 130 or 75 after SIGTERM, SIGINT, SIGUSR1.
+    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage; 143, 130, 129 or 75 after SIGTERM, SIGINT,
+    SIGHUP, SIGUSR1.
     """
+    keep_output()
     follow_launcher()
     end_at_once()
-    print_any_text()
     try:
         config = parse_command_line(recipes)
         from mnist.launch.processes import waiting_for_others  # and torch with it, which --help does not wait for
@@ -37,8 +38,7 @@ def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: M
     except KeyboardInterrupt:
         return 130
     except Interrupted as interrupted:
-        with contextlib.suppress(BrokenPipeError):  # `| tee`, ended by the same Ctrl-C
-            print(interrupted.message, end="", flush=True)
+        print(interrupted.message, end="", flush=True)
         return interrupted.exit_code
     except Exception as error:
         report_failure(error)
@@ -71,7 +71,6 @@ def end_process(exit_code: int) -> NoReturn:
     once, as an exit code of -6, and not again in 42 runs made for it (pytorch issue 190489 describes it).
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(exit_code)

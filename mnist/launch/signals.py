@@ -1,4 +1,5 @@
-"""A run ends in good order at the first SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, all of its processes at the same step.
+"""A run ends in good order at the first SIGTERM, SIGINT (Ctrl-C), SIGHUP (its terminal is gone) or SIGUSR1, all of its
+processes at the same step.
 
     follow_launcher()                              # who kills only the launcher ends this process too
     end_at_once()                                  # at a signal, as long as there is nothing to lose
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 EXIT_CODES = {
     getattr(signal, name): code
     # 128 + the signal's number, as shells have it; SIGUSR1, a scheduler's early warning: "try again" of sysexits.h
-    for name, code in {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}.items()
+    for name, code in {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 75}.items()
     if hasattr(signal, name)
 }
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -139,9 +140,10 @@ class Interruption:
 
 def end_at_once() -> None:
     """Before training: let a signal end this process with its exit code, where it does not by itself."""
-    by_itself = {signal.SIGINT} if os.getpid() == 1 else {signal.SIGINT, signal.SIGTERM}  # a container's first process
-    for number in EXIT_CODES.keys() - by_itself:
-        signal.signal(number, lambda number, _: os._exit(EXIT_CODES[number]))
+    is_first = os.getpid() == 1  # of a container
+    for number in EXIT_CODES.keys() - ({signal.SIGINT} if is_first else {signal.SIGINT, signal.SIGTERM}):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: os._exit(EXIT_CODES[number]))
 
 
 def launcher_command() -> list[str] | None:

@@ -35,11 +35,7 @@ class Terminal:
     def print(self, text: str = "") -> None:
         """A line now, not when a buffer is full."""
         if self.prints:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:  # `| tee`, ended by the same Ctrl-C: a run outlives those who listen
-                self.prints = self.interactive = False
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(text, flush=True)
 
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """What is going to be trained, on what, how and into which folder."""

@@ -33,6 +33,7 @@ from mnist.errors import ConfigError, UserError
 from mnist.files import lock_folder, remove_leftovers, storage_errors, temporary_name, write_file
 from mnist.launch.processes import on_main_process
 from mnist.launch.signals import Interrupted, launcher_command
+from mnist.launch.streams import lost_output
 
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -200,6 +201,8 @@ class Run:
         """Replace state.json, with these values in it, in one step: a reader finds the old one or the new one."""
         if self.writes:
             self.state |= values | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            if lost := lost_output():
+                self.state["output"] = lost
             write_file(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
             self.noted_at = time.monotonic()
 

@@ -87,6 +87,7 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
         ((PLAIN,), signal.SIGTERM, 143),
         ((PLAIN,), signal.SIGINT, 130),
         ((PLAIN,), signal.SIGUSR1, 75),
+        ((PLAIN,), signal.SIGHUP, 129),
     ],
     indirect=["job"],
 )
@@ -108,6 +109,15 @@ def test_the_first_signal_ends_a_run_with_a_checkpoint_its_exit_code_and_the_com
     again = main_here(flag, folder, f"--max-steps={state['step'] + 5}")
     assert again.returncode == 0, again.stderr
     assert metrics_of(job.folder)[-1]["step"] == state["step"] + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [(TORCHRUN,)], indirect=True)
+def test_a_terminal_that_closes_ends_a_run_below_torchrun_with_a_checkpoint(job: Job) -> None:
+    os.killpg(job.process.pid, signal.SIGHUP)
+    job.process.wait(timeout=40)
+    state = state_of(job.folder)
+    assert (state["error"], state["exit_code"], state["checkpoint"]) == ("SIGHUP", 129, state["step"])
 
 
 @pytest.mark.parametrize("job", [(TORCHRUN, "--timeout-seconds=20")], indirect=True)
@@ -207,13 +217,23 @@ def test_a_run_that_a_shell_started_in_the_background_survives_the_shell(tmp_pat
         while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < deadline, (tmp_path / "output").read_text()
             time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        lines = len(metrics_of(metrics.parent))
+        while len(metrics_of(metrics.parent)) < lines + 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert process.is_running()
     finally:
         process.kill()
 
 
 def test_during_start_up_a_signal_ends_the_process_at_once_and_leaves_no_folder(tmp_path: Path) -> None:
-    for number, codes in ((signal.SIGTERM, (143, -15)), (signal.SIGINT, (130, -2)), (signal.SIGUSR1, (75,))):
+    for number, codes in (
+        (signal.SIGTERM, (143, -15)),
+        (signal.SIGINT, (130, -2)),
+        (signal.SIGUSR1, (75,)),
+        (1, (129,)),
+    ):
         job = Job(tmp_path, PLAIN)
         status = Path(f"/proc/{job.process.pid}/status")
         while not caught(status.read_text()) >> signal.SIGUSR1 - 1 & 1:  # then torch is still to be loaded
