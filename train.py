@@ -192,7 +192,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             report.write(status="finished")
             tracking.log_results(data)
             terminal.draw(evaluation)
-    terminal.result(run.folder, progress.results, tracking.warnings + report.warnings, tracking.sync_command)
+    warnings = run.warnings + tracking.warnings + report.warnings
+    terminal.result(run.folder, progress.results, warnings, tracking.sync_command)
     accelerator.end_training()
 
 

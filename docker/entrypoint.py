@@ -10,7 +10,6 @@ several machines. A launcher turns every exit code into 1: the container ends wi
 """
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -28,6 +27,7 @@ from mnist.config.recipes import RECIPES
 from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
 from mnist.launch.signals import EXIT_CODES
+from mnist.runs.record import read_state
 
 PRECISIONS = CHOICES["mixed_precision"]
 DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's
@@ -145,7 +145,7 @@ def state_files(arguments: Sequence[str]) -> list[Path]:
 
 def launch(plan: Plan, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a launcher, pass on signals to the processes that train, and return what state.json says of their run."""
-    before = {path: path.stat().st_mtime_ns for path in state_files(arguments)}
+    before = {path: changed_at(path) for path in state_files(arguments)}
     launcher = subprocess.Popen(plan.command, env=environment)
     received: list[int] = []
 
@@ -170,11 +170,19 @@ def trained_state(arguments: Sequence[str], before: Mapping[Path, int]) -> dict[
     is_named = flag_value(arguments, "--run-name") or flag_value(arguments, "--resume")
     written: list[tuple[int, dict[str, object]]] = []
     for path in state_files(arguments):
-        changed, state = path.stat().st_mtime_ns, json.loads(path.read_text(encoding="utf-8"))
+        changed, state = changed_at(path), read_state(path)
         here = is_named or str(state.get("process")).endswith(f" on {socket.gethostname()}")
         if before.get(path) != changed and here:
             written.append((changed, state))
     return max(written, key=lambda it: it[0])[1] if written else {}
+
+
+def changed_at(path: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 for one that is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def children_of(pid: int) -> list[int]:
@@ -190,7 +198,7 @@ def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int
 
     A run whose main process was killed is still `running` there; that of a machine which is not the first one may be.
     """
-    if state.get("status") in ("finished", "interrupted", "failed"):
+    if state.get("status") in ("finished", "interrupted", "failed") and isinstance(state.get("exit_code"), int):
         return int(str(state["exit_code"]))
     if received:
         return EXIT_CODES[signal.Signals(received[0])]

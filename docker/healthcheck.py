@@ -21,10 +21,13 @@ def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, st
     """Whether all is well at the time `now`, in seconds since 1970, and why."""
     running = {}
     for path in folder.glob("*/state.json"):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state.get("status") == "running" and state["process"].endswith(f" on {host}"):
-            beaten = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-            running[path.resolve().parent.name] = beaten, state["step"]
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["status"] == "running" and state["process"].endswith(f" on {host}"):
+                beaten = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+                running[path.resolve().parent.name] = beaten, int(state["step"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # not a run's
     if not running:
         return True, "nothing is being trained"
     name = max(running, key=lambda name: running[name])  # one that was killed before may still say that it is running

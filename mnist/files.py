@@ -8,6 +8,7 @@ with storage_errors("runs/x", "how to go on"): ...       # a full disk is a User
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from mnist.errors import UserError
 
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # as temporary_name makes it
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -26,7 +28,15 @@ def temporary_name(path: Path, word: str) -> Path:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a text, or bytes, under another name beside `path`, flush it to the disk, rename."""
+    """Write a text, or bytes, under another name beside `path`, flush it to the disk, rename.
+
+    What is there and is no regular file, a pipe or /dev/stdout, is written through.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as device:
+            device.write(content.encode() if isinstance(content, str) else content)
+        return
+    path = path.resolve()  # a link stays one
     temporary = temporary_name(path, "new")
     try:
         with temporary.open("wb") as file:
@@ -81,28 +91,55 @@ def remove_folder(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Tidy up what processes that were killed while they wrote have left in `folder`. For the owner of its lock."""
-    for path in folder.glob(".*.old.*"):  # taken away, but nothing put in its place
-        if not (place := path.with_name(path.name[1:].rpartition(".old.")[0])).exists():
+    found = [(path, match) for path in folder.glob(".*") if (match := TEMPORARY.fullmatch(path.name))]
+    for path, match in found:  # taken away, but nothing put in its place
+        if match["word"] == "old" and not (place := path.with_name(match["name"])).exists():
             path.rename(place)
-    for word in ("new", "old", "gone"):
-        for path in folder.glob(f".*.{word}.*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path, _ in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path, holder: str) -> FileLock:
+def lock_folder(folder: Path, holder: str) -> FileLock | None:
     """Take the lock on a folder, held until it is released or this process ends, however it does.
 
-    Raises UserError where another process has it; `holder` says who that may be.
+    None on a file system that knows no locks. Raises UserError where another process has it; `holder` says who that
+    may be.
     """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
+        if not knows_locks(folder):
+            return None
         raise UserError(
             f"{folder}: another job is training in this folder{holder}. Wait for it or end it, or choose another"
             " --run-name."
         ) from error
+    except (OSError, NotImplementedError):
+        if knows_locks(folder):
+            raise
+        return None
     return lock
+
+
+def knows_locks(folder: Path) -> bool:
+    """Whether the file system of a folder takes locks: filelock's versions say in several ways that it does not."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    probe = temporary_name(folder / "lock", "new")
+    try:
+        with probe.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
+from mnist.launch.signals import EXIT_CODES
+from tests.support.signals import hear_again
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +81,10 @@ def train_afresh(config: TrainConfig) -> None:
 
 
 def reset_accelerate() -> None:
-    """Accelerate keeps state in the process: forget it."""
+    """Accelerate keeps state in the process: forget it. Signals that a run which has ended ignores are heard again."""
     from accelerate.state import AcceleratorState, GradientState
 
+    hear_again()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -167,9 +170,10 @@ def main_here(
         wandb.teardown()  # it has read the environment
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
-    handler = signal.getsignal(signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
     yield run
-    signal.signal(signal.SIGUSR1, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def user_environment(folder: Path, **variables: str) -> dict[str, str]:

@@ -82,7 +82,7 @@ def parse_flags(
         sections.append((title, section, dataclasses.field(default_factory=section)))
     nested: Any = dataclasses.make_dataclass("Settings", sections, frozen=True)
     booleans = [name for name, kind in types.items() if kind is bool]
-    speaks = os.environ.get("RANK", "0") == "0"  # of many processes, the first says what is wrong
+    speaks = is_first_process()  # of many processes, the first says what is wrong
     try:
         parsed = tyro.cli(
             nested,
@@ -98,6 +98,12 @@ def parse_flags(
         raise
     values = {k: v for section in vars(parsed).values() for k, v in vars(section).items()}
     return dataclasses.replace(defaults, **values)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its job, or the only one, whatever number was left in the environment."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0"
 
 
 def spell_booleans(arguments: Sequence[str], booleans: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ from mnist.data.images import Scale, decode_images, follow_parent, printable, ra
 from mnist.data.layout import a_few
 from mnist.data.loader import MappedImages
 from mnist.errors import UserError
-from mnist.files import flush, remove_leftovers, storage_errors, temporary_name
+from mnist.files import flush, knows_locks, remove_leftovers, storage_errors, temporary_name
 from mnist.launch.hardware import available_cores
 
 FORMAT = 2  # of the file, and of how images are read and fitted: a new number has all of them made anew
@@ -138,16 +138,20 @@ def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
 
 @contextlib.contextmanager
 def _turn(folder: Folder, cache_dir: Path) -> Iterator[None]:
-    """Hold the lock on the folder of caches, and say so where another process has had it for over a second."""
+    """Hold the lock on the folder of caches, and say so where another process has had it for over a second.
+
+    A file system without locks is no obstacle: what two write at the same time is written twice.
+    """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache_dir / ".lock")
         try:
             lock.acquire(timeout=1)
-        except Timeout:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one of a job says it for all
-                print(f"Waiting for another process, which decodes images into {cache_dir} ...", flush=True)
-            lock.acquire()
+        except (Timeout, NotImplementedError, OSError):
+            if knows_locks(cache_dir):
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # one of a job says it for all
+                    print(f"Waiting for another process, which decodes images into {cache_dir} ...", flush=True)
+                lock.acquire()
     except OSError as error:
         raise UserError(
             f"{cache_dir}: cannot be written ({error.strerror}), and {printable(folder.path.name)} is not decoded there"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mnist.data.transforms import images_at_once, scale_pixels
 from mnist.errors import UserError
-from mnist.files import temporary_name
+from mnist.files import temporary_name, write_file
 from mnist.inference.predict import Model, predict
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
@@ -82,6 +82,9 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
                 f" original's, where {LARGEST_DIFFERENCE:.0e} is the most; another version of torch or onnxruntime may"
                 " do better."
             )
+        if path.exists() and not path.is_file():  # a pipe, or /dev/null
+            write_file(path, (temporary / path.name).read_bytes())
+            return difference
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):  # the model itself last
             os.replace(file, path.with_name(file.name))
     finally:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from mnist.config.command_line import given_settings, parse_command_line
+from mnist.config.command_line import given_settings, is_first_process, parse_command_line
 from mnist.config.settings import TrainConfig
 from mnist.errors import UserError
 from mnist.launch.signals import Interrupted, end_at_once, follow_launcher
@@ -57,10 +57,9 @@ def report_failure(error: Exception) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if not is_first_process():
         time.sleep(2)
-        trace = f"Process {rank}: {trace}"
+        trace = f"Process {os.environ['RANK']}: {trace}"
     print(trace, file=sys.stderr, flush=True)
 
 

@@ -87,8 +87,9 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.previous.items():
-            # launchers send more signals while a process is on its way out
-            signal.signal(number, signal.SIG_IGN if isinstance(error, Interrupted) else handler)
+            # launchers send more signals while a process is on its way out, and a run that is finished is finished
+            ended = error is None or isinstance(error, Interrupted)
+            signal.signal(number, signal.SIG_IGN if ended else handler)
         signal.set_wakeup_fd(self.previous_wakeup)
         self.wakeup.close()  # ends the thread
 

@@ -34,6 +34,7 @@ from mnist.files import lock_folder, remove_leftovers, storage_errors, temporary
 from mnist.launch.processes import on_main_process
 from mnist.launch.signals import Interrupted, launcher_command
 from mnist.launch.streams import lost_output
+from mnist.runs.record import read_state
 
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -87,9 +88,8 @@ def job_id() -> str | None:
 def _folder_of_job(parent: Path) -> Path | None:
     """The run that this job began before it was restarted."""
     for path in parent.glob("*/state.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # not a run's
-            if json.loads(path.read_text(encoding="utf-8")).get("job") == job_id():
-                return path.parent.resolve()
+        if (job := read_state(path).get("job")) is not None and job == job_id():
+            return path.parent.resolve()
     return None
 
 
@@ -103,6 +103,8 @@ class Run:
     lock: FileLock | None = None
     resume_command: str = ""
     noted_at: float = 0.0  # by time.monotonic()
+    identity: tuple[int, int] | None = None  # device and inode, by which a folder that was moved is known
+    warnings: list[str] = field(default_factory=list)  # to be shown at the end
 
     @classmethod
     def open(cls, config: TrainConfig, dataset_md5: str) -> "Run":
@@ -125,6 +127,7 @@ class Run:
         """Make `<output_dir>/<run_name>/` with config.yaml, and let `<output_dir>/latest` point to it."""
         parent = Path(config.output_dir)
         name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = None
         try:
             run = cls(_make_folder(parent, name, config), writes=True)
             run._take()
@@ -135,6 +138,8 @@ class Run:
                 f" {shlex.quote(str(parent / name))}."
             ) from error
         except OSError as error:
+            if run is not None:  # nobody would know what it is
+                shutil.rmtree(run.folder, ignore_errors=True)
             raise UserError(
                 f"--output-dir {parent}: cannot be written ({error}). Name one that can: --output-dir /tmp/runs."
             ) from error
@@ -175,16 +180,20 @@ class Run:
         """Lock the folder, see where the run is, and say that it is running."""
         path = self.folder / "state.json"
 
-        def before() -> dict[str, Any]:
-            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-        holder = before().get("process")
+        holder = read_state(path).get("process")
         self.lock = lock_folder(self.folder, f", process {holder}" if holder else "")
+        if self.lock is None:
+            self.warnings.append(f"{self.folder}: its file system knows no locks. Do not start two jobs in it.")
+        self.identity = _identity(self.folder)
         remove_leftovers(self.folder)
-        self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | before()
+        self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | read_state(path)
         self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
         commands = [*self.state.get("commands", []), shlex.join([*_script_command(), *sys.argv[1:]])]
-        _point_latest(self.folder)
+        try:
+            _point_latest(self.folder)
+        except OSError as error:  # a convenience
+            latest = self.folder.with_name("latest")
+            self.warnings.append(f"{latest} does not lead to this run: {error.strerror}.")
         process = f"{os.getpid()} on {socket.gethostname()}"
         self.note(status="running", error=None, exit_code=None, job=job_id(), process=process, commands=commands)
 
@@ -200,11 +209,20 @@ class Run:
     def note(self, **values: Any) -> None:
         """Replace state.json, with these values in it, in one step: a reader finds the old one or the new one."""
         if self.writes:
+            self.check_place()
             self.state |= values | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             if lost := lost_output():
                 self.state["output"] = lost
             write_file(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
             self.noted_at = time.monotonic()
+
+    def check_place(self) -> None:
+        """Before anything is written: raise UserError where the folder was moved or removed meanwhile."""
+        if self.identity is not None and _identity(self.folder) != self.identity:
+            raise UserError(
+                f"{self.folder}: was moved or removed while the run was training in it. Nothing more is written. If it"
+                " is somewhere else, resume it there: --resume PATH"
+            )
 
     @property
     def is_quiet(self) -> bool:
@@ -231,7 +249,7 @@ class Run:
         with storage_errors(self.folder, f"go on: {self.resume_command}"):
             try:
                 self.note(status=status, error=reason, exit_code=exit_code)
-            except OSError:
+            except (OSError, UserError):  # the first error is the one to tell
                 if error is None:
                     raise
             finally:
@@ -276,4 +294,16 @@ def _make_folder(parent: Path, name: str, config: TrainConfig) -> Path:
 def _point_latest(folder: Path) -> None:
     link = temporary_name(folder.with_name("latest"), "new")
     link.symlink_to(folder.name)
-    os.replace(link, folder.with_name("latest"))
+    try:
+        os.replace(link, folder.with_name("latest"))
+    except OSError:
+        link.unlink(missing_ok=True)
+        raise
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -101,6 +101,15 @@ class Record:
         return status
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a state.json says; nothing where it is none, or cannot be read: other programs may call a file so too."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def find_records(parent: Path) -> tuple[list[Record], list[str]]:
     """The runs in a folder of runs, by the time when they were last heard of, and what is wrong with others."""
     records, problems = [], []

@@ -182,6 +182,7 @@ class Checkpoints:
         self.cost = self.saved_at - started
 
     def _write(self, folder: Path, ranks: list[dict[str, Any]]) -> None:
+        self.run.check_place()
         check_finite(self.net)
         tensors, optimizer = flatten(self.optimizer.state_dict())
         state = {

@@ -28,7 +28,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from entrypoint import UsageError, exit_code, flag_value, plan, state_files
+from entrypoint import UsageError, exit_code, flag_value, plan, state_files, trained_state
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
@@ -191,6 +191,20 @@ def test_only_what_this_container_has_trained_counts(tmp_path: Path) -> None:
     write("mine", "failed")
     write("theirs", "finished", host="another")
     assert status() == "failed"
+
+
+FOREIGN = ("", "[]", "5", "[" * 100_000, '{"status": "running"}', '{"status": "running", "process": 5}', "\xff")
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_state_json_neither_ends_a_container_nor_makes_it_unhealthy(content: str, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    flags = [f"--output-dir={tmp_path}"]
+    before = dict.fromkeys(state_files(flags), 0)
+    (tmp_path / "foreign" / "state.json").write_text(content, encoding="latin-1")
+    state = trained_state(flags, before)
+    assert exit_code(state, 0, []) == 0
+    assert healthcheck.verdict(tmp_path, "here", 0, 60)[0]
 
 
 def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:

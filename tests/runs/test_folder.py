@@ -1,11 +1,14 @@
 """The folder of a run and its state."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import pytest
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.launch.signals import Interrupted
-from mnist.runs.folder import Run, find_run
+from mnist.runs.folder import Run, find_run, find_run_here
 from tests.conftest import state_of
 
 
@@ -111,8 +114,8 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once_and_a_dead_one_leave
 
 def test_a_run_that_is_taken_up_keeps_its_id_and_what_may_change_is_kept_in_its_settings(tmp_path: Path) -> None:
     with Run.create(config(tmp_path, "mine")) as run:
-        (run.folder / ".model.new.12ab").mkdir()
-        (run.folder / ".state.json.new.12ab").write_text("half of it")
+        (run.folder / ".model.new.0123abcd").mkdir()
+        (run.folder / ".state.json.new.0123abcd").write_text("half of it")
     again = dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder), epochs=9, batch_size=77)
     with Run.reopen(again, "") as taken_up:
         assert taken_up.id == run.id
@@ -147,3 +150,73 @@ def test_what_processes_with_the_same_number_have_left_behind_is_no_obstacle(
     (runs / ".latest.new.1").symlink_to("mine")
     with Run.create(config(tmp_path, "mine")) as run:
         assert (runs / "latest").resolve() == run.folder
+
+
+def test_only_what_this_project_names_so_is_tidied_away(tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        (run.folder / ".notes.new.md").write_text("somebody's")
+        (run.folder / ".old.photos").mkdir()
+    with Run.reopen(dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder)), ""):
+        assert (run.folder / ".notes.new.md").read_text() == "somebody's"
+        assert (run.folder / ".old.photos").is_dir()
+
+
+def refuse(error: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return fail
+
+
+def test_a_latest_that_cannot_be_renewed_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "latest").mkdir(parents=True)  # as cp -rL leaves it
+    (tmp_path / "runs" / "latest" / "state.json").write_text("{}")
+    with Run.create(config(tmp_path, "one")) as run:
+        run.note(step=1)
+    assert [warning.rpartition(":")[0] for warning in run.warnings] == [
+        f"{tmp_path / 'runs' / 'latest'} does not lead to this run"
+    ]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", "one"]
+    monkeypatch.setattr(Path, "symlink_to", refuse(errno.EPERM))
+    with Run.create(config(tmp_path, "two")) as run:
+        assert "Operation not permitted" in run.warnings[0]
+    assert state_of(run.folder)["status"] == "finished"
+
+
+def test_a_file_system_without_locks_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", refuse(errno.ENOLCK))
+    with Run.create(config(tmp_path, "mine")) as run:
+        assert "its file system knows no locks" in run.warnings[0]
+    assert state_of(run.folder)["status"] == "finished"
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist.runs.folder.lock_folder", refuse(errno.EIO))
+    with pytest.raises(UserError, match="cannot be written"):
+        Run.create(config(tmp_path, "mine"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("act", ["moved", "replaced", "removed"])
+def test_a_folder_that_was_moved_or_removed_meanwhile_is_written_no_more(act: str, tmp_path: Path) -> None:
+    run = Run.create(config(tmp_path, "mine"))
+    if act == "removed":
+        shutil.rmtree(run.folder)
+    else:
+        run.folder.rename(tmp_path / "elsewhere")
+    if act == "replaced":
+        run.folder.mkdir()
+    with pytest.raises(UserError, match="mine: was moved or removed while the run was training in it"), run:
+        run.note(step=5)
+    assert not run.folder.exists() or list(run.folder.iterdir()) == []
+    if act != "removed":
+        assert state_of(tmp_path / "elsewhere")["step"] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", '"x"', "[" * 100_000, '{"job": null}', "\x00"])
+def test_a_foreign_state_json_is_none_of_a_runs(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "foreign").mkdir(parents=True)
+    (tmp_path / "runs" / "foreign" / "state.json").write_text(content)
+    (tmp_path / "runs" / "odd" / "state.json").mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_run_here(config(tmp_path), ()).resume is None

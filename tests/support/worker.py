@@ -35,6 +35,7 @@ from mnist.models.by_name import build_model
 from mnist.reporting.report import LiveReport
 from mnist.training.evaluate import evaluate
 from mnist.training.losses import LOSSES
+from tests.support.signals import hear_again
 
 GLOBAL_BATCH = 24
 WRITE_REPORT = LiveReport.write
@@ -89,6 +90,7 @@ def compare_weights(accelerator: Accelerator) -> None:
 
 
 def new_accelerate() -> None:
+    hear_again()
     AcceleratorState._reset_state()
     GradientState._reset_state()
 

@@ -232,6 +232,20 @@ def test_a_checkpoint_that_is_whole_but_holds_what_cannot_be_is_refused(
     assert state_of(begun)["status"] == "finished"
 
 
+def test_a_pipe_or_a_device_is_written_through_and_a_link_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "link", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    (tmp_path / "other").symlink_to("file")
+    write_file(tmp_path / "other", "here")
+    assert (tmp_path / "file").read_text() == "here"
+    assert (tmp_path / "other").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "other", "pipe"]
+
+
 def test_metrics_that_are_gone_are_missed_aloud(
     begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
