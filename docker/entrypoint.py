@@ -94,8 +94,8 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int)
 def _whole_number(variable: str, environment: Mapping[str, str]) -> int | None:
     """The value of a variable, None where it is not set or empty, as Compose passes what the user has not set."""
     value = environment.get(variable, "")
-    if value and not (value.isdecimal() and int(value) > 0):
-        raise UsageError(f"{variable}={value}: must be a whole number of at least 1.")
+    if value and not (value.isdecimal() and len(value) < 10 and int(value) > 0):
+        raise UsageError(f"{variable}={value:.50}: must be a whole number of at least 1.")
     return int(value) if value else None
 
 
@@ -120,6 +120,8 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
         return {"WANDB_API_KEY": path.read_text(encoding="utf-8").strip()}
     except OSError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"WANDB_API_KEY_FILE={path}: holds no text, and so no key.") from error
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:

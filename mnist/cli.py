@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
 MOST_LETTERS = 24  # of a class's name in a table
+MOST_BYTES = 240  # of a file's name
 MOST_DRAWN = 40  # images and answers in one figure
 TRAINING = "Training starts in a checkout of the project: accelerate launch train.py"
 CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compared with its original
@@ -189,7 +190,8 @@ def write_input(folder: Path, name: str, found: "Prediction") -> None:
 
     assert found.seen is not None
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(found.seen.numpy()).save(folder / f"{name}.png")
+    cut = name.encode(errors="surrogateescape")[:MOST_BYTES].decode(errors="ignore")  # where a name ends at 255 bytes
+    Image.fromarray(found.seen.numpy()).save(folder / f"{cut}.png")
 
 
 def draw_digits(options: argparse.Namespace) -> None:

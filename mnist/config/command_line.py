@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from mnist.config.settings import CHOICES, TrainConfig, check_choice, flag
 from mnist.errors import ConfigError
 
+NARROWEST = 40  # columns of a terminal
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every profile seed",
     "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
@@ -82,6 +83,8 @@ def parse_flags(
         sections.append((title, section, dataclasses.field(default_factory=section)))
     nested: Any = dataclasses.make_dataclass("Settings", sections, frozen=True)
     booleans = [name for name, kind in types.items() if kind is bool]
+    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)  # tyro's help never ends in one column
     speaks = is_first_process()  # of many processes, the first says what is wrong
     try:
         parsed = tyro.cli(

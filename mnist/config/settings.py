@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mnist.errors import ConfigError
 
@@ -38,6 +38,10 @@ MAY_CHANGE = {
 
 SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
 """Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
+
+LONGEST_WAIT = 30 * 24 * 3600  # seconds
+LARGEST_NUMBER = 10**12
+TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 DATA_FOLDER = PROJECT_FOLDER / "data" if (PROJECT_FOLDER / "train.py").is_file() else Path("data")
@@ -151,8 +155,11 @@ class TrainConfig:
     """How long a process waits for the others before it gives up, and with it the job."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "timeout_seconds"):
+        for field in dataclasses.fields(self):
+            self._require_type(field.name, get_args(field.type) or (field.type,))
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, "a whole number of at least 1")
+        self._require("timeout_seconds", 1 <= self.timeout_seconds <= LONGEST_WAIT, "from 1 to 2,592,000, a month")
         for name in (
             *("log_every", "checkpoint_every", "limit_train_images", "limit_test_images", "max_steps"),
             "global_batch_size",
@@ -176,7 +183,10 @@ class TrainConfig:
         # paths are kept whole: a run may be resumed from another folder
         object.__setattr__(self, "data_dir", str(Path(self.data_dir).expanduser().absolute()))
         if is_path(self.dataset):
-            object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
+            try:
+                object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
+            except (RuntimeError, ValueError) as error:  # no such user, a zero byte
+                raise ConfigError(f"--dataset {self.dataset}: no path: {error}") from error
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
         if self.model not in CHOICES["model"]:
@@ -194,6 +204,15 @@ class TrainConfig:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
             check_choice("trackers", tracker, CHOICES["trackers"])
+
+    def _require_type(self, name: str, kinds: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        accepted = {*kinds, *((int,) if float in kinds else ())}
+        words = " or ".join(TYPES[kind] for kind in kinds if kind is not type(None))
+        if type(value) not in accepted:
+            raise ConfigError(f"{flag(name)} {value!r:.100}: must be {words}.")
+        too_many = type(value) is int and abs(value) > LARGEST_NUMBER
+        self._require(name, not too_many, f"at most {LARGEST_NUMBER:,}")
 
     def _require(self, name: str, holds: object, accepted: str) -> None:
         if not holds:
@@ -274,18 +293,34 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TrainConfig":
         """Read a file of what `to_yaml` gave; ConfigError for settings that do not exist or cannot be."""
-        import yaml
-
-        try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: no YAML: {error}") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path}: holds no settings.")
+        settings = read_settings(Path(path))
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; was it written by another version?")
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            hint = " (YAML takes 1e-3 for text: write 1.0e-3.)" if re.search(r"'[\d.]+e", str(error)) else ""
+            raise ConfigError(f"{path}: {error}{hint}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a config.yaml, by name; ConfigError for what is no flat mapping of plain values."""
+    import yaml
+
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no file.")
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{path}: no YAML that can be read: {problem}") from error
+    plain = (str, int, float, bool, type(None))
+    if not isinstance(settings, dict) or not all(
+        isinstance(name, str) and isinstance(value, plain) for name, value in settings.items()
+    ):
+        raise ConfigError(f"{path}: holds no settings, a name and a value each.")
+    return settings
 
 
 def flag(name: str) -> str:

@@ -4,6 +4,7 @@ end_process(run_process(train, RECIPES))
 """
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -56,7 +57,9 @@ def report_failure(error: Exception) -> None:
     trace = message if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+        content = json.dumps({"message": {"message": message, "extraInfo": details}})
+        with contextlib.suppress(OSError):  # the launcher's own place for it, which it does not need
+            Path(path).write_text(content, encoding="utf-8")
     if not is_first_process():
         time.sleep(2)
         trace = f"Process {os.environ['RANK']}: {trace}"

@@ -128,6 +128,8 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
                 " whole model. Launch with one of accelerate_configs/."
             )
     variable = next((name for name in RANK_OF if name in environment), None)
+    if "LOCAL_WORLD_SIZE" in environment and _whole_number("LOCAL_WORLD_SIZE", environment) < 1:
+        raise ConfigError("LOCAL_WORLD_SIZE=0: at least this process is on this machine. Unset it.")
     if variable is None:
         return
     size = _whole_number(variable, environment)
@@ -185,7 +187,7 @@ def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
 
 def _whole_number(variable: str, environment: Mapping[str, str]) -> int:
     value = environment[variable]
-    if not value.isdecimal():
+    if not (value.isdecimal() and len(value) < 10):
         raise ConfigError(f"{variable}={value} in the environment: must be a whole number; launchers set it.")
     return int(value)
 

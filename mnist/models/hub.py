@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
-from mnist.errors import UserError
+from mnist.errors import ConfigError, UserError
 from mnist.models.saved import ModelConfig, load_model, save_model
 
 SECONDS_FOR_ANSWER = 5
@@ -49,6 +49,8 @@ def load_from_hub(name: str) -> tuple[nn.Module, ModelConfig]:
         urllib.request.urlopen(constants.ENDPOINT, timeout=SECONDS_FOR_ANSWER).close()
     except urllib.error.HTTPError:
         pass  # it answers
+    except ValueError as error:
+        raise ConfigError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; it begins with https://.") from error
     except OSError:
         reachable = False
     try:

@@ -5,6 +5,7 @@ model, config = load_model(folder / "model")
 """
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -14,11 +15,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mnist.data.images import printable
 from mnist.data.loader import ImageData
 from mnist.errors import UserError
 from mnist.files import new_folder
 from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
+
+LARGEST_SIDE = 1024  # pixels, as of --image-size: what a small file can make large is bounded
+MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -68,32 +73,87 @@ def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
 def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     """Build the model that `save_model` wrote, in evaluation mode, on the CPU.
 
-    Raises UserError where `folder` holds none.
+    Raises UserError where `folder` holds none, or files that are not those of one.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
+        config = read_config(folder / "config.json")
+        weights = read_weights(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no model here ({error.filename} is missing).") from error
-    config = ModelConfig(
-        architecture=values["architecture"],
-        class_names=tuple(values["class_names"]),
-        image_size=tuple(values["image_size"]),
-        dataset=values["dataset"],
-        channels=values.get("channels", 1),  # which the first versions did not write
-        preparation=values.get("preparation", "digit" if values["dataset"] == "mnist" else "none"),
-        normalized=values.get("normalized", False),
-        scale=tuple(values["scale"]) if values.get("scale") else None,
-    )
+    except OSError as error:
+        raise UserError(f"{folder}: {error.filename} cannot be read: {error.strerror}.") from error
     # what it is filled with comes with the weights
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
     model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # torch names all that does not fit
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: model.safetensors is not of the model in config.json: {problem}") from error
+    if broken := non_finite_parameters(model):
+        raise UserError(
+            f"{folder}: the weights {', '.join(broken[:3])} hold NaN or infinity. Its answers would be none."
+        )
     return model.eval(), config
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The description of a model in a config.json; UserError for what is none."""
+    try:
+        values = json.loads(_regular(path).read_text(encoding="utf-8"))
+        config = ModelConfig(
+            architecture=_text(values["architecture"]),
+            class_names=tuple(printable(_text(name)) for name in values["class_names"]),
+            image_size=(_side(values["image_size"][0]), _side(values["image_size"][1])),
+            dataset=printable(_text(values["dataset"])),
+            channels={1: 1, 3: 3}[values.get("channels", 1)],  # which the first versions did not write
+            preparation=_text(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
+            normalized=bool(values.get("normalized", False)),
+            scale=(float(values["scale"][0]), float(values["scale"][1])) if values.get("scale") else None,
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not the description of a model ({printable(problem)[:200]}).") from error
+    if not 1 <= len(config.class_names) <= MOST_CLASSES:
+        raise UserError(f"{path}: {len(config.class_names):,} classes, where 1 to {MOST_CLASSES:,} can be.")
+    return config
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError for what is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with _regular(path).open("rb") as file:
+        start = file.read(100)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of Git LFS, not the weights. Fetch them: git lfs pull")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, MemoryError) as error:
+        problem = "an empty file" if not start else f"cut off, or another format: {error}"
+        raise UserError(f"{path}: no safetensors ({printable(problem)[:200]}). Fetch it again.") from error
+
+
+def _regular(path: Path) -> Path:
+    """The path itself; OSError where it is no file that ends, as a pipe."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} is no text")
+    return value
+
+
+def _side(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= LARGEST_SIDE:
+        raise ValueError(f"a side of {value!r:.50} pixels, where 1 to {LARGEST_SIDE:,} can be")
+    return value
 
 
 def check_finite(model: nn.Module) -> None:

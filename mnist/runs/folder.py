@@ -150,8 +150,13 @@ class Run:
         """Take up the run in the folder `config.resume`, with what of its settings has changed."""
         folder = Path(str(config.resume))
         if (folder / "environment.json").is_file():
-            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            before = environment["dataset_md5"]
+            environment = read_state(folder / "environment.json")
+            before = environment.get("dataset_md5")
+            if before is None:
+                raise UserError(
+                    f"{folder / 'environment.json'}: cannot be read. It says on which images this run began: restore it"
+                    " from a backup, or start another run."
+                )
             if before != dataset_md5 and "version" not in environment and is_path(config.dataset):
                 raise ConfigError(
                     f"--resume {folder}: an earlier version of this project began this run, whose networks took the"

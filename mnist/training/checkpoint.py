@@ -282,7 +282,11 @@ def read_whole(folder: Path) -> dict[str, bytes]:
 
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        files = {name: (folder / name).read_bytes() for name in manifest}
+        files = {}
+        for name in manifest:
+            if Path(name).name != name or ((folder / name).exists() and not (folder / name).is_file()):
+                raise DamagedError(f"{name} is no file of it")  # a pipe would never end
+            files[name] = (folder / name).read_bytes()
         for name, content in files.items():
             if fingerprint(content) != manifest[name]:
                 raise DamagedError(f"{name} is not what was written")

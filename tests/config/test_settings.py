@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -193,3 +194,55 @@ def test_every_name_that_may_be_chosen_is_there() -> None:
     assert tuple(OPTIMIZERS) == CHOICES["optimizer"]
     for name in CHOICES["schedule"]:
         assert schedule_factor(name, 0, warmup_steps=0, total_steps=10) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1e-3", "--learning-rate '1e-3': must be a number. (YAML takes 1e-3 for text: write 1.0e-3.)"),
+        ("epochs: '3'", "--epochs '3': must be a whole number."),
+        ("epochs: null", "--epochs None: must be a whole number."),
+        ("epochs: true", "--epochs True: must be a whole number."),
+        ("epochs: 1.5", "--epochs 1.5: must be a whole number."),
+        ("epochs: [3]", "holds no settings, a name and a value each."),
+        ("augment: 1", "--augment 1: must be true or false."),
+        ("dataset: 5", "--dataset 5: must be text."),
+        ("3: 4", "holds no settings"),
+        ("5", "holds no settings"),
+        ("", "holds no settings"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "holds no settings"),
+        ("[" * 3000, "no YAML that can be read"),
+        ("\x00", "no YAML that can be read"),
+        ("no_such: 1", "unknown settings no_such"),
+    ],
+)
+def test_a_config_yaml_by_hand_is_read_or_refused_with_the_name_and_the_value(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        TrainConfig.load(tmp_path / "config.yaml")
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout_seconds": 99999999999999},
+        {"gradient_accumulation_steps": 10**21},
+        {"seed": -1},
+        {"dataset": "~nosuchuser/x"},
+        {"dataset": "a/\0b"},
+    ],
+)
+def test_values_beyond_all_bounds_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--" + next(iter(settings)).replace("_", "-")):
+        TrainConfig(**settings)
+
+
+def test_help_ends_in_a_terminal_of_one_column() -> None:
+    environment = os.environ | {"COLUMNS": "1"}
+    command = [sys.executable, "train.py", "--help"]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, env=environment, capture_output=True, timeout=20, check=True)
+    assert b"--learning-rate" in done.stdout

@@ -232,6 +232,27 @@ def test_a_checkpoint_that_is_whole_but_holds_what_cannot_be_is_refused(
     assert state_of(begun)["status"] == "finished"
 
 
+@pytest.mark.parametrize("name", ["pipe", "../../config.yaml", "/dev/zero"])
+def test_a_manifest_names_only_files_of_its_checkpoint(name: str, begun: Path, resume_here: ResumeHere) -> None:
+    newest = checkpoints_of(begun)[-1]
+    os.mkfifo(newest / "pipe")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(manifest | {name: {}}))
+    resume_here(begun)
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_an_environment_json_that_cannot_be_read_is_named(content: str, begun: Path, resume_here: ResumeHere) -> None:
+    (begun / "environment.json").write_text(content)
+    with pytest.raises(UserError, match=r"environment\.json: cannot be read"):
+        resume_here(begun)
+    (begun / "state.json").write_text(content)
+    (begun / "environment.json").unlink()
+    resume_here(begun)
+    assert state_of(begun)["status"] == "finished"
+
+
 def test_a_pipe_or_a_device_is_written_through_and_a_link_stays_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
