@@ -123,9 +123,10 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def predict_images(options: argparse.Namespace) -> int:
     """A row, or an object, an image; images that cannot be read are named, skipped, and make the exit code 1."""
-    from mnist.data.images import find_images, printable, read_image
+    from mnist.data.images import find_images, read_image
     from mnist.errors import ConfigError, ImageError
     from mnist.inference.predict import load
+    from mnist.launch.streams import printable
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1.")
@@ -266,11 +267,11 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from accelerate.utils import DataLoaderConfiguration
 
     from mnist.config.settings import TrainConfig
-    from mnist.data.images import printable
     from mnist.data.loader import build_batches
     from mnist.data.transforms import images_at_once, scale_pixels
     from mnist.inference.predict import load
     from mnist.launch.hardware import choose_threads
+    from mnist.launch.streams import printable
     from mnist.reporting.snapshots import cut
     from mnist.training.evaluate import evaluate
     from mnist.training.losses import LOSSES
@@ -318,19 +319,22 @@ def export_model(options: argparse.Namespace) -> None:
 def list_runs(options: argparse.Namespace) -> None:
     """Name, recipe, epochs, test accuracy, time and state of each run, the newest last."""
     from mnist.errors import ConfigError
+    from mnist.launch.streams import printable
     from mnist.reporting.report import duration, percent
     from mnist.runs.record import find_records
 
     records, problems = find_records(options.folder)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     if not records:
         raise ConfigError(f"{options.folder}: no runs are in this folder. `accelerate launch train.py` makes one.")
     rows = [("run", "recipe", "epochs", "test accuracy", "time", "state")]
     for it in records:
         accuracy = percent(it.last.get("test/accuracy"))
         epochs = f"{it.last.get('epoch', 0)}/{it.config['epochs']}"
-        rows.append((it.name, it.config["recipe"], epochs, accuracy, duration(it.seconds), it.status))
+        rows.append(
+            (printable(it.name), printable(it.config["recipe"]), epochs, accuracy, duration(it.seconds), it.status)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, recipe, epochs, accuracy, seconds, status in rows:
         cells = (name.ljust(widths[0]), recipe.ljust(widths[1]), epochs.rjust(widths[2]))

@@ -117,6 +117,7 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
         reset_accelerate()
         small: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 100, "epochs": 1, "trackers": "none"}
         train(TrainConfig(**(small | settings), output_dir=str(tmp_path / "runs"), run_name=name))
+        hear_again()  # what is started next inherits what is ignored
         return tmp_path / "runs" / name
 
     return run
@@ -130,6 +131,7 @@ def resume_here(fresh_accelerate: None) -> ResumeHere:
     def resume(folder: Path, **settings: Any) -> Path:
         reset_accelerate()
         train(TrainConfig(resume=str(folder), **settings), given=frozenset({"resume", *settings}))
+        hear_again()
         return folder
 
     return resume
@@ -167,6 +169,7 @@ def main_here(
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         capsys.readouterr()
         code = main()
+        hear_again()
         wandb.teardown()  # it has read the environment
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 

@@ -33,12 +33,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mnist.data.folders import Folder, reasons
-from mnist.data.images import Scale, decode_images, follow_parent, printable, ranges_of, scale_of, survey_images
+from mnist.data.images import Scale, decode_images, follow_parent, ranges_of, scale_of, survey_images
 from mnist.data.layout import a_few
 from mnist.data.loader import MappedImages
 from mnist.errors import UserError
 from mnist.files import flush, knows_locks, remove_leftovers, storage_errors, temporary_name
 from mnist.launch.hardware import available_cores
+from mnist.launch.streams import printable
 
 FORMAT = 2  # of the file, and of how images are read and fitted: a new number has all of them made anew
 FOOTER = struct.Struct("<Q8s")  # at the end: the length of the text before it, and who wrote it

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
-from mnist.data.images import printable
 from mnist.data.layout import a_few
 from mnist.data.loader import ImageData, MappedImages, Normalization, Split, cut_off
 from mnist.errors import ConfigError, UserError
+from mnist.launch.streams import printable
 
 TEST_FRACTION = 0.2  # of the images of each class, where a folder does not say what to test on
 LEAST_DEVIATION = 1 / 255  # of the pixels of a data set: images of one shade are not blown up to noise

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist.data.images import printable
 from mnist.data.layout import PARTS, Layout, Tree, a_few, find_layout
 from mnist.errors import ConfigError, UserError
+from mnist.launch.streams import printable
 
 
 class File(NamedTuple):

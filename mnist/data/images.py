@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist.errors import ImageError
+from mnist.launch.streams import printable
 
 # A photograph of 12 to 50 million pixels is common; one of 64 takes 200 MB in colour, a few times that in all
 MOST_PIXELS = 64_000_000
@@ -333,8 +334,3 @@ def _on_paper(image: Image.Image) -> Image.Image:
     white_ink = opaque.any() and not opaque.all() and (opaque & dark).sum() < 0.002 * opaque.sum()
     paper = Image.new("RGBA", image.size, "black" if white_ink else "white")
     return Image.alpha_composite(paper, image).convert("RGB")
-
-
-def printable(text: str) -> str:
-    """Text for one line of a terminal: control characters, line ends and bytes that are no text are written out."""
-    return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)

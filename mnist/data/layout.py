@@ -17,7 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from mnist.data.images import IMAGE_SUFFIXES, printable
+from mnist.data.images import IMAGE_SUFFIXES
+from mnist.launch.streams import printable
 
 PARTS = ("train", "val", "test")
 WORDS = {

@@ -2,6 +2,7 @@
 
 keep_output()                   # from now on sys.stdout and sys.stderr never raise
 lost_output()                   # "standard output: No space left on device", once something could not be written
+print(printable(name))          # one line, whatever is in it
 """
 
 import errno
@@ -69,6 +70,11 @@ def lost_output() -> str | None:
         if isinstance(raw, LastingOutput) and raw.lost:
             return f"{words}: {raw.lost}"
     return None
+
+
+def printable(text: str) -> str:
+    """Text for one line of a terminal: control characters, line ends and bytes that are no text are written out."""
+    return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)
 
 
 def _is_own(stream: io.TextIOWrapper) -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mnist.data.images import printable
 from mnist.data.loader import ImageData
 from mnist.errors import UserError
 from mnist.files import new_folder
+from mnist.launch.streams import printable
 from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
 

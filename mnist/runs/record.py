@@ -8,8 +8,9 @@ record.last["test/accuracy"], record.status
 import base64
 import io
 import json
+import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from mnist.config.settings import read_settings
 from mnist.errors import ConfigError
+from mnist.launch.streams import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_POINTS = 1000  # of a curve, in a report
+DATA_ADDRESS = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # an address that calls nobody
 MOST_MOMENTS = 12  # of the training, where images are followed through it
 
 
@@ -40,22 +44,20 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """Raises ConfigError for a folder that is not a run's, or whose files are not what was written."""
-        import yaml
-
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"{folder}: no run is there, for it has no config.yaml. `mnist runs` lists them.")
         try:
-            config = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+            config = read_settings(folder / "config.yaml")
             state, environment, evaluation = (
                 _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
             )
             lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-            if not {"epochs", "recipe", "dataset", "model"} <= config.keys() or not all(
-                "step" in line for line in lines
-            ):
-                raise ValueError("it is not of this version")
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise ConfigError(f"{folder}: a file of this run cannot be read: {' '.join(str(error).split())}") from error
+            expect(config, {"epochs": int, "recipe": str, "dataset": str, "model": str}, "config.yaml")
+            if evaluation is not None:
+                check_evaluation(evaluation)
+        except (ConfigError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            problem = printable(" ".join(str(error).split()) or type(error).__name__)
+            raise ConfigError(f"{folder}: a file of this run cannot be read: {problem[:300]}") from error
         return cls(folder.resolve(), config, state or {}, environment or {}, lines, evaluation)
 
     @property
@@ -93,7 +95,7 @@ class Record:
     @property
     def status(self) -> str:
         """`finished`, `failed`, `interrupted`, `running`, or `killed` where nothing runs that should."""
-        status = str(self.state.get("status", "unknown"))
+        status = printable(str(self.state.get("status", "unknown")))
         if status == "running":
             process, _, host = str(self.state.get("process", "")).partition(" on ")
             if host == socket.gethostname() and not (process.isdecimal() and psutil.pid_exists(int(process))):
@@ -124,11 +126,72 @@ def find_records(parent: Path) -> tuple[list[Record], list[str]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that is being written is left out."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = [json.loads(line, parse_constant=_refuse) for line in whole.split("\n")] if whole else []
+    for line in lines:
+        expect(line, {"step": int}, "a line of metrics.jsonl")
+        for name, value in line.items():
+            if type(value) not in (int, float):
+                raise ValueError(f"{name} is {value!r:.50} in metrics.jsonl, where a number is needed")
+    return lines
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    expect(values, {}, path.name)
+    return dict(values)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that is written here")
+
+
+def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
+    """Raise ValueError unless these are named values, those of `kinds` among them and of these kinds."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {values!r:.50}, where named values are needed")
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{where}: {name} is {value!r:.50}, where {kind.__name__} is needed")
+
+
+def check_evaluation(evaluation: Mapping[str, Any]) -> None:
+    """Raise ValueError, or what it is made of raises, for an evaluation.json that snapshots.py cannot have written."""
+    kinds = {"step": int, "epoch": int, "class_names": list, "images": list, "correct": list, "confusion": dict}
+    expect(evaluation, kinds | {"mistakes": list, "examples": list, "history": list}, "evaluation.json")
+    classes = range(len(evaluation["class_names"]))
+    counts, names = evaluation["confusion"]["counts"], evaluation["confusion"]["names"]
+    numbers = [*evaluation["images"], *evaluation["correct"], evaluation["confusion"]["within"]]
+    numbers += [count for row in counts for count in row]
+    fits = (
+        len(classes) == len(evaluation["images"]) == len(evaluation["correct"])
+        and len(names) == len(counts) == len(counts[0])
+        and len({len(row) for row in counts}) == 1
+        and all(type(it) is int and it >= 0 for it in numbers)
+        and all(type(name) is str for name in (*evaluation["class_names"], *names))
+        and all(
+            len(it["predictions"]) == len(it["probabilities"]) == len(evaluation["examples"])
+            and all(prediction in classes for prediction in it["predictions"])
+            and all(0 <= probability <= 1 for probability in it["probabilities"])
+            and type(it["step"]) is int
+            for it in evaluation["history"]
+        )
+    )
+    if not fits:
+        raise ValueError("evaluation.json: its figures do not belong together")
+    for it in (*evaluation["mistakes"], *evaluation["examples"]):
+        expect(it, {"place": int, "truth": int, "image": str}, "an image in evaluation.json")
+        if it["truth"] not in classes or not DATA_ADDRESS.match(it["image"]):
+            raise ValueError(f"evaluation.json: no image of a class: {it['truth']}, {it['image']:.50}")
+    for it in evaluation["mistakes"]:
+        expect(it, {"prediction": int, "second": int, "probability": float, "second_probability": float}, "a mistake")
+        if it["prediction"] not in classes or it["second"] not in classes:
+            raise ValueError("evaluation.json: a mistake without a class")
+    for it in evaluation["examples"]:
+        if not all(number in classes and 0 <= share <= 1 for number, share in it["likeliest"]):
+            raise ValueError("evaluation.json: an example without a class")
 
 
 def pixels(address: str) -> "Image":

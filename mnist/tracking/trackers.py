@@ -22,7 +22,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from mnist.data.loader import ImageData
-from mnist.errors import ConfigError
+from mnist.errors import ConfigError, UserError
 from mnist.runs.record import Record
 from mnist.tracking.wandb_run import Made, Used, WandbRun, first_line
 
@@ -175,7 +175,11 @@ class Tracking:
         """At the end of a run on `data`: what it got right and wrong, and its models, for W&B."""
         if self.wandb is None:
             return
-        record = Record.read(self.folder)
+        try:
+            record = Record.read(self.folder)
+        except UserError as error:  # somebody has written into its files
+            self.warnings.append(f"W&B was not sent the results: {error}")
+            return
         if record.evaluation is None:
             return
         has_best = (self.folder / "best").exists()  # else there is nothing to choose by: the last one is the result

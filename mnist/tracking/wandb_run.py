@@ -11,9 +11,11 @@ WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, WANDB_MODE, WANDB_BASE_URL and the
 
 import contextlib
 import os
+import re
 import shlex
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -175,7 +177,7 @@ class WandbRun:
         def send(run: Any) -> None:
             try:
                 run.log({"step": evaluation["step"], "epoch": evaluation["epoch"], **_media(evaluation)})
-                for artifact in [_use(run, data), *(_make(run, model) for model in models)]:
+                for artifact in [*(_make(run, model) for model in models), _use(run, data)]:
                     if not run.offline:
                         artifact.wait()
             except Exception as error:  # of many types
@@ -231,7 +233,7 @@ def _use(run: Any, data: Used) -> Any:
     """By reference, with the checksums of the files: no image is sent."""
     import wandb
 
-    artifact = wandb.Artifact(data.name, type="dataset", metadata=dict(data.metadata))
+    artifact = wandb.Artifact(artifact_name(data.name), type="dataset", metadata=dict(data.metadata))
     for path in data.files:
         artifact.add_reference(path.resolve().as_uri(), name=path.name)
     if not data.files:  # a folder of many pictures: its content is told from another's by this line
@@ -239,6 +241,12 @@ def _use(run: Any, data: Used) -> Any:
             file.write(data.metadata["md5"])
     # what use_artifact does with a new artifact, but it refuses to offline
     return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
+
+def artifact_name(name: str) -> str:
+    """A name as W&B takes it: letters of ASCII, digits, `-_.`, 128 at most. `Übung 1` becomes `Ubung-1`."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")[:128] or "dataset"
 
 
 def _make(run: Any, model: Made) -> Any:

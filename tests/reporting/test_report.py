@@ -1,19 +1,23 @@
 """The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
 
+import copy
 import io
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mnist.cli import main
@@ -185,6 +189,75 @@ def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pyt
     assert f"{100 * record.last['test/accuracy']:.2f} %" in line
     assert line.split()[1:3] == ["tutorial", "3/3"]
     assert line.split()[-1] == "finished"
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    10**30,
+    1.5,
+    math.nan,
+    math.inf,
+    "x",
+    "\x1b[2J",
+    "",
+    [],
+    ["x"],
+    [[]],
+    {},
+    {"a": 1},
+)
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places in a value, that of the value itself first; of a list only the first element's."""
+    yield place
+    inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for key, it in inner:
+        yield from places(it, (*place, key))
+
+
+def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value at a place; without it, where that is `...`."""
+    if not place:
+        return new
+    copied = container = copy.deepcopy(value)
+    for key in place[:-1]:
+        container = container[key]
+    if new is ...:
+        del container[place[-1]]
+    else:
+        container[place[-1]] = new
+    return copied
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "state.json", "environment.json", "evaluation.json", "metrics.jsonl"])
+def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    path = make_run(tmp_path / "odd").folder / name
+    if name == "environment.json":
+        path.write_text(json.dumps({"device": "cpu", "processes": "1 process", "threads": 1, "torch": "2"}))
+    text = path.read_text()
+    known = [json.loads(line) for line in text.splitlines()] if name == "metrics.jsonl" else yaml.safe_load(text)
+    contents = ["", "\0", "[" * 100_000, "\x1b[2J", text[: len(text) // 2]]
+    for place in places(known):
+        for new in (*ODD, ...):
+            if place or new is not ...:
+                value = changed(known, place, new)
+                lines = value if name == "metrics.jsonl" and isinstance(value, list) else [value]
+                contents.append("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(contents) > 50
+    for content in contents:
+        path.write_text(content)
+        assert main(["runs", str(tmp_path)]) == 0, content
+        printed = capsys.readouterr()
+        assert sum(line.startswith("good ") for line in printed.out.splitlines()) == 1
+        assert any(line.startswith("odd ") for line in printed.out.splitlines()) or "odd" in printed.err, content
+        assert "\x1b" not in printed.out + printed.err
+        assert len(printed.err.splitlines()) <= 1
 
 
 def test_a_run_whose_process_is_gone_is_called_killed(tmp_path: Path) -> None:
