@@ -25,6 +25,7 @@ from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.errors import ConfigError, DivergedError
 from mnist.launch.signals import Interrupted
 from mnist.tracking.trackers import Tracking
+from mnist.tracking.wandb_run import artifact_name
 from tests.conftest import Launch, MainHere, ResumeHere, RunHere, SetEnvironment, metrics_of, state_of, user_environment
 from tests.support import wandb_log
 from tests.support.track import prepare, track
@@ -242,7 +243,7 @@ def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_
     found = [
         record.artifact for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("artifact")
     ]
-    data, best, last = (it for it in found if it.type != "run_table")  # those are W&B's own doing
+    best, last, data = (it for it in found if it.type != "run_table")  # those are W&B's own doing
     assert (data.type, data.name, data.use_after_commit) == ("dataset", "made-up", True)
     assert json.loads(data.metadata) == {"md5": hashlib.md5(b"0123").hexdigest(), "train_images": 5, "test_images": 5}
     (reference,) = data.manifest.contents
@@ -260,6 +261,35 @@ def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_
     images = [it.size for table in tables for it in table.manifest.contents if it.path.endswith(".png")]
     assert len(images) == 40 + 10  # mistakes and examples
     assert sum(files) + sum(it.size for table in tables for it in table.manifest.contents) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("my pets", "my-pets"),
+        ("Übung v1.2", "Ubung-v1.2"),
+        ("猫", "dataset"),
+        ("a/b:c", "a-b-c"),
+        ("x" * 200, "x" * 128),
+    ],
+)
+def test_a_data_set_of_any_name_becomes_an_artifact(name: str, taken: str) -> None:
+    assert artifact_name(name) == taken
+    wandb.Artifact(taken, type="dataset")
+
+
+def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
+    run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_here("x", epochs=1, trackers="wandb")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("somebody's note\n")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(["a note", *lines[:-1]]) + "\n")
+    resume_here(run, epochs=2)
+    assert state_of(run)["status"] == "finished"
+    assert "W&B was not sent the results: " in capsys.readouterr().out
+    assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
