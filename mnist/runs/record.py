@@ -53,6 +53,10 @@ class Record:
             )
             lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
             expect(config, {"epochs": int, "recipe": str, "dataset": str, "model": str}, "config.yaml")
+            if not all(type(it) is str for it in (state or {}).get("commands", [])):
+                raise ValueError("state.json: commands are lines of text")
+            if type((environment or {}).get("parameters", 0)) is not int:
+                raise ValueError("environment.json: parameters is no number")
             if evaluation is not None:
                 check_evaluation(evaluation)
         except (ConfigError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -160,6 +164,7 @@ def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
 def check_evaluation(evaluation: Mapping[str, Any]) -> None:
     """Raise ValueError, or what it is made of raises, for an evaluation.json that snapshots.py cannot have written."""
     kinds = {"step": int, "epoch": int, "class_names": list, "images": list, "correct": list, "confusion": dict}
+    kinds |= {"bright_on_black": bool}
     expect(evaluation, kinds | {"mistakes": list, "examples": list, "history": list}, "evaluation.json")
     classes = range(len(evaluation["class_names"]))
     counts, names = evaluation["confusion"]["counts"], evaluation["confusion"]["names"]

@@ -1,5 +1,6 @@
 """The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
 
+import contextlib
 import copy
 import io
 import json
@@ -22,7 +23,7 @@ from PIL import Image
 
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
-from mnist.errors import DivergedError
+from mnist.errors import ConfigError, DivergedError
 from mnist.reporting import plots
 from mnist.reporting.report import LiveReport, render, write_pictures, write_report
 from mnist.reporting.snapshots import OTHERS, cut
@@ -232,25 +233,34 @@ def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
     return copied
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "state.json", "environment.json", "evaluation.json", "metrics.jsonl"])
-def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run(tmp_path / "good")
-    path = make_run(tmp_path / "odd").folder / name
-    if name == "environment.json":
-        path.write_text(json.dumps({"device": "cpu", "processes": "1 process", "threads": 1, "torch": "2"}))
+FILES = ("config.yaml", "state.json", "environment.json", "evaluation.json", "metrics.jsonl")
+
+
+def odd_contents(path: Path) -> list[str]:
+    """What may stand in a file of a run in place of what was written."""
+    if path.name == "environment.json":
+        path.write_text(json.dumps({"device": "cpu", "parameters": 5, "threads": 1, "torch": "2"}))
     text = path.read_text()
-    known = [json.loads(line) for line in text.splitlines()] if name == "metrics.jsonl" else yaml.safe_load(text)
+    is_lines = path.name == "metrics.jsonl"
+    known = [json.loads(line) for line in text.splitlines()] if is_lines else yaml.safe_load(text)
     contents = ["", "\0", "[" * 100_000, "\x1b[2J", text[: len(text) // 2]]
     for place in places(known):
         for new in (*ODD, ...):
             if place or new is not ...:
                 value = changed(known, place, new)
-                lines = value if name == "metrics.jsonl" and isinstance(value, list) else [value]
+                lines = value if is_lines and isinstance(value, list) else [value]
                 contents.append("".join(json.dumps(line) + "\n" for line in lines))
     assert len(contents) > 50
-    for content in contents:
+    return contents
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "good")
+    path = make_run(tmp_path / "odd").folder / name
+    for content in odd_contents(path):
         path.write_text(content)
         assert main(["runs", str(tmp_path)]) == 0, content
         printed = capsys.readouterr()
@@ -258,6 +268,19 @@ def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
         assert any(line.startswith("odd ") for line in printed.out.splitlines()) or "odd" in printed.err, content
         assert "\x1b" not in printed.out + printed.err
         assert len(printed.err.splitlines()) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_an_odd_file_of_a_run_is_refused_or_its_report_drawn(name: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "odd", classes=3, epochs=2).folder / name
+    drawn = 0
+    for content in odd_contents(path):
+        path.write_text(content)
+        with contextlib.suppress(ConfigError):
+            assert "</html>" in render([Record.read(tmp_path / "odd")])
+            drawn += 1
+    assert drawn > 5
 
 
 def test_a_run_whose_process_is_gone_is_called_killed(tmp_path: Path) -> None:
