@@ -41,7 +41,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         waiting_for_others,
     )
     from mnist.launch.signals import Interruption
-    from mnist.models.by_name import build_model
+    from mnist.models.by_name import build_model, check_batch
     from mnist.models.networks import count_parameters
     from mnist.models.saved import ModelConfig, save_model
     from mnist.reporting.report import LiveReport
@@ -89,6 +89,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         classes, shape = len(data.class_names), description.image_shape
         net = model = build_model(config.model, classes, shape, pretrained, data.normalization)
     check_alike(data.describe())  # another machine's copy may be another one
+    check_batch(net, config.batch_size)
     batches_of = functools.partial(build_batches, num_processes=processes, device=accelerator.device)
     accumulated, flips = config.gradient_accumulation_steps, data.flips
     train_batches = batches_of(

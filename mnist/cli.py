@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist.errors import UserError
-from mnist.launch.streams import keep_output
+from mnist.launch.streams import keep_output, printable_lines
 
 if TYPE_CHECKING:
     from mnist.data.loader import ImageData
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return exit_code
     except UserError as error:
-        print(f"mnist {options.command}: {error}", file=sys.stderr)
+        print(printable_lines(f"mnist {options.command}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, and says nothing
         return 1
     except OSError as error:
-        print(f"mnist {options.command}: {error}", file=sys.stderr)
+        print(printable_lines(f"mnist {options.command}: {error}"), file=sys.stderr)
         return 1
 
 

@@ -35,7 +35,6 @@ IMAGE_SUFFIXES = frozenset(
     " .webp".split()
 )
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # ISO/IEC 23008-12
-UNWANTED_FORMATS = {"EPS", "WMF"}  # Pillow has them drawn by other programs, at any size
 NEARLY_WHITE = 200  # of 255
 _one_at_a_time = threading.Lock()  # a filter of warnings belongs to all threads, and so does the memory
 
@@ -292,7 +291,9 @@ def _identify(file: BinaryIO) -> Image.Image:
             import pi_heif
 
             pi_heif.register_heif_opener()
-    return Image.open(file, formats=[it for it in Image.ID if it not in UNWANTED_FORMATS])
+    # no others: EPS and WMF are drawn by other programs, and an ICO may hold an image of any size behind a small one
+    formats = {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES if suffix in Image.EXTENSION}
+    return Image.open(file, formats=sorted(formats & set(Image.ID)))
 
 
 def _is_heif(file: BinaryIO) -> bool:

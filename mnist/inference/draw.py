@@ -14,6 +14,7 @@ that pages do not disturb each other.
 
 import contextlib
 import errno
+import io
 import ipaddress
 import json
 import os
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,7 +41,6 @@ HOST, PORT = "127.0.0.1", 7860
 LARGEST_BODY = 2**20  # bytes of a picture; the page sends some 5 kB
 LARGEST_SIDE = 2048  # pixels: what a small file can unpack to is bounded before anyone unpacks it
 PATIENCE = 10  # seconds in which a client has to send something
-PNG = b"\x89PNG\r\n\x1a\n"
 METHODS = {"/": "GET", "/answer": "POST"}
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
@@ -199,10 +200,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             return None  # the client is gone
-        if not body.startswith(PNG) or body[12:16] != b"IHDR" or len(body) < 24:
+        if (size := size_of_png(body)) is None:
             return self.refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "That is not a PNG.")
-        width, height = (int.from_bytes(body[start : start + 4], "big") for start in (16, 20))
-        if max(width, height) > LARGEST_SIDE:
+        if max(size) > LARGEST_SIDE:
             reason = f"A picture has at most {LARGEST_SIDE} pixels a side."
             return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
         try:
@@ -263,6 +263,20 @@ def is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def size_of_png(body: bytes) -> tuple[int, int] | None:
+    """Width and height of what Pillow would decode, from whichever header it believes; None for what is no PNG."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(body), formats=["PNG"]) as image:
+            width, height = image.size
+            return width, height
+    except Image.DecompressionBombError:
+        return LARGEST_SIDE + 1, LARGEST_SIDE + 1
+    except Exception:  # whatever a damaged file makes of a parser
+        return None
 
 
 def is_loopback(name: str) -> bool:

@@ -18,7 +18,7 @@ from mnist.config.command_line import given_settings, is_first_process, parse_co
 from mnist.config.settings import TrainConfig
 from mnist.errors import UserError
 from mnist.launch.signals import Interrupted, end_at_once, follow_launcher
-from mnist.launch.streams import keep_output
+from mnist.launch.streams import keep_output, printable_lines
 
 
 def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: Mapping[str, TrainConfig]) -> int:
@@ -54,7 +54,7 @@ def report_failure(error: Exception) -> None:
     failed as they did. torchrun shows what it finds in TORCHELASTIC_ERROR_FILE below all that it prints itself.
     """
     message = f"{type(error).__name__}: {error}"
-    trace = message if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    trace = printable_lines(message) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
         content = json.dumps({"message": {"message": message, "extraInfo": details}})

@@ -72,6 +72,11 @@ def lost_output() -> str | None:
     return None
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, where line ends are meant."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable(text: str) -> str:
     """Text for one line of a terminal: control characters, line ends and bytes that are no text are written out."""
     return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)

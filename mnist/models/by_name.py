@@ -19,6 +19,18 @@ from torch import Tensor, nn
 from mnist.errors import ConfigError, UserError
 from mnist.models.networks import MODELS, ImageShape, Normalized
 
+
+def check_batch(model: nn.Module, images: int) -> None:
+    """Raise ConfigError where a process takes one image at a time, of which BatchNorm knows no deviation."""
+    if images == 1 and any(
+        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()
+    ):
+        raise ConfigError(
+            "--batch-size 1: this network has BatchNorm, which compares the images that a process takes at a time, and"
+            " needs two of them or more."
+        )
+
+
 INCEPTIONS = ("googlenet", "inception_v3")
 
 

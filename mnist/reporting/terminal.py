@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from mnist.config.settings import TrainConfig
+from mnist.launch.streams import printable
 from mnist.reporting.snapshots import Evaluation
 
 BOLD, DIM, GREEN, YELLOW, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[33m", "\033[0m"
@@ -60,9 +61,9 @@ class Terminal:
         self.row("steps", f"{resolved['total_steps']:,} ({resolved['steps_per_epoch']:,} an epoch)")
         self.row("run folder", str(folder))
 
-    def row(self, name: str, value: str) -> None:
-        """A name and its value, in columns."""
-        self.print(f"  {self.styled(f'{name:<11}', DIM)} {value}")
+    def row(self, name: str, value: str, codes: str = "") -> None:
+        """A name and its value, in columns; the value in a color, if one is named."""
+        self.print(f"  {self.styled(f'{name:<11}', DIM)} {self.styled(printable(value), codes)}")
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         self.epoch, self.steps, self.done = f"epoch {epoch}/{self.epochs}", steps, 0
@@ -128,14 +129,14 @@ class Terminal:
             self.row("best", f"{folder}/best/  (the weights with the lowest validation loss)")
         self.row("metrics", f"{folder}/metrics.jsonl")
         for warning in warnings:
-            self.row("warning", self.styled(warning, YELLOW))
+            self.row("warning", warning, YELLOW)
         if sync_command:
             self.row("W&B", f"{sync_command}   sends this run to your dashboard (wandb login first)")
         self.row("next", f"mnist runs {folder.parent}   lists all runs; python train.py --help   lists every setting")
 
     def styled(self, text: str, codes: str) -> str:
         """Text in a colour or weight, on a terminal that does not ask for none (NO_COLOR, https://no-color.org)."""
-        return f"{codes}{text}{PLAIN}" if self.colors else text
+        return f"{codes}{text}{PLAIN}" if self.colors and codes else text
 
 
 def understands_colors(stream: TextIO) -> bool:

@@ -60,6 +60,7 @@ class WandbRun:
         self.warning: str | None = None  # to be shown, once
         self.sync_command: str | None = None  # sends to the server what lies on the disk only
         self.sync: str | None = None
+        self.dotted: set[str] = set()  # metrics with a dot in their names that are defined
         self.run: Any = None
         try:
             self._start()
@@ -160,7 +161,15 @@ class WandbRun:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Log one line of numbers, `step` among them."""
-        self._attempt(lambda run: run.log(dict(values)))
+        dotted = {name for name in values if "." in name} - self.dotted  # which the definitions' * does not meet
+        self.dotted |= dotted
+
+        def log(run: Any) -> None:
+            for name in sorted(dotted):
+                run.define_metric(name.replace(".", "\\."), step_metric="step", summary="max,last")
+            run.log(dict(values))
+
+        self._attempt(log)
 
     def log_results(self, evaluation: Mapping[str, Any], data: Used, models: Sequence[Made]) -> None:
         """What is to be seen at the end, and what the run has used and made, as artifacts.

@@ -14,7 +14,7 @@ from mnist.config.recipes import RECIPES
 from mnist.data.loader import ImageData, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import choose_threads
-from mnist.models.by_name import build_model
+from mnist.models.by_name import build_model, check_batch
 from mnist.models.networks import MODELS, Net, Normalized, count_parameters
 from mnist.models.saved import ModelConfig, load_model, save_model
 
@@ -207,6 +207,13 @@ def test_a_size_that_a_model_does_not_take_is_refused_with_one_that_it_takes(
     with pytest.raises(ConfigError, match=f"--model {name}: does not take images of") as caught:
         build_model(name, 3, shape)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_one_image_at_a_time_is_refused_for_a_network_with_batchnorm() -> None:
+    with pytest.raises(ConfigError, match="--batch-size 1: this network has BatchNorm"):
+        check_batch(build_model("resnet18", 3, (3, 32, 32)), 1)
+    check_batch(build_model("resnet18", 3, (3, 32, 32)), 2)
+    check_batch(build_model("cnn", 3, (3, 32, 32)), 1)
 
 
 def test_a_vision_transformer_is_built_for_the_size_of_the_images() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mnist.data.loader import ImageData
-from mnist.reporting.terminal import Terminal, draw_image, understands_colors
+from mnist.reporting.terminal import YELLOW, Terminal, draw_image, understands_colors
 
 
 def test_a_digit_in_characters_shows_its_ink(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +86,13 @@ def test_the_result_is_a_small_table_with_all_warnings(capsys: pytest.CaptureFix
     assert ["warning", "one"] in lines
     assert ["warning", "two"] in lines
     assert not any("\033" in word for line in lines for word in line)
+
+
+def test_no_value_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(True, 1)
+    terminal.row("run folder", "runs/\x1b[2J\x1b]0;x\x07")
+    terminal.row("warning", "a\rb", YELLOW)
+    assert capsys.readouterr().out.splitlines() == [
+        r"  run folder  runs/\x1b[2J\x1b]0;x\x07",
+        r"  warning     a\rb",
+    ]

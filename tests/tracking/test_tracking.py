@@ -278,6 +278,19 @@ def test_a_data_set_of_any_name_becomes_an_artifact(name: str, taken: str) -> No
     wandb.Artifact(taken, type="dataset")
 
 
+def test_a_class_with_a_dot_in_its_name_has_an_axis_and_its_best_value(
+    clean_environment: SetEnvironment, tmp_path: Path
+) -> None:
+    clean_environment(WANDB_MODE="offline")
+    key = "test/class_accuracy/St. Bernard"
+    with Tracking(True, tmp_path, "7f3e", {}, ["wandb"]) as tracking:
+        tracking.start(0)
+        for step, accuracy in enumerate((0.5, 0.9, 0.7)):
+            tracking.log({"step": step, "epoch": 1, key: accuracy})
+    wandb.teardown()
+    assert wandb_log.summary(log_of(tmp_path))[key] == {"max": 0.9, "last": 0.7}
+
+
 def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
     run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
