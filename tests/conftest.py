@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ SetEnvironment = Callable[..., None]
 # Threads that wait for work would otherwise spin on the cores that the other half of the tests is busy on: a CNN took
 # three times as long. OpenMP reads it when torch is loaded, which is why torch is imported in the fixtures only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis")))
 
 
 @pytest.fixture(scope="session", autouse=True)

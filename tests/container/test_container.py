@@ -152,6 +152,9 @@ def test_the_key_of_wandb_comes_from_the_environment_or_else_from_a_file(tmp_pat
     assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)}) == {"WANDB_API_KEY": "secret"}
     assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file), "WANDB_API_KEY": "mine"}) == {}
     assert entrypoint.wandb_key({}) == {}
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="holds no text, and so no key"):
+        entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
     with pytest.raises(UsageError, match=r"WANDB_API_KEY_FILE=.*missing: cannot be read"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(tmp_path / "missing")})
 

@@ -23,6 +23,7 @@ from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.loader import ImageData
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.inference.predict import Model
+from mnist.models.hub import load_from_hub
 from tests.conftest import metrics_of, train_afresh, user_environment
 
 
@@ -264,3 +265,19 @@ def test_without_a_network_a_name_on_the_hub_is_an_error_and_a_pushed_model_load
     )
     assert "UserError: --model nobody/nothing: no folder of that name is here" in done.stderr
     assert "cannot be reached" in done.stderr
+
+
+def test_an_address_of_the_hub_without_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hub.example")
+    with pytest.raises(ConfigError, match=r"HF_ENDPOINT=hub\.example: no address; it begins with https://"):
+        load_from_hub("nobody/nothing")
+
+
+def test_what_the_network_saw_is_written_whatever_the_file_is_called(
+    run: Path, digits: ImageData, tmp_path: Path
+) -> None:
+    name = "ü" * 125  # 250 bytes
+    Image.fromarray(digits.test.images[0].numpy()).save(tmp_path / f"{name}.png")
+    assert main(["predict", str(tmp_path), "--model", str(run), "--show-input", str(tmp_path / "seen")]) == 0
+    (path,) = (tmp_path / "seen").iterdir()
+    assert path.name.startswith("001-üüü")
