@@ -167,12 +167,13 @@ def main_here(
 
     def run(*flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         reset_accelerate()
+        wandb.teardown()  # it reads the environment once
         clean_environment(**environment)
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         capsys.readouterr()
         code = main()
         hear_again()
-        wandb.teardown()  # it has read the environment
+        wandb.teardown()
         return subprocess.CompletedProcess(flags, code, *capsys.readouterr())
 
     handlers = {number: signal.getsignal(number) for number in EXIT_CODES}

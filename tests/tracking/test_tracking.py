@@ -292,8 +292,13 @@ def test_a_class_with_a_dot_in_its_name_has_an_axis_and_its_best_value(
 
 
 def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
-    run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+    run_here: RunHere,
+    resume_here: ResumeHere,
+    clean_environment: SetEnvironment,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    wandb.teardown()
+    clean_environment(WANDB_MODE="offline")
     run = run_here("x", epochs=1, trackers="wandb")
     with (run / "metrics.jsonl").open("a") as file:
         file.write("somebody's note\n")
@@ -303,6 +308,7 @@ def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
     assert state_of(run)["status"] == "finished"
     assert "W&B was not sent the results: " in capsys.readouterr().out
     assert (run / "model" / "model.safetensors").is_file()
+    wandb.teardown()
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
