@@ -179,6 +179,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
             values = progress.end_evaluation(values)
             tracking.log(values)
             terminal.epoch_line(values)
+            run.check_place()
             if is_main:
                 evaluation.update(progress.position, result, predict(net, evaluation.images))
                 if progress.is_best:

@@ -108,7 +108,10 @@ def lock_folder(folder: Path, holder: str) -> FileLock | None:
     None on a file system that knows no locks. Raises UserError where another process has it; `holder` says who that
     may be.
     """
-    lock = FileLock(folder / ".lock")
+    place = folder / ".lock"
+    if place.is_symlink() or (place.exists() and not place.is_file()):  # which would be emptied where it leads
+        raise UserError(f"{place}: not the lock of a run, which is a file. Remove it.")
+    lock = FileLock(place)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

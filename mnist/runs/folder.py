@@ -252,6 +252,8 @@ class Run:
             status, reason = "failed", f"{type(error).__name__}: {error}"
             exit_code = error.exit_code if isinstance(error, UserError) else 1
         with storage_errors(self.folder, f"go on: {self.resume_command}"):
+            if isinstance(error, OSError):
+                self.check_place()
             try:
                 self.note(status=status, error=reason, exit_code=exit_code)
             except (OSError, UserError):  # the first error is the one to tell

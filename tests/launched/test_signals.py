@@ -245,6 +245,41 @@ def test_during_start_up_a_signal_ends_the_process_at_once_and_leaves_no_folder(
         job.end()
 
 
+@pytest.mark.parametrize("job", [(PLAIN,)], indirect=True)
+def test_a_run_whose_folder_is_moved_ends_with_a_message_and_writes_nothing_where_it_was(job: Job) -> None:
+    job.folder.rename(job.folder.with_name("elsewhere"))
+    assert job.process.wait(timeout=30) == 1
+    assert "x: was moved or removed while the run was training in it" in job.output.read_text()
+    assert "Traceback" not in job.output.read_text()
+    assert not job.folder.exists()
+
+
+IN_THE_LAST_MOMENT = """
+import os, signal, sys
+import train
+from mnist.launch.main import end_process
+from mnist.reporting.terminal import Terminal
+
+result = Terminal.result
+
+def with_a_signal(self, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    result(self, *arguments)
+
+Terminal.result = with_a_signal
+end_process(train.main())
+"""
+
+
+def test_a_signal_in_the_last_moment_makes_nothing_of_a_finished_run(tmp_path: Path) -> None:
+    flags = ("--trackers=none", "--limit-train-images=100", "--limit-test-images=50", "--epochs=1", "--run-name=x")
+    command = [sys.executable, "-c", IN_THE_LAST_MOMENT, *flags, f"--output-dir={tmp_path}"]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Test accuracy" in done.stdout
+    assert state_of(tmp_path / "x")["exit_code"] == 0
+
+
 def test_a_run_outlives_those_who_read_its_output(tmp_path: Path) -> None:
     command = [*PLAIN, "--trackers=none", "--limit-train-images=2000", "--limit-test-images=100", "--run-name=x"]
     process = subprocess.Popen(

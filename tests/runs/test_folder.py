@@ -190,6 +190,21 @@ def test_a_file_system_without_locks_is_a_note(tmp_path: Path, monkeypatch: pyte
     assert state_of(run.folder)["status"] == "finished"
 
 
+@pytest.mark.parametrize("act", ["folder", "link"])
+def test_a_lock_that_is_no_file_is_named_and_what_it_leads_to_is_left_alone(act: str, tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        pass
+    (run.folder / ".lock").unlink()
+    (tmp_path / "precious").write_text("kept")
+    if act == "folder":
+        (run.folder / ".lock").mkdir()
+    else:
+        (run.folder / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"\.lock: not the lock of a run, which is a file\. Remove it"):
+        Run.reopen(dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder)), "")
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist.runs.folder.lock_folder", refuse(errno.EIO))
     with pytest.raises(UserError, match="cannot be written"):
