@@ -251,11 +251,13 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
             f" one in ten: {reasons(broken.items())}. For example {a_few([printable(name) for name in broken])}."
             " Mend or remove them."
         )
+    there = {(file.part, file.label) for file in folder.files}
     left = {(file.part, file.label) for file in folder.files if file.name not in broken}
-    for part in {file.part for file in folder.files} - {part for part, _ in left}:
+    for part in {part for part, _ in there} - {part for part, _ in left}:
         raise UserError(f"{folder.flag}: no image of the {part} part can be read. Mend some.")
+    lost_classes = there - left
     for label, name in enumerate(folder.class_names):
-        if ("train", label) not in left:
+        if ("train", label) in lost_classes:
             lost = [(it.name, broken[it.name]) for it in folder.files if (it.part, it.label) == ("train", label)]
             raise UserError(
                 f"{folder.flag}: no image of the class {name} can be read: {reasons(lost)}. Mend some, or remove its"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -185,6 +186,12 @@ def test_a_folder_may_be_moved_and_a_run_gone_on_with_and_measured_from_another_
     assert metrics_of(run)[-1]["epoch"] == 2
     assert main(["evaluate", "--model", str(run), "--dataset", str(things)]) == 0
     assert "things, 600 test images" in capsys.readouterr().out  # all of what it was not made from
+    other = copy_few(things, tmp_path / "other")
+    shutil.rmtree(other / "tent")
+    assert main(["evaluate", "--model", str(run), "--dataset", str(other)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"other, \d+ test images", printed)
+    assert re.search(r"^tent +- ", printed, re.MULTILINE)
     shutil.rmtree(tmp_path / "moved" / "tent")
     assert main(["evaluate", "--model", str(run), "--dataset", str(tmp_path / "moved" / ".." / "few" / "..")]) == 2
 
