@@ -62,7 +62,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     here = find_run_here(config, given)
     decode_folder(here.dataset, here.data_dir, here.image_size)  # which may take longer than processes wait for others
     joined = join_processes(config.timeout_seconds)
-    asked, config = config, find_run(config, given).share_batch(joined.num_processes)
+    asked, config = config, find_run(config, given).share_batch(joined.num_processes).with_place(config)
     check_trackers(config.tracker_names)
     precision = resolve_precision(config.mixed_precision, joined.device.type)
     check_alike(asked.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
@@ -88,8 +88,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
         description = ModelConfig.of(config.model, data)
         classes, shape = len(data.class_names), description.image_shape
         net = model = build_model(config.model, classes, shape, pretrained, data.normalization)
-    check_alike(data.describe())  # another machine's copy may be another one
-    check_batch(net, config.batch_size)
+    check_alike(data.counts | {"dataset_md5": data.checksum})  # another machine's copy may be another one
+    check_batch(net, config.batch_size, shape)
     batches_of = functools.partial(build_batches, num_processes=processes, device=accelerator.device)
     accumulated, flips = config.gradient_accumulation_steps, data.flips
     train_batches = batches_of(

@@ -239,7 +239,8 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
         if is_old and dataset not in SOURCES:  # it may have had another default size
             settings["image_size"] = model.config.image_size[0]
     elif dataset not in SOURCES:
-        settings |= {"image_size": model.config.image_size[0], "class_names": model.class_names}
+        of_model = model.config
+        settings |= {"image_size": of_model.image_size[0], "class_names": model.class_names, "scale": of_model.scale}
     data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
     shape, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), shape) != (len(model.class_names), wanted):

@@ -233,8 +233,13 @@ class TrainConfig:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What all processes of a job must be told alike, by flag: all but where the data sets are on a machine."""
-        return {flag(name): value for name, value in dataclasses.asdict(self).items() if name != "data_dir"}
+        """What all processes of a job must be told alike, by flag: all but where the data are on a machine."""
+        places = {"data_dir", *(["dataset"] if is_path(self.dataset) else [])}
+        return {flag(name): value for name, value in dataclasses.asdict(self).items() if name not in places}
+
+    def with_place(self, asked: "TrainConfig") -> "TrainConfig":
+        """These settings, of the main process, with the folder of images as this machine has it."""
+        return dataclasses.replace(self, dataset=asked.dataset) if is_path(asked.dataset) else self
 
     def resumed(self, asked: "TrainConfig", given: Collection[str], folder: Path) -> "TrainConfig":
         """These settings, of the run in `folder`, with what the command line `asked` may change of them.

@@ -69,24 +69,27 @@ def record_type(channels: int) -> np.dtype[Any]:
     return np.dtype([("digest", np.uint8, (16,)), ("sums", "<i8", (2 * channels,))])
 
 
-def open_cache(folder: Folder, cache_dir: Path, image_size: int | None) -> Cache:
+def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: Scale | None = None) -> Cache:
     """The folder's images, decoded by this process or by another, now or earlier.
+
+    `scale` is that of a model for images of more than 8 bits per pixel; without one the folder gets its own.
 
     Other caches of the folder with the same settings are of files as they were, and removed: a job that still maps
     one keeps it until it ends.
     """
-    place = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}"))
+    place = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
     state = hashlib.sha256(os.fsencode("\n".join(f"{it.name}\0{it.stamp}" for it in folder.files)))
     state.update(f"\0{FORMAT}".encode())
     stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
     path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
     if (cache := _read(path, folder, image_size)) is not None:
         return cache
-    with _turn(folder, cache_dir):
+    with _turn(folder, cache_dir) as locked:
         if (cache := _read(path, folder, image_size)) is None:
-            remove_leftovers(cache_dir)
+            if locked:  # else others may be writing theirs
+                remove_leftovers(cache_dir)
             with storage_errors(path, "start again."):
-                _build(folder, path, image_size)
+                _build(folder, path, image_size, scale)
             for other in cache_dir.glob("*.u8"):
                 if other != path and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{16}\.u8", other.name):
                     other.unlink(missing_ok=True)
@@ -138,10 +141,11 @@ def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _turn(folder: Folder, cache_dir: Path) -> Iterator[None]:
+def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
     """Hold the lock on the folder of caches, and say so where another process has had it for over a second.
 
-    A file system without locks is no obstacle: what two write at the same time is written twice.
+    A file system without locks is no obstacle: what two write at the same time is written twice. Yields whether there
+    is a lock.
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -159,12 +163,12 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[None]:
             " yet. Name a folder for data that can: --data-dir PATH"
         ) from error
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 
 
-def _build(folder: Folder, path: Path, image_size: int | None) -> None:
+def _build(folder: Folder, path: Path, image_size: int | None, scale: Scale | None) -> None:
     """Decode a folder into a cache, on all cores; nothing is left of it where that fails."""
     tasks = [(folder.path / file.name, file.name) for file in folder.files]
     temporary = temporary_name(path, "new")
@@ -175,7 +179,7 @@ def _build(folder: Folder, path: Path, image_size: int | None) -> None:
         _announce(folder, path, shape)
         try:
             with temporary.open("wb") as file:
-                if not _write(file, pool, folder, tasks, shape, None):
+                if not _write(file, pool, folder, tasks, shape, scale):
                     ranges = [it for found in _on_all_cores(pool, ranges_of, tasks) for it in found]
                     file.seek(0)
                     file.truncate()

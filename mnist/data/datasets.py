@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
+from mnist.data.images import Scale
 from mnist.data.layout import a_few
 from mnist.data.loader import ImageData, MappedImages, Normalization, Split, cut_off
 from mnist.errors import ConfigError, UserError
@@ -98,14 +99,16 @@ def load_dataset(
     image_size: int | None = None,
     test_fraction: float | None = None,
     class_names: Sequence[str] | None = None,
+    scale: Scale | None = None,
 ) -> ImageData:
     """A data set of SOURCES, or the pictures in a folder, decoded into a file in `data_dir`/cache.
 
     Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`. Of a folder images are `image_size`
-    pixels wide and high; None stands for 28 where all are grey, which includes colour files whose channels are equal
-    everywhere, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless told
-    otherwise, is for testing; 1 is all of it, and so it is where a model with these `class_names` is to be tested, some
-    of which the folder may lack. Processes that call it at once decode once: the others wait.
+    pixels wide and high; None stands for 28 where all are grey (so are color files whose channels are equal everywhere)
+    and about that small, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless
+    told otherwise, is for testing. To test a model, all of it is, with the model's `class_names`, of which it may lack
+    some, and its `scale` of images of more than 8 bits per pixel. Processes that call it at once decode once: the
+    others wait.
 
     Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError for a file
     that is missing or corrupt, where more than a tenth of a folder's images, or all of a class, cannot be read, or
@@ -113,7 +116,7 @@ def load_dataset(
     """
     limits = limit_train_images, limit_test_images, validation_size
     if name not in SOURCES:
-        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction, class_names)
+        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction, class_names, scale)
     for setting, value in (("--image-size", image_size), ("--test-fraction", test_fraction)):
         if value is not None:
             raise ConfigError(f"{setting} {value}: for a folder of pictures only; {name} is as it was published.")
@@ -143,12 +146,13 @@ def _load_folder(
     image_size: int | None,
     test_fraction: float | None,
     class_names: Sequence[str] | None,
+    scale: Scale | None,
 ) -> ImageData:
     """The pictures in a folder. Their order is a random one, but always the same: the first are of all classes."""
     folder = find_files(path, class_names)
     if class_names is not None and not folder.is_split:
         test_fraction = 1
-    cache = open_cache(folder, cache_dir, image_size)
+    cache = open_cache(folder, cache_dir, image_size, scale)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels, digests = torch.tensor([file.label for file in files]), [it.tobytes().hex() for it in cache.digests]
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist.data.layout import PARTS, Layout, Tree, a_few, find_layout
+from mnist.data.layout import Layout, Tree, a_few, find_layout
 from mnist.errors import ConfigError, UserError
 from mnist.launch.streams import printable
 
@@ -35,7 +35,7 @@ class Folder:
 
     path: Path  # without links
     class_names: tuple[str, ...] = ()
-    files: list[File] = field(default_factory=list)  # sorted by part, class and name
+    files: list[File] = field(default_factory=list)  # sorted by name
     is_split: bool = False  # into train/ and test/ or val/, or all three
     skipped: list[tuple[str, str]] = field(default_factory=list)  # what is no image, and why
     notes: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
     folder.class_names, folder.is_split = layout.class_names, "test" in layout.parts
-    folder.files = sorted(files, key=lambda file: (PARTS.index(file.part), file.label, file.name))
+    folder.files = sorted(files)  # by name, whatever classes a model numbers: so their decoded pixels are the same file
     folder.skipped = [*layout.skipped, *walk.skipped]
     folder.notes = layout.notes
     if walk.outside:
@@ -88,6 +88,8 @@ def _check_images(folder: Folder, layout: Layout) -> None:
                 f"{printable(name)}/ holds no image{f', only what is skipped: {reasons(below)}' if below else ''}."
                 " Put some there, or remove it."
             )
+    if not folder.files:
+        raise folder.error("its folders hold no image.")
     if folder.is_split and not any(file.part == "test" for file in folder.files):
         raise folder.error(f"{layout.splits['test']}/ holds no image of a class. Put some there, or remove it.")
 
@@ -132,6 +134,9 @@ class Walk:
 
     def _follow(self, part: str, label: int, link: str) -> None:
         real, count = self.tree.real(link), len(self.found)
+        if self.tree.path.is_relative_to(real):
+            self.skipped.append((link, "a link to a folder around the data set"))
+            return
         if not Path(real).is_relative_to(self.tree.path):
             self.outside.append(link)
         if os.path.isdir(real):

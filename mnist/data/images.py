@@ -235,9 +235,8 @@ def _images_below(folder: Path) -> list[Path]:
 
     visited = {os.path.realpath(folder)}  # links are followed, each real folder once: so circles end
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        below = {name: os.path.realpath(Path(parent, name)) for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [name for name, real in below.items() if real not in visited]
-        visited.update(below.values())
+        below = [(name, os.path.realpath(Path(parent, name))) for name in sorted(folders) if not name.startswith(".")]
+        folders[:] = [name for name, real in below if real not in visited and not visited.add(real)]  # type: ignore[func-returns-value]
         found += [
             Path(parent, name)
             for name in files

@@ -133,6 +133,8 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
         class_names = sorted(named["train"])
         lacks = "train/ lacks", "Training cannot learn them: move them away, or add images of theirs to train/"
     else:
+        if not any(named.values()):
+            raise problem(f"it holds no folders. {MAKE_FOLDERS}{_hint(tree, top)}")
         lacks = "the model does not know", f"It knows {printable(', '.join(class_names))}"
     labels = _number(class_names, problem)
     parts: dict[str, dict[int, str]] = {}
@@ -205,11 +207,11 @@ def _choose(part: str, places: Mapping[str, str], problem: Problem) -> str:
 
 def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
     """Folders that hold nothing but folders called as those beside them, augmented copies perhaps; and these names."""
-    found = {}
+    found, keys = {}, {_key(name) for name in folders}
     for name, place in folders.items():
         contents = tree.scan(place)
         inner = {_key(it) for it in contents.folders}
-        if len(inner) > 1 and not contents.images and inner <= {_key(it) for it in folders if it != name}:
+        if len(inner) > 1 and not contents.images and inner <= keys and _key(name) not in inner:
             found[name] = printable(a_few([f"{it}/" for it in contents.folders]))
     return found
 
@@ -222,10 +224,10 @@ def _refuse_same_folders(tree: Tree, classes: Mapping[str, str], problem: Proble
         for name, contents in inner.items()
         if len(contents.folders) > 1 and not contents.images
     }
-    if max(Counter(key for keys in folders.values() for key in keys).values(), default=0) < 2:
-        return
-    for one, other in combinations(folders, 2):
-        if len(folders[one] & folders[other]) >= max(2, min(len(folders[one]), len(folders[other])) / 2):
+    counts = Counter(key for keys in folders.values() for key in keys)
+    shared = {name: {key for key in keys if counts[key] > 1} for name, keys in folders.items()}
+    for one, other in combinations([name for name, keys in shared.items() if len(keys) > 1], 2):
+        if len(shared[one] & shared[other]) >= max(2, min(len(folders[one]), len(folders[other])) / 2):
             same = sorted(it for it in inner[one].folders if _key(it) in folders[other])
             raise problem(
                 f"{printable(one)}/ and {printable(other)}/ hold the same folders: {printable(a_few(same))}. If these"
@@ -287,7 +289,7 @@ def _number(names: Iterable[str], problem: Problem) -> dict[str, int]:
 
 
 def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", name).lower()
+    return unicodedata.normalize("NFC", printable(name)).lower()  # as a model that knows it has it
 
 
 def _path(tree: Tree, place: str) -> str:

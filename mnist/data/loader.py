@@ -156,8 +156,11 @@ class ImageData:
 
     def describe(self) -> dict[str, Any]:
         """What a run should keep of it."""
-        counts = {"train_images": len(self.train), "test_images": len(self.test)}
-        return {"data": self.title, **counts, "dataset_md5": self.checksum}
+        return {"data": self.title, **self.counts, "dataset_md5": self.checksum}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train_images": len(self.train), "test_images": len(self.test)}
 
     @property
     def checksum(self) -> str:

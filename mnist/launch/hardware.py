@@ -77,7 +77,8 @@ def check_kernels(name: str, capability: tuple[int, int], architectures: Sequenc
     of its generation from 7.5 on, and compute_75, compiled when it is loaded, on all later ones.
     """
     names = [name.partition("_") for name in architectures]
-    known = [(kind, (int(digits[:-1]), int(digits[-1]))) for kind, _, digits in names if digits.isdecimal()]
+    numbers = [(kind, digits.rstrip("af")) for kind, _, digits in names]  # sm_90a: for that very generation
+    known = [(kind, (int(digits[:-1]), int(digits[-1]))) for kind, digits in numbers if digits.isdecimal()]
     fits = [it <= capability and (kind == "compute" or it[0] == capability[0]) for kind, it in known]
     if fits and not any(fits):
         raise ConfigError(

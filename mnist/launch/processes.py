@@ -52,13 +52,13 @@ def join_processes(timeout_seconds: int) -> PartialState:
     on_cpu = device is None or parse_flag_from_env("ACCELERATE_USE_CPU")
     device_type = "cpu" if on_cpu or device is None else device.type
     check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
-    if device_type == "cuda" and torch.version.cuda:  # not ROCm, which has other names for all of it
-        number = int(os.environ.get("LOCAL_RANK", "0"))
-        capability = torch.cuda.get_device_capability(number)
-        check_kernels(torch.cuda.get_device_name(number), capability, torch.cuda.get_arch_list())
     if os.environ.get("WORLD_SIZE") == "1":
         # one that is alone is told so: Accelerate would wrap its model, which takes a third of the speed
         os.environ.pop("LOCAL_RANK", None)
+    if device_type == "cuda" and torch.version.cuda:  # not ROCm, which has other names for all of it
+        number = _whole_number("LOCAL_RANK", os.environ) if "LOCAL_RANK" in os.environ else 0
+        capability = torch.cuda.get_device_capability(number)
+        check_kernels(torch.cuda.get_device_name(number), capability, torch.cuda.get_arch_list())
     if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         # gloo is told by which interface to go, unless the user did
         if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):

@@ -87,9 +87,11 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.previous.items():
-            # launchers send more signals while a process is on its way out, and a run that is finished is finished
-            ended = error is None or isinstance(error, Interrupted)
-            signal.signal(number, signal.SIG_IGN if ended else handler)
+            if isinstance(error, Interrupted):  # launchers send more signals while a process is on its way out
+                signal.signal(number, signal.SIG_IGN)
+            elif error is not None or number == signal.SIGINT:
+                signal.signal(number, handler)
+            # else it stays as it is, and does nothing: a run that is finished is finished
         signal.set_wakeup_fd(self.previous_wakeup)
         self.wakeup.close()  # ends the thread
 

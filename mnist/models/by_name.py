@@ -5,6 +5,7 @@ model = build_model("resnet18", num_classes=3, image_shape=(3, 64, 64), pretrain
 log_probabilities = model(images)     # [batch, channels, height, width] in [0, 1] -> [batch, classes]
 """
 
+import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,17 @@ from mnist.errors import ConfigError, UserError
 from mnist.models.networks import MODELS, ImageShape, Normalized
 
 
-def check_batch(model: nn.Module, images: int) -> None:
-    """Raise ConfigError where a process takes one image at a time, of which BatchNorm knows no deviation."""
-    if images == 1 and any(
-        isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()
-    ):
+def check_batch(model: nn.Module, images: int, image_shape: ImageShape) -> None:
+    """Raise ConfigError where a process takes one image at a time, and a BatchNorm has one value of each channel."""
+    if images > 1:
+        return
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            copy.deepcopy(model).train()(torch.zeros(1, *image_shape))
+    except ValueError as error:
         raise ConfigError(
-            "--batch-size 1: this network has BatchNorm, which compares the images that a process takes at a time, and"
-            " needs two of them or more."
-        )
+            f"--batch-size 1: this network has BatchNorm, and needs two images per process or more ({error})."
+        ) from error
 
 
 INCEPTIONS = ("googlenet", "inception_v3")

@@ -223,7 +223,11 @@ class Run:
 
     def check_place(self) -> None:
         """Before anything is written: raise UserError where the folder was moved or removed meanwhile."""
-        if self.identity is not None and _identity(self.folder) != self.identity:
+        if self.identity is None or (found := _identity(self.folder)) == self.identity:
+            return
+        if read_state(self.folder / "state.json").get("id") == self.id:  # some network file systems number anew
+            self.identity = found
+        else:
             raise UserError(
                 f"{self.folder}: was moved or removed while the run was training in it. Nothing more is written. If it"
                 " is somewhere else, resume it there: --resume PATH"

@@ -418,7 +418,6 @@ def test_regions_are_counted_with_corners_connecting() -> None:
 def test_an_icon_with_a_large_image_in_it_is_not_unpacked() -> None:
     inner = png(Image.new("1", (13_000, 13_000)))
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 1, len(inner), 22) + inner
-    assert Image.open(io.BytesIO(icon)).size == (16, 16)
     with pytest.raises(ImageError, match="not an image, or of a kind that is not read"):
         read_image(icon)
 

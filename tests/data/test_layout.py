@@ -137,6 +137,34 @@ def test_a_class_of_a_split_is_known_in_any_case_and_unicode_form(tmp_path: Path
     assert [(file.part, file.label) for file in folder.files].count(("test", 0)) == 2
 
 
+def test_names_are_known_to_a_model_as_it_has_them(tmp_path: Path) -> None:
+    lay_out(tmp_path, {"a\u3000b": 2, "c\xa0d": 2})
+    names = find_files(tmp_path).class_names
+    assert find_files(tmp_path, class_names=names).class_names == names
+
+
+def test_a_link_to_a_folder_around_the_data_set_is_not_followed(tmp_path: Path) -> None:
+    lay_out(tmp_path / "data", of_classes(""))
+    write_images(tmp_path / "elsewhere", 3, first=500)
+    (tmp_path / "data" / "cats" / "up").symlink_to(tmp_path)
+    folder = find_files(tmp_path / "data")
+    assert len(folder.files) == 6
+    assert ("cats/up", "a link to a folder around the data set") in folder.skipped
+
+
+@pytest.mark.parametrize("loose", [0, 3])
+def test_a_folder_without_classes_is_no_test_of_a_model(loose: int, tmp_path: Path) -> None:
+    write_images(tmp_path, loose)
+    with pytest.raises(ConfigError, match=r"it holds no folders\. Make a folder for each class"):
+        find_files(tmp_path, class_names=PETS)
+
+
+def test_the_order_of_files_does_not_depend_on_a_models_classes(tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes(""))
+    names = [file.name for file in find_files(tmp_path).files]
+    assert [file.name for file in find_files(tmp_path, class_names=PETS[::-1]).files] == names
+
+
 def test_a_model_is_tested_on_a_folder_with_some_of_its_classes(tmp_path: Path) -> None:
     lay_out(tmp_path, {"dogs": 3})
     folder = find_files(tmp_path, class_names=("cats", "dogs", "eels"))

@@ -82,7 +82,7 @@ WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # as tor
         ("a later one", (13, 0), WHEEL, True),  # by compute_120
         ("H100", (9, 0), ("sm_80",), False),
         ("of another make", (9, 0), ("gfx90a",), True),
-        ("H100", (9, 0), ("sm_90a",), True),
+        ("H100", (9, 0), ("sm_75", "sm_90a"), True),
     ],
 )
 def test_a_card_that_torch_has_no_kernels_for_is_named(

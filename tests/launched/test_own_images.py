@@ -234,6 +234,13 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
         with Image.open(path) as picture:
             for source in (path, picture):
                 assert model.prepare(source).numpy().tobytes() in known
+    for name in ("dim", "bright"):  # others, with a range of their own: the model's scale is what counts
+        (tmp_path / "other" / name).mkdir(parents=True)
+        Image.fromarray(np.full((28, 28), 3000, np.uint16)).save(tmp_path / "other" / name / "0.png")
+    other = load_dataset(
+        str(tmp_path / "other"), tmp_path, class_names=model.class_names, image_size=28, scale=model.config.scale
+    )
+    assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png"))
 
 
 def test_ctrl_c_while_pictures_are_decoded_ends_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:

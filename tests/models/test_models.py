@@ -211,9 +211,12 @@ def test_a_size_that_a_model_does_not_take_is_refused_with_one_that_it_takes(
 
 def test_one_image_at_a_time_is_refused_for_a_network_with_batchnorm() -> None:
     with pytest.raises(ConfigError, match="--batch-size 1: this network has BatchNorm"):
-        check_batch(build_model("resnet18", 3, (3, 32, 32)), 1)
-    check_batch(build_model("resnet18", 3, (3, 32, 32)), 2)
-    check_batch(build_model("cnn", 3, (3, 32, 32)), 1)
+        check_batch(build_model("resnet18", 3, (3, 32, 32)), 1, (3, 32, 32))
+    model = build_model("resnet18", 3, (3, 64, 64))
+    check_batch(model, 1, (3, 64, 64))  # 2 x 2 places are left of it
+    assert int(model.state_dict()["net.bn1.num_batches_tracked"]) == 0
+    check_batch(build_model("resnet18", 3, (3, 32, 32)), 2, (3, 32, 32))
+    check_batch(build_model("cnn", 3, (3, 32, 32)), 1, (3, 32, 32))
 
 
 def test_a_vision_transformer_is_built_for_the_size_of_the_images() -> None:

@@ -228,6 +228,14 @@ def test_a_folder_that_was_moved_or_removed_meanwhile_is_written_no_more(act: st
         assert state_of(tmp_path / "elsewhere")["step"] == 0
 
 
+def test_a_file_system_that_numbers_its_folders_anew_ends_no_run(tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        assert run.identity is not None
+        run.identity = (run.identity[0], run.identity[1] + 1)
+        run.note(step=7)
+    assert state_of(run.folder)["step"] == 7
+
+
 @pytest.mark.parametrize("content", ["", "[]", "5", '"x"', "[" * 100_000, '{"job": null}', "\x00"])
 def test_a_foreign_state_json_is_none_of_a_runs(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs" / "foreign").mkdir(parents=True)

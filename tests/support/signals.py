@@ -6,7 +6,6 @@ from mnist.launch.signals import EXIT_CODES
 
 
 def hear_again() -> None:
-    """Undo that a run which has ended ignores signals, as its process would be about to end."""
+    """Undo that a run which has ended leaves signals without effect, as its process would be about to end."""
     for number in EXIT_CODES:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
