@@ -10,12 +10,13 @@ mnist report runs/a runs/b --output ab.html   # two side by side
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.set_defaults(do=write_report)
 
     keep_output(["stderr"])
+    if sys.stdout is None:  # it was closed
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a name shows it as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -118,7 +121,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="images to test on (default: what the model was trained on)")
-    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="default: that of the run, or data/")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="default: that of the run for a folder of images, else data/"
+    )
 
 
 def predict_images(options: argparse.Namespace) -> int:
@@ -143,6 +148,8 @@ def predict_images(options: argparse.Namespace) -> int:
     for path in find_images([Path(word) for word in options.images if word != "-"]):
         sources[str(path)] = path
     if "-" in options.images:
+        if sys.stdin is None:
+            raise ConfigError("IMAGE -: the standard input is closed.")
         sources["-"] = sys.stdin.buffer.read()
     if not sources:
         raise ConfigError(f"{', '.join(options.images)}: no images are in there.")
@@ -233,14 +240,17 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     is_old = run is not None and "version" not in run.environment  # made before folders were read as they are now
     of_run = run.config["dataset"] if run else model.config.dataset
     defaults = TrainConfig(dataset=options.dataset or of_run)  # raises ConfigError for what is none
-    dataset, settings = defaults.dataset, dict[str, Any](data_dir=defaults.data_dir)
+    dataset, of_model = defaults.dataset, model.config
+    is_folder = dataset not in SOURCES
+    settings: dict[str, Any] = {"data_dir": run.config["data_dir"] if run and is_folder else defaults.data_dir}
     if run and dataset == of_run:
         settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
-        if is_old and dataset not in SOURCES:  # it may have had another default size
-            settings["image_size"] = model.config.image_size[0]
-    elif dataset not in SOURCES:
-        of_model = model.config
-        settings |= {"image_size": of_model.image_size[0], "class_names": model.class_names, "scale": of_model.scale}
+        if is_old and is_folder:  # it may have had another default size
+            settings["image_size"] = of_model.image_size[0]
+    elif is_folder:
+        settings |= {"image_size": of_model.image_size[0], "test_fraction": 1, "scale": of_model.scale}
+    if is_folder:  # with the numbers that the model has for its classes, whatever is there now
+        settings["class_names"] = model.class_names
     data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
     shape, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), shape) != (len(model.class_names), wanted):
@@ -309,12 +319,40 @@ def export_model(options: argparse.Namespace) -> None:
     from mnist.inference.predict import load
 
     model = load(options.model)
-    data, run = _load_data(options, model)
-    images = data.test.images[:CHECKED_IMAGES]
-    path = options.output or (run.folder if run else Path()) / "model.onnx"
-    difference = export_onnx(model, path, images)
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, checked against the model on {len(images):,} test images:")
-    print(f"  probabilities differ by {difference:.1e} at most")
+    with _written_to(options.output):
+        data, run = _load_data(options, model)
+        images = data.test.images[:CHECKED_IMAGES]
+        path = options.output or (run.folder if run else Path()) / "model.onnx"
+        difference = export_onnx(model, path, images)
+        size = f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
+        print(f"{path}{size}, checked against the model on {len(images):,} test images:")
+        print(f"  probabilities differ by {difference:.1e} at most")
+
+
+@contextlib.contextmanager
+def _written_to(output: Path | None) -> Iterator[None]:
+    """While a file is made that --output names: what is said goes elsewhere if it is the standard output itself."""
+    from mnist.errors import ConfigError
+
+    if output is None:
+        yield
+        return
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: a folder, where a file is needed.")
+    is_stdout = output.exists() and sys.stdout is not None and _same_file(output)
+    with contextlib.redirect_stdout(sys.stderr) if is_stdout else contextlib.nullcontext():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--output {output}: cannot be written: {error.strerror}.") from error
+
+
+def _same_file(path: Path) -> bool:
+    """Whether a path leads to the standard output."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
 
 
 def list_runs(options: argparse.Namespace) -> None:
@@ -353,5 +391,6 @@ def write_report(options: argparse.Namespace) -> None:
         output = options.runs[0] / "report.html"
         report.write_pictures(records[0])
     output = output or Path("comparison.html")
-    report.write_report(records, output)
-    print(output)
+    with _written_to(output):
+        report.write_report(records, output)
+        print(output)

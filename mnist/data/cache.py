@@ -82,6 +82,8 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: S
     state.update(f"\0{FORMAT}".encode())
     stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
     path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, where the decoded images are to be. Remove it.")
     if (cache := _read(path, folder, image_size)) is not None:
         return cache
     with _turn(folder, cache_dir) as locked:

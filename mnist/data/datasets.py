@@ -106,8 +106,8 @@ def load_dataset(
     Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`. Of a folder images are `image_size`
     pixels wide and high; None stands for 28 where all are grey (so are color files whose channels are equal everywhere)
     and about that small, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless
-    told otherwise, is for testing. To test a model, all of it is, with the model's `class_names`, of which it may lack
-    some, and its `scale` of images of more than 8 bits per pixel. Processes that call it at once decode once: the
+    told otherwise, is for testing; 1 is all of it. To test a model, name its `class_names`, of which the folder may
+    lack some, and its `scale` of images of more than 8 bits per pixel. Processes that call it at once decode once: the
     others wait.
 
     Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError for a file
@@ -150,13 +150,11 @@ def _load_folder(
 ) -> ImageData:
     """The pictures in a folder. Their order is a random one, but always the same: the first are of all classes."""
     folder = find_files(path, class_names)
-    if class_names is not None and not folder.is_split:
-        test_fraction = 1
     cache = open_cache(folder, cache_dir, image_size, scale)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels, digests = torch.tensor([file.label for file in files]), [it.tobytes().hex() for it in cache.digests]
     rng = np.random.default_rng(0)
-    if folder.is_split and test_fraction is not None:
+    if folder.is_split and test_fraction not in (None, 1):
         raise ConfigError(f"--test-fraction {test_fraction}: {folder.path} says by its folders what to test on.")
     if folder.is_split:
         parts = np.array([file.part for file in files])

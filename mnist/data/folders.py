@@ -74,24 +74,25 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
     folder.notes = layout.notes
     if walk.outside:
         folder.notes.append(f"links that lead out of the folder are followed: {printable(a_few(walk.outside))}")
-    _check_images(folder, layout)
+    _check_images(folder, layout, class_names is None)
     return folder
 
 
-def _check_images(folder: Folder, layout: Layout) -> None:
+def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:
     """Raise ConfigError where a class to train on, or all that is to be tested on, has no image."""
     counts = Counter((file.part, file.label) for file in folder.files)
     for label, name in layout.parts.get("train", {}).items():
-        if not counts["train", label]:
-            below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
-            raise folder.error(
-                f"{printable(name)}/ holds no image{f', only what is skipped: {reasons(below)}' if below else ''}."
-                " Put some there, or remove it."
-            )
+        if trains and not counts["train", label]:
+            raise folder.error(f"{_holds_none(folder, name)}. Put some there, or remove it.")
     if not folder.files:
         raise folder.error("its folders hold no image.")
     if folder.is_split and not any(file.part == "test" for file in folder.files):
-        raise folder.error(f"{layout.splits['test']}/ holds no image of a class. Put some there, or remove it.")
+        raise folder.error(f"{_holds_none(folder, layout.splits['test'])}. Put some there, or remove it.")
+
+
+def _holds_none(folder: Folder, name: str) -> str:
+    below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
+    return f"{printable(name)}/ holds no image{f', only what is skipped: {reasons(below)}' if below else ''}"
 
 
 class Walk:

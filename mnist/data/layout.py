@@ -85,7 +85,8 @@ class Tree:
         except OSError:  # it may be none that anybody reads
             return False
         runs = [name, *list(contents.folders.values())[:CHILDREN_LOOKED_AT]]
-        return any(file.endswith(".u8") for file, _ in contents.skipped) or any(
+        is_cache = not contents.images and any(file.endswith(".u8") for file, _ in contents.skipped)
+        return is_cache or any(
             (self.path / run / "config.yaml").is_file() and (self.path / run / "state.json").is_file() for run in runs
         )
 
@@ -116,7 +117,7 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
     ours = [name for name, place in top.folders.items() if tree.is_ours(place)]
     folders = {name: place for name, place in top.folders.items() if name not in ours}
     skipped, notes = [*_strays(top), *((name, OURS) for name in ours)], []
-    if splits := _find_splits(tree, folders, problem):
+    if splits := _find_splits(tree, folders, problem, measures=class_names is not None):
         named = {part: tree.scan(place).folders for part, place in splits.items()}
         for place in splits.values():
             skipped += _strays(tree.scan(place))
@@ -147,8 +148,11 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
     return Layout(tuple(map(printable, class_names)), parts, splits, skipped, notes)
 
 
-def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem) -> dict[str, str]:
-    """The folders that hold the folders of the classes, by split; none where the folders are the classes themselves."""
+def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem, measures: bool) -> dict[str, str]:
+    """The folders that hold the folders of the classes, by split; none where the folders are the classes themselves.
+
+    Where a model is to be measured, one split is enough.
+    """
     meant = {name: part for name in folders if (part := _part_of(name))}
     with_classes: dict[str, dict[str, str]] = {}
     for name, part in meant.items():
@@ -160,6 +164,8 @@ def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem) -> di
         if "test" not in found:  # what is called val/ beside train/ alone is what to test on
             found["test"] = found.pop("val")
         return {part: found[part] for part in PARTS if part in found}
+    if measures and found and len(meant) == len(folders):
+        return {"test": found.get("test") or found.get("val") or found["train"]}
     exact = {part for name, part in meant.items() if name.casefold() in WORDS[part]}
     if not meant or not (len(meant) == len(folders) or {"train"} < exact):
         return {}

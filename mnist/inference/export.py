@@ -10,6 +10,7 @@ The file takes `images`, float32 [batch, channels, height, width] from 0 to 1, a
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,12 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     )
     assert program is not None
     program.model.metadata_props.update(metadata(model, tuple(X.shape[1:])))
-    temporary = temporary_name(path, "new")  # a folder: large weights go into a second file, which the first one names
+    is_stream = path.exists() and not path.is_file()  # a pipe, or /dev/null
+    path = path if is_stream else path.resolve()  # a link stays one: /dev/stdout is
+    # a folder: large weights go into a second file, which the first one names
+    temporary = Path(tempfile.mkdtemp()) if is_stream else temporary_name(path, "new")
     try:
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=True)
         program.save(str(temporary / path.name))
         session = onnxruntime.InferenceSession(temporary / path.name, providers=["CPUExecutionProvider"])
         expected = predict(model.net, images)
@@ -82,7 +86,7 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
                 f" original's, where {LARGEST_DIFFERENCE:.0e} is the most; another version of torch or onnxruntime may"
                 " do better."
             )
-        if path.exists() and not path.is_file():  # a pipe, or /dev/null
+        if is_stream:
             write_file(path, (temporary / path.name).read_bytes())
             return difference
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):  # the model itself last

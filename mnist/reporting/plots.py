@@ -67,7 +67,7 @@ def draw_loss(axes: Any, records: Sequence[Record]) -> None:
         # the first values of an untrained network would press everything else to the ground
         shown += [line["train/loss"] for line in losses[len(losses) // 20 + 1 :]]
     _draw_parts(axes, records, "loss", scale=1)
-    axes.set_ylim(0, 1.05 * max(shown, default=1))
+    axes.set_ylim(0, 1.05 * (max(shown, default=0) or 1))
     axes.set_title("Loss" if len(records) == 1 else "Test loss")
     _finish(axes)
 

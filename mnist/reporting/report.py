@@ -86,7 +86,7 @@ def write_pictures(record: Record) -> None:
 
 def write_report(records: Sequence[Record], output: Path) -> None:
     """One run in full, or several with their curves over one another and the settings in which they differ."""
-    write_file(output, render(records))
+    write_file(output, render(records).encode(errors="backslashreplace"))  # a path may hold bytes that are no text
 
 
 def render(records: Sequence[Record]) -> str:

@@ -590,6 +590,15 @@ def test_a_cache_that_is_damaged_or_none_is_made_anew(pets: Path, damage: Callab
     assert cache.read_bytes() == whole
 
 
+def test_a_folder_in_the_place_of_a_cache_is_named(pets: Path) -> None:
+    load(pets)
+    (path,) = (pets.parent / "cache").glob("*.u8")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"\.u8: a folder, where the decoded images are to be\. Remove it"):
+        load(pets)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1, -20])
 def test_a_cache_that_is_not_whole_is_made_anew(pets: Path, keep: int) -> None:
     before = contents(load(pets).train)

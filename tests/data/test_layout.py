@@ -165,6 +165,30 @@ def test_the_order_of_files_does_not_depend_on_a_models_classes(tmp_path: Path) 
     assert [file.name for file in find_files(tmp_path, class_names=PETS[::-1]).files] == names
 
 
+@pytest.mark.parametrize("only", ["test", "val", "train"])
+def test_one_split_is_enough_to_test_a_model(only: str, tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes(only) | {f"{only}/empty": 0})
+    folder = find_files(tmp_path, class_names=(*PETS, "empty"))
+    assert {(file.part, file.label) for file in folder.files} == {("test", 0), ("test", 1)}
+
+
+def test_links_to_training_images_are_no_test_images_and_the_reason_is_told(tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes("train") | {"test/cats": 0, "test/dogs": 0})
+    for name in PETS:
+        image = next((tmp_path / "train" / name).iterdir())
+        (tmp_path / "test" / name / image.name).symlink_to(image)
+    with pytest.raises(
+        ConfigError, match=r"test/ holds no image, only what is skipped: a link to what is read already"
+    ):
+        find_files(tmp_path)
+
+
+def test_a_class_with_a_file_called_like_a_cache_is_a_class(tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes(""))
+    (tmp_path / "cats" / "notes.u8").write_text("x")
+    assert find_files(tmp_path).class_names == PETS
+
+
 def test_a_model_is_tested_on_a_folder_with_some_of_its_classes(tmp_path: Path) -> None:
     lay_out(tmp_path, {"dogs": 3})
     folder = find_files(tmp_path, class_names=("cats", "dogs", "eels"))

@@ -117,3 +117,34 @@ def test_without_the_extra_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is missing: pip install -e '\.\[onnx\]'"):
         export.export_onnx(load(folder), folder / "model.onnx", digits.test.images[:100])
+
+
+@pytest.mark.parametrize("redirection", ["> {}", "| cat > {}"])
+def test_a_model_can_be_exported_to_the_standard_output(redirection: str, run_here: RunHere, tmp_path: Path) -> None:
+    run, file = run_here("x"), tmp_path / "m.onnx"
+    device = Path("/dev/stdout").readlink()
+    command = f"{sys.executable} -m mnist export --model {run} --output /dev/stdout {redirection.format(file)}"
+    done = subprocess.run(["sh", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert "checked against the model" in done.stderr
+    onnx.checker.check_model(onnx.load(str(file)))
+    assert Path("/dev/stdout").readlink() == device  # root may replace it
+
+
+def test_places_that_cannot_be_written_are_named(
+    run_here: RunHere, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_here("x")
+    for command, *others in (["export", "--model", str(run)], ["report", str(run)]):
+        assert main([command, *others, "--output", str(tmp_path)]) == 2
+        assert f"--output {tmp_path}: a folder, where a file is needed." in capsys.readouterr().err
+        assert main([command, *others, "--output", "/dev/full"]) == 1
+        assert "--output /dev/full: cannot be written: No space left on device." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["runs {}", "predict --model {}/x - <&-"])
+def test_closed_streams_end_in_no_traceback(arguments: str, run_here: RunHere) -> None:
+    folder = run_here("x").parent
+    command = f"{sys.executable} -m mnist {arguments.format(folder)} >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if "<&-" in command else 0)

@@ -186,11 +186,16 @@ def test_a_folder_may_be_moved_and_a_run_gone_on_with_and_measured_from_another_
     assert metrics_of(run)[-1]["epoch"] == 2
     assert main(["evaluate", "--model", str(run), "--dataset", str(things)]) == 0
     assert "things, 600 test images" in capsys.readouterr().out  # all of what it was not made from
+    (tmp_path / "moved" / "tent").rename(tmp_path / "moved" / "zebra")  # which would shift the numbers of others
+    assert main(["evaluate", "--model", str(run)]) == 2
+    assert "it has classes that the model does not know: zebra" in capsys.readouterr().err
+    (tmp_path / "moved" / "zebra").rename(tmp_path / "moved" / "tent")
     other = copy_few(things, tmp_path / "other")
     shutil.rmtree(other / "tent")
     assert main(["evaluate", "--model", str(run), "--dataset", str(other)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"other, \d+ test images", printed)
+    assert f"into {tmp_path / 'data' / 'cache' / 'other'}" in printed  # beside the run's own
     assert re.search(r"^tent +- ", printed, re.MULTILINE)
     shutil.rmtree(tmp_path / "moved" / "tent")
     assert main(["evaluate", "--model", str(run), "--dataset", str(tmp_path / "moved" / ".." / "few" / "..")]) == 2
@@ -237,9 +242,8 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
     for name in ("dim", "bright"):  # others, with a range of their own: the model's scale is what counts
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.fromarray(np.full((28, 28), 3000, np.uint16)).save(tmp_path / "other" / name / "0.png")
-    other = load_dataset(
-        str(tmp_path / "other"), tmp_path, class_names=model.class_names, image_size=28, scale=model.config.scale
-    )
+    settings: dict[str, Any] = {"class_names": model.class_names, "image_size": 28, "test_fraction": 1}
+    other = load_dataset(str(tmp_path / "other"), tmp_path, scale=model.config.scale, **settings)
     assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png"))
 
 
