@@ -40,11 +40,11 @@ from tests.support.made_up import make_run
 each = settings(
     derandomize=True,
     deadline=None,
-    max_examples=100,
+    max_examples=50,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-few = settings(each, max_examples=30)
+few = settings(each, max_examples=20)
 T = TypeVar("T")
 TEXT = st.text(max_size=12)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
@@ -141,7 +141,7 @@ def encoded(kind: str) -> bytes:
 IMAGES = [encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA")]
 
 
-@settings(each, max_examples=400)
+@settings(each, max_examples=200)
 @given(content=st.sampled_from(IMAGES).flatmap(damaged))
 def test_images(content: bytes) -> None:
     image, refusal = outcome(lambda: read_image(content), ImageError)

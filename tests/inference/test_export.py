@@ -119,7 +119,7 @@ def test_without_the_extra_the_error_says_what_to_install(
         export.export_onnx(load(folder), folder / "model.onnx", digits.test.images[:100])
 
 
-@pytest.mark.parametrize("redirection", ["> {}", "| cat > {}"])
+@pytest.mark.parametrize("redirection", ["> {}", pytest.param("| cat > {}", marks=pytest.mark.slow)])
 def test_a_model_can_be_exported_to_the_standard_output(redirection: str, run_here: RunHere, tmp_path: Path) -> None:
     run, file = run_here("x"), tmp_path / "m.onnx"
     device = Path("/dev/stdout").readlink()

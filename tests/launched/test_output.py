@@ -18,9 +18,8 @@ TRAIN = f"exec {sys.executable} train.py --trackers=none --limit-train-images=50
 @pytest.mark.parametrize(
     ("redirections", "lost"),
     [
-        ("> /dev/full", "standard output: No space left on device"),
-        (">&-", "standard output: it was closed"),
         ("> /dev/full 2> /dev/full", "standard output: No space left on device"),
+        (">&-", "standard output: it was closed"),
     ],
 )
 def test_a_run_goes_on_without_its_output_and_state_json_says_so(redirections: str, lost: str, tmp_path: Path) -> None:

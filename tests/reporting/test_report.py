@@ -192,23 +192,7 @@ def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pyt
     assert line.split()[-1] == "finished"
 
 
-ODD: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    10**30,
-    1.5,
-    math.nan,
-    math.inf,
-    "x",
-    "\x1b[2J",
-    "",
-    [],
-    ["x"],
-    [[]],
-    {},
-    {"a": 1},
-)
+ODD: tuple[Any, ...] = (None, -1, 10**30, math.nan, "\x1b[2J", ["x"], {"a": 1})
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -250,7 +234,7 @@ def odd_contents(path: Path) -> list[str]:
                 value = changed(known, place, new)
                 lines = value if is_lines and isinstance(value, list) else [value]
                 contents.append("".join(json.dumps(line) + "\n" for line in lines))
-    assert len(contents) > 50
+    assert len(contents) > 30
     return contents
 
 
