@@ -233,8 +233,8 @@ class TrainConfig:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What all processes of a job must be told alike, by flag: all but where the data are on a machine."""
-        places = {"data_dir", *(["dataset"] if is_path(self.dataset) else [])}
+        """What all processes of a job must be told alike, by flag: all but where things are on a machine."""
+        places = {"data_dir", "output_dir", "run_name", "resume", *(["dataset"] if is_path(self.dataset) else [])}
         return {flag(name): value for name, value in dataclasses.asdict(self).items() if name not in places}
 
     def with_place(self, asked: "TrainConfig") -> "TrainConfig":
