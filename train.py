@@ -64,8 +64,8 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
     joined = join_processes(config.timeout_seconds)
     asked, config = config, find_run(config, given).share_batch(joined.num_processes).with_place(config)
     check_trackers(config.tracker_names)
-    precision = resolve_precision(config.mixed_precision, joined.device.type)
-    check_alike(asked.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
+    precision, code = resolve_precision(config.mixed_precision, joined.device.type), describe_code()
+    check_alike(asked.shared | {"precision": precision} | code, perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=joined.device.type == "cpu",
         mixed_precision=config.mixed_precision,
@@ -126,7 +126,7 @@ def train(config: TrainConfig, given: frozenset[str] = frozenset()) -> None:
 
     # --- run: a folder of its own, trackers, checkpoints, a header on the terminal
     run = Run.open(config, data.checksum)
-    environment = describe_environment(accelerator, compiled is not None) | {
+    environment = describe_environment(accelerator, code, compiled is not None) | {
         "not_compiled": not_compiled,
         **data.describe(),
         "parameters": count_parameters(net),

@@ -1,4 +1,4 @@
-"""The `mnist` command: what is done with runs that there are.
+"""The `mnist` command: inspect, apply and export finished runs.
 
 mnist predict seven.png photos/               # what is written there
 mnist draw                                    # a page in the browser, on which to draw a digit
@@ -39,7 +39,7 @@ CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 0, 1 for what failed, 2 for wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="mnist", description="What is done with runs that there are.", epilog=TRAINING
+        prog="mnist", description="Inspect, apply and export finished runs.", epilog=TRAINING
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -339,7 +339,7 @@ def _written_to(output: Path | None) -> Iterator[None]:
         return
     if output.is_dir():
         raise ConfigError(f"--output {output}: a folder, where a file is needed.")
-    is_stdout = output.exists() and sys.stdout is not None and _same_file(output)
+    is_stdout = output.exists() and _is_stdout(output)
     with contextlib.redirect_stdout(sys.stderr) if is_stdout else contextlib.nullcontext():
         try:
             yield
@@ -347,7 +347,7 @@ def _written_to(output: Path | None) -> Iterator[None]:
             raise UserError(f"--output {output}: cannot be written: {error.strerror}.") from error
 
 
-def _same_file(path: Path) -> bool:
+def _is_stdout(path: Path) -> bool:
     """Whether a path leads to the standard output."""
     try:
         return os.path.samestat(path.stat(), os.fstat(1))

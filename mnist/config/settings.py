@@ -80,13 +80,13 @@ class TrainConfig:
     """Seed of the first weights and of the order of the images."""
 
     dataset: str = "mnist"
-    """The images to learn from: mnist, fashion-mnist, kmnist, or a folder of pictures with a folder a class."""
+    """The images to learn from: mnist, fashion-mnist, kmnist, or a folder with one folder of images per class."""
 
     data_dir: str = str(DATA_FOLDER)
     """Folder of the data sets, as torchvision lays it out (MNIST/raw/ ...), and of decoded pictures (cache/)."""
 
     image_size: int | None = None
-    """Width and height to which the pictures of a folder are brought; by default 28 in grey, 64 in colour."""
+    """Width and height of a folder's images; by default 64, or 28 where all are grey and about that small."""
 
     test_fraction: float | None = None
     """Share of a folder's pictures to test on, by default 0.2; not where it holds train/ and test/ (or val/)."""

@@ -133,7 +133,7 @@ def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
 
 
 def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
-    """Whether it is that of so many square images, in grey or in colour."""
+    """Whether a shape is that of `count` square images, grey or in color."""
     return (
         all(type(it) is int for it in shape)
         and len(shape) in (3, 4)

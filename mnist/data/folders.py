@@ -104,7 +104,7 @@ class Walk:
         self.links: list[tuple[str, int, str]] = []  # the same of a link to an image or a folder
         self.skipped: list[tuple[str, str]] = []
         self.outside: list[str] = []  # links that lead out of the data set
-        self.folders: dict[str, None] = {}  # by real path, those that were walked through: so circles end
+        self.folders: set[str] = set()  # real paths of those that were walked through: so circles end
         self.files: set[str] = set()  # real paths of the images, once there are links to compare with
 
     def classes(self, classes: Sequence[tuple[str, int, str]]) -> None:
@@ -125,7 +125,7 @@ class Walk:
             real = self.tree.real(name)
             if real in self.folders:
                 continue
-            self.folders[real] = None
+            self.folders.add(real)
             contents = self.tree.scan(name)
             self.skipped += contents.skipped
             links, own = contents.links, contents.folders.values()

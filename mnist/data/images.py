@@ -156,7 +156,7 @@ def _size_if_grey(path: Path, name: str) -> tuple[int, int] | None:
     with _one_at_a_time, warnings.catch_warnings(), _open(path, name) as file:
         warnings.simplefilter("ignore")
         try:
-            image = _identify(file)
+            image = _identify(file, name)
         except Exception:  # _read says what is wrong with it
             return None
         return image.size if image.mode.startswith(("1", "L", "I", "F")) else None  # LA, I;16
@@ -264,12 +264,8 @@ def _open(path: Path, name: str) -> BinaryIO:
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     """The first picture in an open file, decoded once its size is known; raises ImageError and what decoders raise."""
     try:
-        image = _identify(file)
+        image = _identify(file, name)
     except UnidentifiedImageError as error:
-        if "HEIF" not in Image.ID and _is_heif(file):
-            raise ImageError(
-                f"{name}: HEIC, as iPhones write it, needs pi-heif. Run: pip install pi-heif (or -e '.[heic]')."
-            ) from error
         if file.seekable() and file.seek(0, io.SEEK_END) == 0:
             raise ImageError(f"{name}: an empty file.") from error
         raise ImageError(f"{name}: not an image, or of a kind that is not read; PNG and JPEG are.") from error
@@ -282,15 +278,28 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     return image
 
 
-def _identify(file: BinaryIO) -> Image.Image:
-    """The picture in an open file, of which only the header has been read; raises what Pillow raises."""
+def _identify(file: BinaryIO, name: str) -> Image.Image:
+    """The picture in an open file, of which only the header has been read; raises ImageError and what Pillow raises."""
     Image.init()
-    if "HEIF" not in Image.ID and _is_heif(file):
-        with contextlib.suppress(ImportError):
-            import pi_heif
+    try:
+        return _open_as_named(file)
+    except UnidentifiedImageError:
+        if "HEIF" in Image.ID or not _is_heif(file):
+            raise
+    try:
+        import pi_heif
+    except ImportError as error:
+        raise ImageError(
+            f"{name}: HEIC, as iPhones write it, needs pi-heif. Run: pip install pi-heif (or -e '.[heic]')."
+        ) from error
+    pi_heif.register_heif_opener()
+    return _open_as_named(file)
 
-            pi_heif.register_heif_opener()
-    # no others: EPS and WMF are drawn by other programs, and an ICO may hold an image of any size behind a small one
+
+def _open_as_named(file: BinaryIO) -> Image.Image:
+    """By the formats of IMAGE_SUFFIXES alone: EPS and WMF are drawn by other programs, and an ICO may hold an image of
+    any size behind a small one.
+    """
     formats = {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES if suffix in Image.EXTENSION}
     return Image.open(file, formats=sorted(formats & set(Image.ID)))
 

@@ -207,6 +207,6 @@ def pixels(address: str) -> "Image":
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, from the first to the last, as far apart as can be."""
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
     count = min(len(items), most)
     return [items[round(place * (len(items) - 1) / max(1, count - 1))] for place in range(count)]

@@ -15,7 +15,7 @@ PETS = "cats", "dogs"
 
 
 def lay_out(top: Path, counts: Mapping[str, int]) -> None:
-    """Folders with so many images, each unlike all others."""
+    """Make folders with these numbers of images, no two alike."""
     for place, (folder, count) in enumerate(counts.items()):
         write_images(top / folder, count, first=1000 * place)
 

@@ -221,7 +221,7 @@ FILES = ("config.yaml", "state.json", "environment.json", "evaluation.json", "me
 
 
 def odd_contents(path: Path) -> list[str]:
-    """What may stand in a file of a run in place of what was written."""
+    """Contents that a file of a run should not have, each with one change."""
     if path.name == "environment.json":
         path.write_text(json.dumps({"device": "cpu", "parameters": 5, "threads": 1, "torch": "2"}))
     text = path.read_text()
