@@ -43,12 +43,13 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
-from mnist.data.loader import MappedImages, Split, build_batches
+from mnist.data.loader import Training, build_loader
+from mnist.data.splits import MappedImages, Split
 count = Path(sys.argv[1]).stat().st_size // 12288
 split = Split(MappedImages(Path(sys.argv[1]), (count, 64, 64, 3)), torch.zeros(count, dtype=torch.int64))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-for X, y, weight in build_batches(split, 64, shuffle=True): pass
+for X, y, weight in build_loader(split, 64, training=Training(seed=0)): pass
 print(before, peak())
 """
 
@@ -113,12 +114,13 @@ def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
     import torch
 
     from mnist.data.datasets import load_dataset
-    from mnist.data.loader import MappedImages, Split, build_batches
+    from mnist.data.loader import Training, build_loader
+    from mnist.data.splits import MappedImages, Split
 
     torch.set_num_threads(1)
 
     def epoch_of(split: Split) -> Callable[[], float]:
-        batches = build_batches(split, 64, shuffle=True)
+        batches = build_loader(split, 64, training=Training(seed=0))
 
         def run_epoch() -> float:
             started = time.process_time()  # the file is in memory, so that nothing is waited for

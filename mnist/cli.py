@@ -24,7 +24,7 @@ from mnist.errors import UserError
 from mnist.launch.streams import keep_output, printable_lines
 
 if TYPE_CHECKING:
-    from mnist.data.loader import ImageData
+    from mnist.data.splits import ImageData
     from mnist.inference.predict import Model, Prediction
     from mnist.runs.record import Record
 
@@ -278,13 +278,13 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from accelerate.utils import DataLoaderConfiguration
 
     from mnist.config.settings import TrainConfig
-    from mnist.data.loader import build_batches
-    from mnist.data.transforms import images_at_once, scale_pixels
+    from mnist.data.loader import build_loader
+    from mnist.data.transforms import eval_batch_size, scale_pixels
     from mnist.inference.predict import load
     from mnist.launch.hardware import choose_threads
     from mnist.launch.streams import printable
     from mnist.reporting.snapshots import cut
-    from mnist.training.evaluate import evaluate
+    from mnist.training.evaluate import evaluate_split
     from mnist.training.losses import LOSSES
 
     model = load(options.model)
@@ -296,9 +296,9 @@ def evaluate_model(options: argparse.Namespace) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     choose_threads(model.net, scale_pixels(data.test.images[: settings["batch_size"]]))
-    batches = accelerator.prepare(build_batches(data.test, images_at_once(data.test.images.shape[1:])))
+    loader = accelerator.prepare(build_loader(data.test, eval_batch_size(data.test.images.shape[1:])))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
-    result = evaluate(net, batches, LOSSES[settings["loss"]], accelerator)
+    result = evaluate_split(net, loader, LOSSES[settings["loss"]], accelerator)
     print(f"{data.name}, {result.images:,} test images: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %")
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
         print(f"(the best weights by validation loss; the last ones: --model {options.model}/model)")

@@ -20,7 +20,7 @@ from tests.support.signals import hear_again
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mnist.data.loader import ImageData
+    from mnist.data.splits import ImageData
 
 pytest_plugins = ["tests.support.gpus", "tests.support.workers"]
 
@@ -132,7 +132,7 @@ def resume_here(fresh_accelerate: None) -> ResumeHere:
 
     def resume(folder: Path, **settings: Any) -> Path:
         reset_accelerate()
-        train(TrainConfig(resume=str(folder), **settings), given=frozenset({"resume", *settings}))
+        train(TrainConfig(resume=str(folder), **settings), explicit_settings=frozenset({"resume", *settings}))
         hear_again()
         return folder
 

@@ -33,7 +33,7 @@ from mnist.models.saved import ModelConfig, load_model, save_model
 from mnist.reporting.report import render
 from mnist.runs.folder import find_run_here
 from mnist.runs.record import Record, read_state
-from mnist.training.checkpoint import DamagedError, fingerprint, read_whole
+from mnist.training.checkpoint import DamagedError, checksum, read_whole
 from tests.data.test_folders import write_images
 from tests.support.made_up import make_run
 
@@ -196,12 +196,12 @@ def test_checkpoints(data: st.DataObject, tmp_path: Path) -> None:
     save_model(Net(), folder, ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist"))
     (folder / "config.json").rename(folder / "state.json")
     shutil.copy(folder / "model.safetensors", folder / "optimizer.safetensors")
-    manifest = {name: fingerprint((folder / name).read_bytes()) for name in names}
+    manifest = {name: checksum((folder / name).read_bytes()) for name in names}
     chosen = data.draw(st.sampled_from([*names, "manifest.json"]))
     if chosen != "manifest.json":
         (folder / chosen).write_bytes(data.draw(damaged((folder / chosen).read_bytes())))
         if data.draw(st.booleans()):  # by somebody who knows how
-            manifest[chosen] = fingerprint((folder / chosen).read_bytes())
+            manifest[chosen] = checksum((folder / chosen).read_bytes())
     content = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(data.draw(any_json(manifest)) if chosen == "manifest.json" else content)
     files, refusal = outcome(lambda: read_whole(folder), DamagedError)

@@ -18,6 +18,7 @@ ROOMS = (
     "tracking",
     "reporting",
     "inference",
+    "session",
     "cli",
     "__main__",
 )
@@ -67,4 +68,4 @@ def calls(path: Path) -> set[str]:
 def test_only_one_module_knows_wandb_and_only_what_composes_builds_an_accelerator() -> None:
     paths = [PROJECT_FOLDER / "train.py", *PACKAGE.rglob("*.py")]
     assert {path.stem for path in paths if any(it.startswith("wandb") for it in imports(path))} == {"wandb_run"}
-    assert {path.stem for path in paths if {"Accelerator", "LeanAccelerator"} & calls(path)} == {"train", "cli"}
+    assert {path.stem for path in paths if {"Accelerator", "LeanAccelerator"} & calls(path)} == {"session", "cli"}

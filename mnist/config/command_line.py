@@ -50,7 +50,7 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     return config
 
 
-def given_settings(arguments: Sequence[str] | None = None) -> frozenset[str]:
+def explicit_settings(arguments: Sequence[str] | None = None) -> frozenset[str]:
     """Names of the settings that a command line names, as opposed to those that have their default."""
     words = sys.argv[1:] if arguments is None else arguments
     names = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}

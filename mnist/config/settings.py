@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from mnist.errors import ConfigError
 
@@ -46,6 +46,13 @@ TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 DATA_FOLDER = PROJECT_FOLDER / "data" if (PROJECT_FOLDER / "train.py").is_file() else Path("data")
 """The checkout's; for an installed package, which is no place for data, one in the current folder, beside runs/."""
+
+
+class BatchSizes(NamedTuple):
+    """Training images per batch."""
+
+    batch_size: int  # per process
+    global_batch_size: int  # of all processes together
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,7 @@ class TrainConfig:
         return tuple(dict.fromkeys(name for name in names if name != "none"))
 
     @property
-    def essence(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint and the run that it is loaded into must have in common."""
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in MAY_CHANGE | SURROUNDINGS
@@ -267,26 +274,25 @@ class TrainConfig:
             self, **changes, output_dir=str(folder.parent), run_name=folder.name, resume=str(folder)
         )
 
-    def share_batch(self, num_processes: int) -> "TrainConfig":
-        """The settings with both batch sizes in them: a process's share, rounded up, and that of all processes.
+    def batch_sizes(self, num_processes: int) -> "BatchSizes":
+        """The two batch sizes of a job: per process, rounded up, and of all processes together.
 
-        Raises ConfigError for a --global-batch-size that does not divide by their number. A run that is resumed,
-        perhaps by as many processes as are left, keeps its own all the same.
+        Raises ConfigError for a --global-batch-size that the processes cannot share evenly. A resumed run keeps its
+        global batch size on any number of processes.
         """
-        whole = self.global_batch_size or self.batch_size * num_processes
-        share = -(-whole // num_processes)
-        if share * num_processes != whole and self.resume is None:
+        global_batch_size = self.global_batch_size or self.batch_size * num_processes
+        batch_size = -(-global_batch_size // num_processes)
+        if batch_size * num_processes != global_batch_size and self.resume is None:
             raise ConfigError(
-                f"--global-batch-size {whole}: does not divide by the {num_processes} processes of this job;"
-                f" {share * num_processes} would."
+                f"--global-batch-size {global_batch_size}: does not divide by the {num_processes} processes of this"
+                f" job; {batch_size * num_processes} would."
             )
-        return dataclasses.replace(self, batch_size=share, global_batch_size=whole)
+        return BatchSizes(batch_size, global_batch_size)
 
-    @property
-    def shared_batch_size(self) -> int:
-        """Images that all processes together take at a time, after `share_batch`."""
-        assert self.global_batch_size is not None
-        return self.global_batch_size
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.epochs * -(-batches_per_epoch // self.gradient_accumulation_steps)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def to_yaml(self) -> str:
         """Every setting, as `load` reads it."""

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from mnist.data.folders import Folder, reasons
 from mnist.data.images import Scale, decode_images, follow_parent, ranges_of, scale_of, survey_images
 from mnist.data.layout import a_few
-from mnist.data.loader import MappedImages
+from mnist.data.splits import MappedImages
 from mnist.errors import UserError
 from mnist.files import flush, knows_locks, remove_leftovers, storage_errors, temporary_name
 from mnist.launch.hardware import available_cores

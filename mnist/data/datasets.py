@@ -27,7 +27,7 @@ from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
 from mnist.data.images import Scale
 from mnist.data.layout import a_few
-from mnist.data.loader import ImageData, MappedImages, Normalization, Split, cut_off
+from mnist.data.splits import ImageData, MappedImages, Normalization, Split, cut_off
 from mnist.errors import ConfigError, UserError
 from mnist.launch.streams import printable
 

@@ -27,8 +27,8 @@ def scale_pixels(images: Tensor) -> Tensor:
     return images.to(torch.get_default_dtype()).div_(255)
 
 
-def images_at_once(pixels: Sequence[int]) -> int:
-    """How many images, each of that shape, a network is given at once where it does not learn."""
+def eval_batch_size(pixels: Sequence[int]) -> int:
+    """Images of that shape per batch and process where a network does not train."""
     images, values = MOST_AT_ONCE
     return max(1, min(images, values // math.prod(pixels)))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist.data.transforms import images_at_once, scale_pixels
+from mnist.data.transforms import eval_batch_size, scale_pixels
 from mnist.errors import UserError
 from mnist.files import temporary_name, write_file
 from mnist.inference.predict import Model, predict
@@ -77,7 +77,7 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
         session = onnxruntime.InferenceSession(temporary / path.name, providers=["CPUExecutionProvider"])
         expected = predict(model.net, images)
         found = torch.cat(
-            [run(session, part) for part in (images[:1], *torch.split(images[1:], images_at_once(images.shape[1:])))]
+            [run(session, part) for part in (images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:])))]
         )
         difference = float((found - expected).abs().max())
         if not difference <= LARGEST_DIFFERENCE:  # also where it is no number

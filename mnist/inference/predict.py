@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnist.data.transforms import images_at_once, scale_pixels
+from mnist.data.transforms import eval_batch_size, scale_pixels
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.models.saved import ModelConfig, load_model
 
@@ -140,7 +140,7 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     net.eval()
     outputs = [
         net(scale_pixels(batch).to(device)).exp().cpu()
-        for batch in torch.split(images, images_at_once(images.shape[1:]))
+        for batch in torch.split(images, eval_batch_size(images.shape[1:]))
     ]  # of log-probabilities
     net.train(training)
     return torch.cat(outputs)

@@ -1,14 +1,14 @@
 """What a run is made with, besides its settings: the processes and what they run on, versions, the state of the code.
 
-environment = describe_environment(accelerator, describe_code(), loss_is_compiled=False)
+environment = describe_environment(accelerator, loss_is_compiled=False)
 environment["device"], environment["git_commit"]
 """
 
+import functools
 import platform
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -23,6 +23,7 @@ from mnist.launch.hardware import device_name
 COMPILED = "inductor, loss and gradients in one graph"  # what --compile gives, as opposed to the launcher's compiler
 
 
+@functools.cache
 def describe_code() -> dict[str, str | None]:
     """Versions of what computes the result, and the commit; None where the code lies in no repository of its own."""
     return {
@@ -33,8 +34,9 @@ def describe_code() -> dict[str, str | None]:
     }
 
 
-def describe_environment(accelerator: Accelerator, code: Mapping[str, Any], loss_is_compiled: bool) -> dict[str, Any]:
+def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
     """Plain values by name, those of `describe_code` among them; all processes must call it."""
+    code = describe_code()
     changes = _git("status", "--porcelain") if code["git_commit"] and accelerator.is_main_process else None
     return {
         "device": " + ".join(sorted(set(gather_object([device_name(accelerator.device)])))),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from mnist.config.command_line import given_settings, is_first_process, parse_command_line
+from mnist.config.command_line import explicit_settings, is_first_process, parse_command_line
 from mnist.config.settings import TrainConfig
 from mnist.errors import UserError
 from mnist.launch.signals import Interrupted, end_at_once, follow_launcher
@@ -35,7 +35,7 @@ def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: M
         from mnist.launch.processes import waiting_for_others  # and torch with it, which --help does not wait for
 
         with waiting_for_others(config.timeout_seconds):
-            train(config, given_settings())
+            train(config, explicit_settings())
     except KeyboardInterrupt:
         return 130
     except Interrupted as interrupted:

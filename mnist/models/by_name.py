@@ -126,13 +126,14 @@ def build_model(
     image_shape: ImageShape = (1, 28, 28),
     pretrained: bool = False,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    batch_size: int = 2,
 ) -> nn.Module:
     """The network called `name`, of MODELS or of torchvision's classification models, for images of that shape.
 
     Fresh weights are from torch's global random generator. `pretrained` takes torchvision's for all but the last layer,
     from its cache or its server; to load others into the model afterwards, omit it. `normalization` is the mean and the
     standard deviation of each channel, which a network of the project's own is to take off its images and divide them
-    by; torchvision's have those of their weights.
+    by; torchvision's have those of their weights. `batch_size` is the number of images per process that it trains on.
     Raises ConfigError for an unknown name and for images of a size that the network does not take, UserError for
     pretrained weights that cannot be had.
     """
@@ -156,4 +157,5 @@ def build_model(
             f"--model {name}: does not take images of {width} x {height} pixels ({error}). It takes those of"
             f" --image-size {size}."
         ) from error
+    check_batch(model, batch_size, image_shape)
     return model.train()

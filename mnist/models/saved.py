@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import UserError
 from mnist.files import new_folder
 from mnist.launch.streams import printable

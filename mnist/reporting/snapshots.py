@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.files import write_file
 from mnist.training.evaluate import Mistake, Result
 
-MISTAKES = 40  # pictures that are kept
 MOST_CLASSES_SHOWN = 20  # in the confusion matrix; of more, those that are most confused, and all others as one
 LARGEST_SIDE = 96  # pixels of a picture that is kept
 OTHERS = "all others"

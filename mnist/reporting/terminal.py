@@ -56,9 +56,10 @@ class Terminal:
             self.row("", note)
         self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
         accumulated = config.gradient_accumulation_steps
-        window = f", {accumulated} batches an optimizer step" if accumulated > 1 else ""
-        self.row("batch", f"{config.global_batch_size:,} images ({config.batch_size:,} a process){window}")
-        self.row("steps", f"{resolved['total_steps']:,} ({resolved['steps_per_epoch']:,} an epoch)")
+        window = f", {accumulated} batches per optimizer step" if accumulated > 1 else ""
+        batch, per_process = resolved["global_batch_size"], resolved["batch_size"]
+        self.row("batch", f"{batch:,} images ({per_process:,} per process){window}")
+        self.row("steps", f"{resolved['total_steps']:,} ({resolved['steps_per_epoch']:,} per epoch)")
         self.row("run folder", str(folder))
 
     def row(self, name: str, value: str, codes: str = "") -> None:

@@ -73,7 +73,19 @@ def _find(config: TrainConfig, given: Collection[str]) -> TrainConfig:
         folder = _folder_of_job(parent)
     if folder is None or not (folder / "config.yaml").is_file():
         return dataclasses.replace(config, resume=None)
-    return TrainConfig.load(folder / "config.yaml").resumed(config, given, folder)
+    resumed = TrainConfig.load(folder / "config.yaml").resumed(config, given, folder)
+    # config.yaml has what was asked for: perhaps a batch size per process, of another number of processes than now
+    began_with = read_state(folder / "environment.json").get("global_batch_size")
+    return resumed if began_with is None else dataclasses.replace(resumed, global_batch_size=began_with)
+
+
+def has_checkpoint(config: TrainConfig) -> bool:
+    """Whether the run to be resumed has a checkpoint, from which its weights come; all processes must call it.
+
+    One that was ended before its first checkpoint starts as it did before.
+    """
+    folder = Path(config.resume or "") / "checkpoints"
+    return config.resume is not None and on_main_process(lambda: any(folder.glob("step-*")))
 
 
 def job_id() -> str | None:
@@ -99,12 +111,12 @@ class Run:
 
     folder: Path = Path()
     writes: bool = False
-    state: dict[str, Any] = field(default_factory=dict)
-    lock: FileLock | None = None
-    resume_command: str = ""
-    noted_at: float = 0.0  # by time.monotonic()
-    identity: tuple[int, int] | None = None  # device and inode, by which a folder that was moved is known
-    warnings: list[str] = field(default_factory=list)  # to be shown at the end
+    state: dict[str, Any] = field(default_factory=dict, init=False)
+    lock: FileLock | None = field(default=None, init=False)
+    resume_command: str = field(default="", init=False)
+    noted_at: float = field(default=0.0, init=False)  # by time.monotonic()
+    identity: tuple[int, int] | None = field(default=None, init=False)  # device and inode: known if it is moved
+    warnings: list[str] = field(default_factory=list, init=False)  # to be shown at the end
 
     @classmethod
     def open(cls, config: TrainConfig, dataset_md5: str) -> "Run":

@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.runs.record import Record
 from mnist.tracking.wandb_run import Made, Used, WandbRun, first_line

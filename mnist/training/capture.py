@@ -1,12 +1,12 @@
-"""The loss of a batch and its gradients as one compiled graph: `--compile`.
+"""The loss of a batch, and with `--compile` its gradients too, as one compiled graph.
 
-    compiled, reason = compile_loss(net, loss_function, accelerator, X)      # takes seconds
-    loss = compiled(X, y, weight)     # the gradients are found with it
-    accelerator.backward(loss)        # hands them out to the parameters
+    compute_loss = build_loss(config, model, accelerator, images)      # with --compile it takes seconds
+    loss = compute_loss(X, y, sample_weight)
+    accelerator.backward(loss)
 
-torch.compile(net) leaves the loss, autograd and the checks of each call outside: of the tutorial's network that is most
-of a step. Here forward and backward pass are one graph of operations on tensors, which holds for batches of one shape:
-there is no other (data/loader.py). docs/performance.md has what each way gave.
+torch.compile(net) leaves the loss, autograd and the checks of each call outside: for the tutorial's network that is
+most of a step. Here forward and backward pass are one graph of operations on tensors, for batches of one shape: there
+is no other (data/loader.py). docs/performance.md has what each way gave.
 """
 
 import logging
@@ -20,14 +20,19 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mnist.config.settings import TrainConfig
+from mnist.data.splits import Split
+from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
-from mnist.training.losses import Loss
+from mnist.launch.hardware import choose_threads
+from mnist.training.lean import LeanAccelerator
+from mnist.training.losses import LOSSES, Loss
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class CompiledLoss:
-    """The loss of `net` for (X, y, weight), a scalar whose `backward` hands out gradients that are there already.
+    """The loss of `net` for (X, y, sample_weight); its gradients are computed with it, and `backward` hands them out.
 
     They are divided by the batches of a window and added to those of earlier ones, as accelerator.backward does, and at
     the end of a window averaged over the processes, as DistributedDataParallel does.
@@ -37,28 +42,49 @@ class CompiledLoss:
         """`forward` takes the parameters of `net` that learn, its buffers and a batch; returns loss and gradients."""
         self.forward = forward
         self.accelerator = accelerator
-        self.parameters = [it for it in net.parameters() if it.requires_grad]
-        self.state = [it.detach() for it in (*self.parameters, *net.buffers())]  # the same memory: they change with it
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        # the same memory, so they change with the parameters
+        self.state = [tensor.detach() for tensor in (*self.parameters, *net.buffers())]
+        self.loss: Tensor | None = None
         self.gradients: list[Tensor] = []
 
-    def __call__(self, X: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        loss, *self.gradients = self.forward(*self.state, X, y, weight)
-        loss.backward = self._backward  # type: ignore[assignment, method-assign]
-        return loss
+    def __call__(self, X: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
+        self.loss, *self.gradients = self.forward(*self.state, X, y, sample_weight)
+        return self.loss
 
-    def _backward(self) -> None:
+    def backward(self) -> None:
         gradients, self.gradients = self.gradients, []
         if (steps := self.accelerator.gradient_accumulation_steps) > 1:
             torch._foreach_div_(gradients, steps)
-            if earlier := [it.grad for it in self.parameters if it.grad is not None]:
+            if earlier := [parameter.grad for parameter in self.parameters if parameter.grad is not None]:
                 torch._foreach_add_(gradients, earlier)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            flat = torch.cat([it.flatten() for it in gradients]).div_(self.accelerator.num_processes)
+            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.accelerator.num_processes)
             torch.distributed.all_reduce(flat)
-            parts = torch.split(flat, [it.numel() for it in gradients])
-            gradients = [part.view_as(it) for part, it in zip(parts, gradients, strict=True)]
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            gradients = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def build_loss(
+    config: TrainConfig, model: nn.Module, accelerator: LeanAccelerator, images: Split
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What computes the loss of a batch (X, y, sample_weight): loss_function(model(X), y, sample_weight).
+
+    `model` is what `accelerator` has prepared, `images` are those to train on. It also sets the number of CPU threads
+    that suits them, which goes into compiled code. All processes must call it. Errors as in compile_loss.
+    """
+    loss_function, net = LOSSES[config.loss], accelerator.unwrap_model(model, keep_torch_compile=False)
+    # [B, channels, height, width]: the shape of all batches of a process
+    X = scale_pixels(images.images[: config.batch_sizes(accelerator.num_processes).batch_size]).to(accelerator.device)
+    choose_threads(net, X)
+    if config.compile:
+        accelerator.print("Compiling: some seconds, the first time up to half a minute ...", flush=True)
+        accelerator.captured, accelerator.why_not_captured = compile_loss(net, loss_function, accelerator, X)
+    if accelerator.captured is not None:
+        return accelerator.captured
+    return lambda X, y, sample_weight: loss_function(model(X), y, sample_weight)
 
 
 def compile_loss(
@@ -72,12 +98,11 @@ def compile_loss(
     """
     check(net, accelerator)
     forward: Callable[..., Sequence[Tensor]] | None
-    y, weight = X.new_zeros(len(X), dtype=torch.long), X.new_ones(len(X))
-    batch = X.to(accelerator.device), y.to(accelerator.device), weight.to(accelerator.device)
+    batch = X, X.new_zeros(len(X), dtype=torch.long), X.new_ones(len(X))
     graph, arguments = trace(net, loss_function, batch)
     with accelerator.local_main_process_first():  # the others find the code in inductor's cache
         forward, reason = compile_graph(graph, arguments)
-    reasons = [it for it in gather_object([reason]) if it]
+    reasons = [reason for reason in gather_object([reason]) if reason]
     if forward is None or reasons:
         return None, reasons[0]
     return CompiledLoss(net, forward, accelerator), ""

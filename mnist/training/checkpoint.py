@@ -1,8 +1,8 @@
 """The checkpoints from which a run goes on.
 
-with Checkpoints(run, config, ...) as checkpoints:
+with Checkpoints(run, ...) as checkpoints:
     notes = checkpoints.resume()               # the newest whole one, if there is any
-    checkpoints.after_step()                   # saves every N steps; Interrupted, after a signal, saves as it leaves
+    checkpoints.save()                         # also when Interrupted, after a signal, passes through
 
 A checkpoint is a folder of safetensors and JSON, so that no file of it can hold code. It is written under another name,
 flushed and renamed, and only then is an older one removed; its manifest tells a whole one from one that is damaged.
@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -27,10 +26,13 @@ from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, remove_folder, remove_leftovers
 from mnist.launch.processes import on_main_process
-from mnist.launch.signals import Interrupted, Interruption
+from mnist.launch.signals import Interrupted
 from mnist.models.saved import check_finite, save_json, save_tensors, weights_of
 from mnist.runs.folder import Run
 from mnist.training.progress import Progress
+
+SAME_TO_THE_BIT = ("torch", "device", "num_processes", "threads", "precision", "compiler")
+"""What of a run's environment must stay the same for a resumed run to continue to the bit."""
 
 
 def has_checkpoint(config: TrainConfig) -> bool:
@@ -87,44 +89,34 @@ class DamagedError(Exception):
 
 
 class Checkpoints:
-    """The last three states of a run, from each of which it goes on as if nothing had happened."""
+    """The last three states of a run; resumed from any of them, it continues as if nothing had happened."""
 
     KEPT = 3
     SHARE_OF_TIME = 0.05  # that they may cost, where the user has not said how often
-    SAME_TO_THE_BIT = ("torch", "device", "num_processes", "threads", "precision", "compiler")
 
     def __init__(
         self,
         run: Run,
-        config: TrainConfig,
-        environment: Mapping[str, Any],
-        accelerator: Accelerator,
-        interruption: Interruption,
+        made_with: Mapping[str, Mapping[str, Any]],
         progress: Progress,
         net: nn.Module,
         optimizer: Stateful,
-        parts: Mapping[str, Stateful],
+        others: Mapping[str, Stateful],
     ) -> None:
-        """`net` is the model as it was built; `parts` are what else has a state that is the same on all processes.
+        """`net` is the model as it was built; `others` have a state that is the same on all processes.
 
-        A checkpoint of settings with another essence is not loaded; in another environment the result will differ in
-        its last digits.
+        `made_with` has the settings of the run under "essence" and what it runs on under "launch", with the keys of
+        state.json. A checkpoint of other settings is refused; on other hardware the last digits of results differ.
         """
         self.run = run
         self.folder = run.folder / "checkpoints"
-        self.accelerator = accelerator
-        self.interruption = interruption
+        self.made_with = made_with
         self.progress = progress
         self.net = net
         self.optimizer = optimizer
-        self.parts: dict[str, Stateful] = {"progress": progress, **parts}
-        if accelerator.scaler is not None:
-            self.parts["scaler"] = accelerator.scaler
+        self.parts: dict[str, Stateful] = {"progress": progress, **others}
         # what each process has for itself
-        self.own: dict[str, Stateful] = {"loss": progress.loss, "random": RandomState(accelerator.device)}
-        self.every = config.checkpoint_every
-        self.essence = config.essence
-        self.launch = {name: environment[name] for name in self.SAME_TO_THE_BIT}
+        self.own: dict[str, Stateful] = {"loss": progress.loss, "random": RandomState(progress.accelerator.device)}
         self.cost = 0.0  # seconds that the last one took
         self.saved_at = time.monotonic()
 
@@ -137,41 +129,18 @@ class Checkpoints:
         if isinstance(error, Interrupted):  # on all processes at the same step
             self.save()
 
-    def after_step(self) -> None:
-        """At the end of an optimizer step: save, if it is time for it; Interrupted, if a signal asks for it."""
-        if self.accelerator.sync_gradients:
-            if self.every is not None and self.progress.step % self.every == 0:
-                self.save()
-            self.interruption.after_step()
-            self._beat()
-
-    def before_batch(self) -> None:
-        """Before each batch of an evaluation: Interrupted, if a signal asks for it."""
-        self.interruption.check()
-        self._beat()
-
-    def _beat(self) -> None:
-        if self.run.is_quiet:
-            self.run.note(**self.progress.position)
-
-    def after_epoch(self) -> None:
-        """Save the last state of a run, and those between two epochs as far as they cost little of its time."""
-        due = self.progress.finished
-        if self.every is None and not due:
-            waited = time.monotonic() - self.saved_at
-            due = on_main_process(lambda: self.cost <= self.SHARE_OF_TIME * (waited + self.cost))
-        if due:
-            self.save()
-        else:
-            self.run.note(**self.progress.position)
+    def is_due(self) -> bool:
+        """Whether one more costs so little that it can be saved now; all processes must call it."""
+        waited = time.monotonic() - self.saved_at
+        return on_main_process(lambda: self.cost <= self.SHARE_OF_TIME * (waited + self.cost))
 
     # --- writing
 
     def save(self) -> None:
-        """Write a checkpoint of this very moment; all processes must call it, between two optimizer steps."""
+        """Write a checkpoint of this moment; all processes must call it, between two optimizer steps."""
         started = time.monotonic()
         ranks = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
-        if self.accelerator.is_main_process:
+        if self.run.writes:
             folder = self.folder / f"step-{self.progress.step:010}{'-evaluated' if self.progress.evaluated else ''}"
             if not folder.exists():
                 self._write(folder, ranks)
@@ -186,8 +155,7 @@ class Checkpoints:
         check_finite(self.net)
         tensors, optimizer = flatten(self.optimizer.state_dict())
         state = {
-            "essence": self.essence,
-            "launch": self.launch,
+            **self.made_with,
             "optimizer": optimizer,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "ranks": ranks,
@@ -197,7 +165,7 @@ class Checkpoints:
             save_tensors(tensors, temporary / "optimizer.safetensors")
             save_json(state, temporary / "state.json")
             files = {path.name: path.read_bytes() for path in temporary.iterdir()}
-            save_json({name: fingerprint(content) for name, content in files.items()}, temporary / "manifest.json")
+            save_json({name: checksum(content) for name, content in files.items()}, temporary / "manifest.json")
 
     def _folders(self) -> list[Path]:
         """Those that are there, the newest first."""
@@ -243,7 +211,7 @@ class Checkpoints:
 
         state = json.loads(files["state.json"])
         for setting, there in state["essence"].items():
-            here = self.essence.get(setting)
+            here = self.made_with["essence"].get(setting)
             if here != there:
                 raise ConfigError(
                     f"{self.folder / name}: was saved with {setting} {there}, but this run has {here}."
@@ -257,7 +225,7 @@ class Checkpoints:
             for key, part in self.parts.items():
                 if key in state:
                     part.load_state_dict(state[key])
-            ranks, rank = state["ranks"], self.accelerator.process_index
+            ranks, rank = state["ranks"], self.progress.accelerator.process_index
             for key, own in self.own.items():
                 own.load_state_dict(ranks[rank % len(ranks)][key])
         except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -265,10 +233,9 @@ class Checkpoints:
                 f"{self.folder / name}: is whole, but cannot be a state of this run: {error}. Remove it to resume from"
                 " the one before it."
             ) from error
+        here = self.made_with["launch"]
         changed = [
-            f"{key} was {there}, is {self.launch.get(key)}"
-            for key, there in state["launch"].items()
-            if there != self.launch.get(key)
+            f"{key} was {there}, is {here.get(key)}" for key, there in state["launch"].items() if there != here.get(key)
         ]
         notes = [f"goes on from {name}, epoch {self.progress.epoch}, batch {self.progress.batch:,}"]
         if changed:
@@ -288,7 +255,7 @@ def read_whole(folder: Path) -> dict[str, bytes]:
                 raise DamagedError(f"{name} is no file of it")  # a pipe would never end
             files[name] = (folder / name).read_bytes()
         for name, content in files.items():
-            if fingerprint(content) != manifest[name]:
+            if checksum(content) != manifest[name]:
                 raise DamagedError(f"{name} is not what was written")
         json.loads(files["state.json"])
         for name in ("model.safetensors", "optimizer.safetensors"):
@@ -316,7 +283,7 @@ def check_plausible(state: bytes, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is {float(values.min()):g}")
 
 
-def fingerprint(content: bytes) -> dict[str, Any]:
+def checksum(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

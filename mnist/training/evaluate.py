@@ -1,10 +1,10 @@
 """Sums and counts over batches, reduced over the processes before they are divided; padding never counts.
 
-result = evaluate(model, test_batches, loss_function, accelerator)
-print(result.loss, result.accuracy, result.confusion)
+results = evaluate(model, eval_loaders, loss_function, accelerator)
+results["test"].loss, results["test"].accuracy, results["test"].confusion
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+MISTAKES = 40  # of the test split that are kept
 MOST_CLASSES_LOGGED = 20  # with an accuracy of their own: more would flood every tracker
 
 
@@ -33,7 +34,7 @@ class Result:
 
     loss: float  # mean over the images
     confusion: Tensor  # int64 [classes, classes]: images of a class (row) by the class they were taken for (column)
-    mistakes: tuple[Mistake, ...]  # those of which the network was surest, the surest first
+    mistakes: tuple[Mistake, ...]  # the most confident ones, the most confident first
 
     @property
     def images(self) -> int:
@@ -48,64 +49,78 @@ class Result:
         """Share of the images whose likeliest class is the true one, from 0 to 1."""
         return self.correct / self.images
 
-    def values(self, part: str, class_names: Sequence[str] = ()) -> dict[str, float]:
+    def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
         """The figures as they are logged: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
 
         The classes are told apart out of sample only, where there are at most 20 and as far as they have images.
         """
-        values = {f"{part}/loss": self.loss, f"{part}/accuracy": self.accuracy}
-        if part != "train" and len(class_names) <= MOST_CLASSES_LOGGED:
+        values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
+        if split != "train" and len(class_names) <= MOST_CLASSES_LOGGED:
             for number, name in enumerate(class_names):
                 images = int(self.confusion[number].sum())
                 if images > 0:
-                    values[f"{part}/class_accuracy/{name}"] = int(self.confusion[number, number]) / images
+                    values[f"{split}/class_accuracy/{name}"] = int(self.confusion[number, number]) / images
         return values
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    eval_loaders: Mapping[str, Iterable[tuple[Tensor, Tensor, Tensor]]],
+    loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    accelerator: Accelerator,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, Result]:
+    """Measure each split over all batches of all processes; real images count 1, padding 0.
+
+    Of the test split the most confident mistakes are kept. `before_batch` may raise to cut the evaluation short.
+    """
+    return {
+        split: evaluate_split(model, loader, loss_function, accelerator, before_batch, MISTAKES * (split == "test"))
+        for split, loader in eval_loaders.items()
+    }
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
     loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
     accelerator: Accelerator,
     before_batch: Callable[[], Any] = lambda: None,
     mistakes: int = 0,
 ) -> Result:
-    """Measure over all batches of all processes, in the order of the split; real images weigh 1, padding 0.
-
-    Keeps so many mistakes at most. `before_batch` is called before each; what it raises cuts the evaluation short.
-    """
+    """Measure one split, whose batches come in its order; keeps so many mistakes at most."""
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     loss = torch.zeros(1, dtype=exact, device=accelerator.device)
     confusion: Tensor | None = None  # [classes * classes]
-    surest = Surest(mistakes)
+    most_confident = MostConfident(mistakes)
     model.eval()
-    for number, (X, y, weight) in enumerate(batches):
+    for number, (X, y, sample_weight) in enumerate(loader):
         before_batch()
         output = model(X)  # [B, classes] log-probabilities
         if confusion is None:
             confusion = torch.zeros(output.shape[1] ** 2, dtype=exact, device=accelerator.device)
-        sure, prediction = output.max(dim=1)  # [B], [B]
-        loss += loss_function(output, y, weight)
-        confusion.index_add_(0, y * output.shape[1] + prediction, weight.to(exact))
+        confidence, prediction = output.max(dim=1)  # [B], [B]
+        loss += loss_function(output, y, sample_weight)
+        confusion.index_add_(0, y * output.shape[1] + prediction, sample_weight.to(exact))
         if mistakes:
             # data/loader.py: a batch of all processes is a range of the split, and each process has its slice of it
             first = (number * accelerator.num_processes + accelerator.process_index) * len(y)
-            wrong = (prediction != y) & (weight > 0)
-            surest.add(
-                torch.arange(first, first + len(y), device=y.device), y, output, sure.masked_fill(~wrong, -torch.inf)
-            )
+            index = torch.arange(first, first + len(y), device=y.device)
+            wrong = (prediction != y) & (sample_weight > 0)
+            most_confident.add(index, y, output, confidence.masked_fill(~wrong, -torch.inf))
     model.train()
     assert confusion is not None
     total, *counts = accelerator.reduce(torch.cat([loss, confusion])).tolist()
     table = torch.tensor(counts).round().long()
     classes = round(len(table) ** 0.5)
-    found = sorted(gather_object(surest.list()), key=lambda it: (-it.probability, it.place)) if mistakes else []
+    found = gather_object(most_confident.list()) if mistakes else []
+    found.sort(key=lambda mistake: (-mistake.probability, mistake.place))
     return Result(total / int(table.sum()), table.view(classes, classes), tuple(found[:mistakes]))
 
 
-class Surest:
-    """The mistakes of one process of which the network is surest, kept on the device until they are asked for."""
+class MostConfident:
+    """The most confident mistakes of one process, kept on the device until they are asked for."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -121,7 +136,7 @@ class Surest:
         """All that are mistakes; `second` is the likeliest class but for the prediction."""
         if not self.kept:
             return []
-        index, truth, output, sure = (values.cpu() for values in self.kept)
+        index, truth, output, confidence = (values.cpu() for values in self.kept)
         probabilities = output.float().exp()
         prediction = output.argmax(dim=1)
         second = output.scatter(1, prediction[:, None], -torch.inf).argmax(dim=1)
@@ -130,15 +145,15 @@ class Surest:
             *(index, truth, prediction, probabilities[rows, prediction]),
             *(second, probabilities[rows, second]),
         )
-        found = zip(sure.tolist(), *(column.tolist() for column in columns), strict=True)
-        return [Mistake(*mistake) for surety, *mistake in found if surety > -torch.inf]
+        found = zip(confidence.tolist(), *(column.tolist() for column in columns), strict=True)
+        return [Mistake(*mistake) for confidence, *mistake in found if confidence > -torch.inf]
 
 
 class TrainingLoss:
     """The mean loss of the optimizer steps since it was last read, summed on the device and read seldom.
 
     `loss` is what `backward` is given, so its mean over the processes and over the batches of a window is the mean over
-    the images of that optimizer step (data/loader.py says how the weights see to that).
+    the images of that optimizer step (data/loader.py says how sample_weight sees to that).
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -151,7 +166,7 @@ class TrainingLoss:
         return {"sum": float(self.sum), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises ValueError for less than no steps."""
+        """Resume where `state_dict` was taken. Raises ValueError for a negative count of steps."""
         if state["steps"] < 0:
             raise ValueError(f"a loss of {state['steps']} steps")
         self.sum.fill_(state["sum"])

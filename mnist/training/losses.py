@@ -1,6 +1,6 @@
 """Losses by name.
 
-loss = LOSSES["nll"](model(X), y, weight)
+loss = LOSSES["nll"](model(X), y, sample_weight)
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def nll_loss(output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def nll_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
     """Negative log-likelihood: cross-entropy, as `output` holds log-probabilities.
 
-    output [batch, classes], y [batch] class numbers, weight [batch] what each image counts -> scalar
+    output [batch, classes], y [batch] class numbers, sample_weight [batch] what each image counts -> scalar
     """
-    return torch.dot(F.nll_loss(output, y, reduction="none"), weight)
+    return torch.dot(F.nll_loss(output, y, reduction="none"), sample_weight)
 
 
-def mse_loss(output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def mse_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
     """Mean squared error of the probabilities to one-hot targets, averaged over the classes; shapes as in nll_loss."""
     one_hot = torch.zeros_like(output).scatter(1, y[:, None], 1)  # F.one_hot looks at y, and so waits for a GPU
-    return torch.dot((output.exp() - one_hot).square().mean(dim=1), weight)
+    return torch.dot((output.exp() - one_hot).square().mean(dim=1), sample_weight)
 
 
 LOSSES: dict[str, Loss] = {"nll": nll_loss, "mse": mse_loss}

@@ -1,6 +1,7 @@
 """Where the time of a training step goes: `--profile`.
 
-    Profile(run.folder, accelerator, terminal.print).watch(progress, model, optimizer, scheduler, checkpoints)
+    profile = Profile(run.folder, accelerator, print, {"optimizer": (optimizer, "step")})
+    for batch in profile.watch(train_loader): ...
 
 After a warm-up, TIMED batches are timed part by part; then TRACED batches are recorded by torch's profiler, operation
 by operation, in `profile/trace-0.json`, a file for https://ui.perfetto.dev or chrome://tracing.
@@ -11,15 +12,13 @@ import functools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from mnist.training.progress import Progress
 
 WARM_UP, TIMED, TRACED = 50, 200, 20  # batches
 
@@ -31,61 +30,51 @@ class Profile:
     slower than those that nobody watches.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> None:
-        """The table is said by the main process and written to `folder`/profile/, the traces of all too."""
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+        parts: Mapping[str, tuple[Any, str]],
+    ) -> None:
+        """`parts` are what the loop calls for each batch: an object and the name of its method.
+
+        The main process says the table and writes it to `folder`/profile/; all processes write their traces there.
+        """
         self.folder = folder / "profile"
         self.accelerator = accelerator
         self.say = say
+        self.methods = {name: (place, method, getattr(place, method)) for name, (place, method) in parts.items()}
         self.waits = accelerator.device.type != "cpu"
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = [0.0]  # seconds of what was watched inside of each part that is going on
+        self.inner = [0.0]  # seconds of what was watched inside each part that is running
         self.batches, self.traced, self.whole = 0, 0, 0.0
 
-    def watch(self, progress: Progress, model: Any, optimizer: Any, scheduler: Any, checkpoints: Any) -> None:
-        """Watch the first batches that `progress.rest` gives, and what the loop calls for each of them.
-
-        `model` is what has the forward pass as its method `forward`: with --compile the loss, whose gradients count as
-        a part of it.
-        """
-        parts: dict[str, tuple[Any, str]] = {
-            "zero_grad": (optimizer, "zero_grad"),
-            "forward": (model, "forward"),
-            "backward": (self.accelerator, "backward"),
-            "optimizer": (optimizer, "step"),
-            "schedule": (scheduler, "step"),
-            "logging": (progress, "update"),
-            "checkpoints": (checkpoints, "after_step"),
-        }
-        names = ["data", *parts]
-        rest, methods = progress.rest, {name: getattr(place, method) for name, (place, method) in parts.items()}
-
-        def put(watched: bool) -> None:
-            for name, (place, method) in parts.items():
-                setattr(place, method, self._around(name, methods[name]) if watched else methods[name])
-
-        def watched_rest(batches: Any) -> Iterator[Any]:
-            progress.rest = rest  # type: ignore[method-assign] # the next epoch is as ever
-            iterator, started = iter(rest(batches)), time.perf_counter()
-            try:
-                yield from self._take(iterator, WARM_UP)
-                self.seconds.clear()
-                put(True)
-                started = time.perf_counter()
-                for batch in self._take(iterator, TIMED):
-                    self.batches += 1
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches themselves; the first of them are timed, and what the loop calls for each."""
+        iterator, started = iter(batches), time.perf_counter()
+        try:
+            yield from self._take(iterator, WARM_UP)
+            self.seconds.clear()
+            self._patch(watched=True)
+            started = time.perf_counter()
+            for batch in self._take(iterator, TIMED):
+                self.batches += 1
+                yield batch
+            self.whole = time.perf_counter() - started
+            with self._tracing():
+                for batch in self._take(iterator, TRACED):
+                    self.traced += 1
                     yield batch
-                self.whole = time.perf_counter() - started
-                with self._tracing():
-                    for batch in self._take(iterator, TRACED):
-                        self.traced += 1
-                        yield batch
-            finally:  # also where the epoch or the run is over before
-                put(False)
-                self.whole = self.whole or time.perf_counter() - started
-                self._report(names)
-            yield from iterator
+        finally:  # also where the epoch or the run is over before
+            self._patch(watched=False)
+            self.whole = self.whole or time.perf_counter() - started
+            self._report(["data", *self.methods])
+        yield from iterator
 
-        progress.rest = watched_rest  # type: ignore[method-assign]
+    def _patch(self, watched: bool) -> None:
+        for name, (place, method, function) in self.methods.items():
+            setattr(place, method, self._around(name, function) if watched else function)
 
     def _take(self, iterator: Iterator[Any], count: int) -> Iterator[Any]:
         for _ in range(count):

@@ -23,7 +23,8 @@ from mnist.data import cache
 from mnist.data.cache import FOOTER, MAGIC
 from mnist.data.datasets import load_dataset
 from mnist.data.images import fit_image, read_image
-from mnist.data.loader import ImageData, MappedImages, Split, build_batches, measured_splits
+from mnist.data.loader import Training, build_loader, evaluation_splits
+from mnist.data.splits import ImageData, MappedImages, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import available_cores
 from tests.data.test_images import png, png_claiming, saved
@@ -781,11 +782,11 @@ def test_batches_of_a_folder_are_those_of_the_same_images_in_memory(pets: Path) 
     data = load(pets)
     in_memory = Split(data.train.images[:], data.train.labels)
     assert isinstance(data.train.images, MappedImages)
-    for settings in ({"batch_size": 5, "shuffle": True, "seed": 3}, {"batch_size": 7}):
-        ours, theirs = build_batches(data.train, **settings), build_batches(in_memory, **settings)  # type: ignore[arg-type]
+    for batch_size, training in ((5, Training(seed=3)), (7, None)):
+        ours, theirs = (build_loader(split, batch_size, training=training) for split in (data.train, in_memory))
         for batch, other in zip(ours, theirs, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
-    assert isinstance(measured_splits(data, 0)["train"].images, MappedImages)
+    assert isinstance(evaluation_splits(data, 0)["train"].images, MappedImages)
 
 
 def test_a_file_that_is_cut_off_in_use_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -807,7 +808,7 @@ def test_reading_all_of_a_large_file_needs_little_memory(tmp_path: Path) -> None
     script = """
 import resource, sys, torch
 from pathlib import Path
-from mnist.data.loader import MappedImages
+from mnist.data.splits import MappedImages
 count = (600 << 20) // 12288
 images = MappedImages(Path(sys.argv[1]), (count, 64, 64, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.images import MOST_PIXELS, find_images, read_image
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import ImageError, UserError
 from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
 from mnist.models.networks import Net

@@ -13,7 +13,8 @@ import torchvision
 
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
-from mnist.data.loader import BatchDataset, ImageData, Split, build_batches, measured_splits
+from mnist.data.loader import BatchDataset, Training, build_loader, evaluation_splits
+from mnist.data.splits import ImageData, Split
 from mnist.data.transforms import augmentation_parameters
 from mnist.errors import ConfigError, UserError
 
@@ -162,7 +163,7 @@ def test_validation_images_are_the_last_training_images_and_are_not_trained_on(d
 
 
 def test_batches_hold_what_to_tensor_makes_of_the_images(digits: ImageData) -> None:
-    X, y, weight = next(iter(build_batches(digits.test, batch_size=10)))
+    X, y, weight = next(iter(build_loader(digits.test, 10)))
     to_tensor = torchvision.transforms.ToTensor()
     expected = torch.stack([to_tensor(image.numpy()) for image in digits.test.images[:10]])
     assert torch.equal(X, expected)
@@ -176,7 +177,7 @@ def numbered(count: int) -> Split:
 
 
 def test_an_epoch_holds_every_image_once_and_the_next_one_in_another_order() -> None:
-    batches = build_batches(numbered(107), batch_size=10, shuffle=True, seed=3)
+    batches = build_loader(numbered(107), 10, training=Training(seed=3))
     orders = []
     for epoch in (1, 2):
         batches.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -188,7 +189,7 @@ def test_an_epoch_holds_every_image_once_and_the_next_one_in_another_order() -> 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         torch.rand(seed + 7)  # whatever else draws numbers
-        batches = build_batches(numbered(50), batch_size=10, shuffle=True, seed=seed)
+        batches = build_loader(numbered(50), 10, training=Training(seed))
         batches.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         return torch.cat([y for _, y, _ in batches]).tolist()
 
@@ -200,7 +201,7 @@ def test_iterating_draws_nothing_from_the_global_generator() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(build_batches(numbered(50), batch_size=10, shuffle=True))
+    list(build_loader(numbered(50), 10, training=Training(seed=0)))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -208,7 +209,7 @@ def test_iterating_draws_nothing_from_the_global_generator() -> None:
 def test_the_weights_of_each_optimizer_step_make_a_mean_over_its_true_number_of_images(
     count: int, windows: list[int]
 ) -> None:
-    batches = build_batches(numbered(count), batch_size=10, shuffle=True, window=4, num_processes=3)
+    batches = build_loader(numbered(count), 10, num_processes=3, training=Training(seed=0, accumulation_steps=4))
     weights = [weight for _, _, weight in batches]
     for index, images in enumerate(windows):
         window = torch.cat(weights[4 * index : 4 * index + 4])
@@ -225,7 +226,7 @@ def augmented(digits: ImageData, processes: int, rank: int, first: int = 0) -> l
     """What a process gets of the second epoch of 107 images in batches of 20, from the batch `first` on."""
     split = digits.train.take(slice(0, 107))
     size = -(-20 // processes) * processes
-    batches = build_batches(split, 20, processes, shuffle=True, seed=3, augment=True)
+    batches = build_loader(split, 20, processes, training=Training(seed=3, augment=True))
     batches.dataset.set_epoch(1)  # type: ignore[attr-defined]
     share = size // processes
     starts = range(first * size + rank * share, 6 * size, size)
@@ -253,7 +254,7 @@ def test_an_epoch_that_is_entered_in_its_middle_has_the_same_images(
 
 def test_augmented_images_are_those_of_the_split_changed_and_otherwise_in_each_epoch(digits: ImageData) -> None:
     split = digits.train.take(slice(0, 50))
-    plain, changed = (build_batches(split, 50, shuffle=True, augment=augment) for augment in (False, True))
+    plain, changed = (build_loader(split, 50, training=Training(seed=0, augment=augment)) for augment in (False, True))
     (X, *others), (Z, *same) = next(iter(plain)), next(iter(changed))
     assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
     assert not any(torch.allclose(before, after) for before, after in zip(X, Z, strict=True))
@@ -271,7 +272,7 @@ def test_only_what_is_not_written_is_mirrored(digits: ImageData) -> None:
     assert not digits.flips
     split = digits.train.take(slice(0, 50))
     for flips in (False, True):
-        batches = build_batches(split, 50, shuffle=True, augment=True, flips=flips)
+        batches = build_loader(split, 50, training=Training(seed=0, augment=True, flips=flips))
         assert bool(batches.dataset.parameters[:, 4].any()) is flips  # type: ignore[attr-defined]
 
 
@@ -281,7 +282,7 @@ def test_images_that_take_a_quarter_of_an_accelerators_free_memory_lie_there(
 ) -> None:
     monkeypatch.setattr("mnist.data.loader.free_memory", lambda device: free)
     split, meta = digits.train.take(slice(0, 107)), torch.device("meta")  # a device that holds shapes alone
-    batches = build_batches(split, 20, 3, meta, shuffle=True, augment=True)
+    batches = build_loader(split, 20, 3, meta, Training(seed=0, augment=True))
     assert {values.device.type for values in batches.dataset.split} == {home}  # type: ignore[attr-defined]
     for batch in batches:
         assert [values.device.type for values in batch] == ["meta"] * 3
@@ -289,7 +290,7 @@ def test_images_that_take_a_quarter_of_an_accelerators_free_memory_lie_there(
 
 
 def test_on_the_cpu_images_are_not_copied(digits: ImageData) -> None:
-    batches = build_batches(digits.train, 10, device=torch.device("cpu"))
+    batches = build_loader(digits.train, 10, device=torch.device("cpu"))
     assert batches.dataset.split.images.data_ptr() == digits.train.images[:].data_ptr()  # type: ignore[attr-defined]
 
 
@@ -298,17 +299,17 @@ def test_a_batch_larger_than_the_training_images_is_refused() -> None:
         ConfigError,
         match=r"--global-batch-size 120 \(--batch-size 60 x 2 processes\): larger than the 100",
     ):
-        build_batches(numbered(100), batch_size=120, shuffle=True, num_processes=2)
-    assert len(build_batches(numbered(100), batch_size=500)) == 1  # in evaluation it is filled up
+        build_loader(numbered(100), 120, num_processes=2, training=Training(seed=0))
+    assert len(build_loader(numbered(100), 500)) == 1  # in evaluation it is filled up
 
 
 def test_in_sample_figures_are_taken_on_all_training_images_or_a_fixed_sample() -> None:
     few, many, test = numbered(20), numbered(1000), numbered(10)
-    splits = measured_splits(ImageData("few", ("0",), few, None, test), seed=0)
+    splits = evaluation_splits(ImageData("few", ("0",), few, None, test), seed=0)
     assert list(splits) == ["train", "test"]
     assert splits["train"] is few
     data = ImageData("many", ("0",), many, few, test)
-    splits = measured_splits(data, seed=0)
+    splits = evaluation_splits(data, seed=0)
     assert list(splits) == ["train", "val", "test"]
     assert len(set(splits["train"].labels.tolist())) == 10
-    assert torch.equal(splits["train"].labels, measured_splits(data, seed=0)["train"].labels)
+    assert torch.equal(splits["train"].labels, evaluation_splits(data, seed=0)["train"].labels)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from mnist.data.transforms import augment, augmentation_parameters, images_at_once, scale_pixels
+from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 
 
 def parameters(**values: float) -> Tensor:
@@ -76,6 +76,6 @@ def test_an_image_becomes_the_same_to_the_bit_however_many_are_changed_with_it(s
 
 
 def test_fewer_of_larger_images_are_given_to_a_network_at_once() -> None:
-    assert images_at_once((28, 28)) == 500
-    assert images_at_once((224, 224, 3)) == 13
-    assert images_at_once((3000, 3000, 3)) == 1
+    assert eval_batch_size((28, 28)) == 500
+    assert eval_batch_size((224, 224, 3)) == 13
+    assert eval_batch_size((3000, 3000, 3)) == 1

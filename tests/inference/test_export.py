@@ -14,7 +14,7 @@ import torch
 from mnist import load
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import UserError
 from mnist.inference import export
 from mnist.inference.predict import Model, predict

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from mnist import load
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.inference.predict import Model
 from mnist.models.hub import load_from_hub

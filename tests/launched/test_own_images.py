@@ -21,7 +21,7 @@ from mnist import load
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.datasets import load_dataset
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
 from mnist.inference.predict import predict

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.datasets import FILES
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.launch.processes import (
     check_environment,
@@ -670,13 +670,11 @@ def test_the_loopback_is_no_interface_towards_another_machine() -> None:
 
 
 def test_the_global_batch_is_shared_out_or_refused_with_both_numbers() -> None:
-    shared = TrainConfig(global_batch_size=64).share_batch(4)
-    assert (shared.batch_size, shared.global_batch_size) == (16, 64)
-    assert shared.share_batch(2).batch_size == 32
-    shared = TrainConfig(batch_size=10).share_batch(3)
-    assert (shared.batch_size, shared.global_batch_size) == (10, 30)
+    assert TrainConfig(global_batch_size=64).batch_sizes(4) == (16, 64)
+    assert TrainConfig(batch_size=10).batch_sizes(3) == (10, 30)
     with pytest.raises(ConfigError, match="--global-batch-size 64: does not divide by the 3 processes"):
-        TrainConfig(global_batch_size=64).share_batch(3)
+        TrainConfig(global_batch_size=64).batch_sizes(3)
+    assert TrainConfig(global_batch_size=64, resume="x").batch_sizes(3) == (22, 64)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mnist.config.settings import PROJECT_FOLDER
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.models.networks import Net
 from mnist.models.saved import ModelConfig, save_model
 from tests.conftest import RunHere

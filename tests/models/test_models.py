@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from mnist.config.recipes import RECIPES
-from mnist.data.loader import ImageData, Split
+from mnist.data.splits import ImageData, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import choose_threads
 from mnist.models.by_name import build_model, check_batch

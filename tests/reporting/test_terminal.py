@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist.data.loader import ImageData
+from mnist.data.splits import ImageData
 from mnist.reporting.terminal import YELLOW, Terminal, draw_image, understands_colors
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mnist.config.settings import TrainConfig
-from mnist.data.loader import ImageData, Split
+from mnist.data.splits import ImageData, Split
 from mnist.reporting.snapshots import Evaluation
 from mnist.runs.record import Record
 from mnist.training.evaluate import Mistake, Result

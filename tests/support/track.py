@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mnist.data.loader import ImageData, Split
+from mnist.data.splits import ImageData, Split
 from mnist.tracking.trackers import Tracking
 from tests.support.made_up import make_run
 

@@ -29,11 +29,12 @@ import mnist.data.datasets
 import mnist.training.evaluate
 import train
 from mnist.config.settings import CHOICES, PROJECT_FOLDER, TrainConfig
+from mnist.data.loader import build_loader
 from mnist.errors import ConfigError
 from mnist.launch.main import end_process
 from mnist.models.by_name import build_model
 from mnist.reporting.report import LiveReport
-from mnist.training.evaluate import evaluate
+from mnist.training.evaluate import evaluate_split
 from mnist.training.losses import LOSSES
 from tests.support.signals import hear_again
 
@@ -145,9 +146,9 @@ def evaluate_all(folder: Path) -> None:
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
         images = mnist.data.datasets.load_dataset("mnist", PROJECT_FOLDER / "data").train.take(slice(0, size))
         torch.manual_seed(1)
-        batches = mnist.data.loader.build_batches(images, batch_size=100 * world_size(), num_processes=world_size())
-        model, batches = accelerator.prepare(build_model("cnn", 10), batches)
-        result = evaluate(model, batches, LOSSES["nll"], accelerator, mistakes=12)
+        loader = build_loader(images, 100 * world_size(), world_size())
+        model, loader = accelerator.prepare(build_model("cnn", 10), loader)
+        result = evaluate_split(model, loader, LOSSES["nll"], accelerator, mistakes=12)
         surest = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes]
         results[size] = [result.loss, result.correct, result.images, result.confusion.tolist(), surest]
     rank = os.environ.get("RANK", "0")
@@ -178,7 +179,7 @@ def resume_run(folder: Path) -> None:
     new_accelerate()
     torch.set_default_dtype(torch.float32)
     begun = folder / "runs" / "begun-by-1"
-    train.train(TrainConfig(resume=str(begun), max_steps=52), given=frozenset({"max_steps"}))
+    train.train(TrainConfig(resume=str(begun), max_steps=52), explicit_settings=frozenset({"max_steps"}))
 
 
 def log_to_wandb(folder: Path) -> None:

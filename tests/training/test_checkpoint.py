@@ -28,9 +28,8 @@ from mnist.files import new_folder, remove_folder, remove_leftovers, write_file
 from mnist.models.saved import load_model
 from mnist.reporting.report import LiveReport
 from mnist.training import checkpoint
-from mnist.training.checkpoint import Checkpoints, RandomState, fingerprint, flatten, unflatten
-from mnist.training.evaluate import Result
-from mnist.training.evaluate import evaluate as evaluate_split
+from mnist.training.checkpoint import Checkpoints, RandomState, checksum, flatten, unflatten
+from mnist.training.evaluate import Result, evaluate_split
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
 
@@ -74,14 +73,14 @@ def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentiet
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)  # the machine's may stop for others
-    after_epoch = Checkpoints.after_epoch
+    is_due = Checkpoints.is_due
 
-    def after_ten_seconds(checkpoints: Checkpoints) -> None:
+    def is_due_after_ten_seconds(checkpoints: Checkpoints) -> bool:
         clock.now += 10
-        after_epoch(checkpoints)
+        return is_due(checkpoints)
 
     monkeypatch.setattr(checkpoint, "time", clock)
-    monkeypatch.setattr(Checkpoints, "after_epoch", after_ten_seconds)
+    monkeypatch.setattr(Checkpoints, "is_due", is_due_after_ten_seconds)
     for name, seconds_a_file, steps in (("cheap", 0.05, (20, 40, 60)), ("dear", 0.5, (20, 60))):
         monkeypatch.setattr(files, "flush", lambda path, it=seconds_a_file: setattr(clock, "now", clock.now + it))
         folder = run_here(name, epochs=3)
@@ -198,7 +197,7 @@ def rewrite(folder: Path, name: str, change: Callable[[Any], None]) -> None:
     else:
         path.write_text(json.dumps(content))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest[name] = fingerprint(path.read_bytes())
+    manifest[name] = checksum(path.read_bytes())
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -300,7 +299,7 @@ def test_a_hostile_pickle_in_any_file_is_refused_and_nothing_of_it_runs(
             torch.save(Payload(made), payload)
         if name != "manifest.json":  # the attacker does it well
             manifest = json.loads((folder / "manifest.json").read_text())
-            manifest[name] = fingerprint(payload.read_bytes())
+            manifest[name] = checksum(payload.read_bytes())
             (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="none of the checkpoints is whole"):
         resume_here(begun)
@@ -421,7 +420,7 @@ def test_the_best_weights_are_those_of_the_epoch_with_the_lowest_validation_loss
         result = evaluate_split(*arguments, **keywords)
         return dataclasses.replace(result, loss=next(losses)) if result.images == 70 else result
 
-    monkeypatch.setattr("mnist.training.evaluate.evaluate", evaluate_with_given_losses)
+    monkeypatch.setattr("mnist.training.evaluate.evaluate_split", evaluate_with_given_losses)
     folder = run_here("x", validation_size=70, epochs=3)
     monkeypatch.undo()
     assert [line["val/loss"] for line in metrics_of(folder) if "val/loss" in line] == [3.0, 1.0, 2.0]

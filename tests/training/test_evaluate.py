@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
-from mnist.data.loader import ImageData, build_batches
+from mnist.data.loader import build_loader
+from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
 from mnist.models.networks import Net
-from mnist.training.evaluate import evaluate
+from mnist.training.evaluate import evaluate_split
 from mnist.training.losses import LOSSES
 from tests.conftest import RunHere, metrics_of
 
@@ -22,7 +23,7 @@ def test_evaluation_is_the_mean_over_the_images_and_counts_no_padding(
     images = digits.test.take(slice(0, count))
     torch.manual_seed(0)
     model = Net()
-    result = evaluate(model, accelerator.prepare(build_batches(images, batch_size=500)), LOSSES["nll"], accelerator)
+    result = evaluate_split(model, accelerator.prepare(build_loader(images, 500)), LOSSES["nll"], accelerator)
     with torch.no_grad():
         output = model(scale_pixels(images.images[:]))
     assert result.images == count

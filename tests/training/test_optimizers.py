@@ -132,7 +132,7 @@ def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
             accelerator = (LeanAccelerator if lean else Accelerator)(cpu=True, gradient_accumulation_steps=window)
             torch_optimizer = (OPTIMIZERS | OTHERS)[name](model.parameters(), lr=0.01, weight_decay=0.001)
             scheduler = build_schedule("cosine", torch_optimizer, 2, 14)
-            optimizer = accelerator.prepare(LeanOptimizer(torch_optimizer) if lean else torch_optimizer)
+            optimizer = accelerator.prepare(torch_optimizer)
             assert isinstance(optimizer, LeanOptimizer) is lean
             for number, (X, y) in enumerate(batches):
                 if number == 9:  # as a run that is resumed

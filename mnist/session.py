@@ -1,0 +1,275 @@
+"""The wiring of a training run behind one object: its folder, trackers, terminal, checkpoints, signals and report.
+
+config, accelerator = start(config)
+with Session(accelerator, config, data, model, optimizer, scheduler) as run:
+    for epoch in run.epochs(): ...      # train.py
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Collection, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from torch import Tensor, nn
+
+from mnist.config.settings import TrainConfig
+from mnist.data.datasets import decode_folder
+from mnist.data.splits import ImageData
+from mnist.inference.predict import predict
+from mnist.launch.environment import describe_code, describe_environment
+from mnist.launch.hardware import keep_freed_memory
+from mnist.launch.processes import (
+    accelerate_settings,
+    check_alike,
+    join_processes,
+    resolve_precision,
+    waiting_for_others,
+)
+from mnist.launch.signals import Interruption
+from mnist.models.networks import count_parameters
+from mnist.models.saved import ModelConfig, save_model
+from mnist.reporting.report import LiveReport
+from mnist.reporting.snapshots import Evaluation
+from mnist.reporting.terminal import Terminal
+from mnist.runs.folder import Run, find_run, find_run_here
+from mnist.tracking.trackers import Tracking, check_trackers
+from mnist.training.checkpoint import SAME_TO_THE_BIT, Checkpoints, Stateful
+from mnist.training.evaluate import Result
+from mnist.training.lean import LeanAccelerator
+from mnist.training.optimizers import clip_gradients
+from mnist.training.profiling import Profile
+from mnist.training.progress import Progress
+
+
+def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset()) -> tuple[TrainConfig, LeanAccelerator]:
+    """Join the processes of the job, on their devices; the settings to train with, and the Accelerator.
+
+    The settings are those of `config`, or of the run to be resumed except for `explicit_settings`. Raises ConfigError
+    for a launch or for settings that would quietly do something else than they say.
+    """
+    here = find_run_here(config, explicit_settings)
+    decode_folder(here.dataset, here.data_dir, here.image_size)  # may take longer than processes wait for each other
+    state = join_processes(config.timeout_seconds)
+    asked, config = config, find_run(config, explicit_settings).with_place(config)
+    config.batch_sizes(state.num_processes)
+    check_trackers(config.tracker_names)
+    precision = resolve_precision(config.mixed_precision, state.device.type)
+    check_alike(asked.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
+    accelerator = LeanAccelerator(
+        cpu=state.device.type == "cpu",
+        mixed_precision=config.mixed_precision,
+        # as a plugin, for the number alone would give way to an environment variable
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+        # a DataLoader's batch is the global one: each process takes its slice, and the schedule steps once per step
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=accelerate_settings(config.gradient_accumulation_steps),
+    )
+    set_seed(config.seed)
+    keep_freed_memory()
+    return config, accelerator
+
+
+class Session:
+    """A training run, from its folder to its report. All processes have one; only the main process writes and prints.
+
+    As a context manager it leaves the folder in order however the run ends: finished, failed or interrupted.
+    """
+
+    def __init__(
+        self,
+        accelerator: LeanAccelerator,
+        config: TrainConfig,
+        data: ImageData,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+    ) -> None:
+        """`model`, `optimizer` and `scheduler` are what `accelerator` has prepared."""
+        self.accelerator = accelerator
+        self.config = config
+        self.data = data
+        self.model = model
+        self.net = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.is_main = accelerator.is_main_process
+        self.batch_size, self.global_batch_size = config.batch_sizes(accelerator.num_processes)
+        batches = -(-len(data.train) // self.global_batch_size)  # per epoch
+        self.progress = Progress(accelerator, len(data.train), self.global_batch_size, config.total_steps(batches))
+        self.log_every = config.log_every or min(100, -(-self.progress.steps_per_epoch // 10))
+        self.terminal = Terminal(self.is_main, config.epochs)
+        self.gradient_norm: Tensor | None = None  # of the last step that is logged or clipped
+
+    def __enter__(self) -> "Session":
+        config, progress, is_main = self.config, self.progress, self.is_main
+        self.run = Run.open(config, self.data.checksum)
+        with contextlib.ExitStack() as stack:
+            self.report = stack.enter_context(LiveReport(self.run.folder, writes=is_main))
+            self.interruption = stack.enter_context(Interruption(self.accelerator, at_once=self.run.note))
+            stack.enter_context(self.run)
+            environment = self._describe()
+            self.run.describe(environment, self.data.skipped)
+            self.terminal.header(config, environment, self.run.folder, self.data.notes)
+            settings = dataclasses.asdict(config) | environment
+            self.tracking = Tracking(is_main, self.run.folder, self.run.id, settings, config.tracker_names)
+            self.evaluation = Evaluation(self.run.folder, self.data)
+            self.checkpoints = self._checkpoints(environment)
+            self.profile = self._profile() if config.profile else None
+            stack.enter_context(self.tracking)
+            stack.enter_context(self.checkpoints)
+            stack.enter_context(waiting_for_others(config.timeout_seconds))
+            for note in [*self.checkpoints.resume(), *self.tracking.warnings]:
+                self.terminal.row("resumed", note)
+            self.terminal.row("trackers", self.tracking.start(progress.step))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, traceback)
+        if error is None:
+            warnings = self.run.warnings + self.tracking.warnings + self.report.warnings
+            self.terminal.result(self.run.folder, self.progress.results, warnings, self.tracking.sync_command)
+
+    def _describe(self) -> dict[str, Any]:
+        """What environment.json holds; all processes must call it."""
+        return {
+            **describe_environment(self.accelerator, self.accelerator.captured is not None),
+            "not_compiled": self.accelerator.why_not_captured,
+            **self.data.describe(),
+            "parameters": count_parameters(self.net),
+            "batch_size": self.batch_size,
+            "global_batch_size": self.global_batch_size,
+            "steps_per_epoch": self.progress.steps_per_epoch,
+            "total_steps": self.progress.total_steps,
+        }
+
+    def _checkpoints(self, environment: Mapping[str, Any]) -> Checkpoints:
+        made_with = {
+            "essence": self.config.fingerprint | {"global_batch_size": self.global_batch_size},
+            "launch": {name: environment[name] for name in SAME_TO_THE_BIT},
+        }
+        others: dict[str, Stateful] = {
+            "scheduler": self.scheduler,
+            "tracking": self.tracking,
+            "evaluation": self.evaluation,
+        }
+        if self.accelerator.scaler is not None:
+            others["scaler"] = self.accelerator.scaler
+        return Checkpoints(self.run, made_with, self.progress, self.net, self.optimizer, others)
+
+    def _profile(self) -> Profile:
+        parts = {
+            "zero_grad": (self.optimizer, "zero_grad"),
+            "forward": (self.accelerator.captured or self.model, "forward"),  # captured: with the gradients
+            "backward": (self.accelerator, "backward"),
+            "optimizer": (self.optimizer, "step"),
+            "schedule": (self.scheduler, "step"),
+            "logging": (self, "_count"),
+            "checkpoints": (self, "_save_or_stop"),
+        }
+        return Profile(self.run.folder, self.accelerator, self.terminal.print, parts)
+
+    # --- the loop
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs to go, counted from 1; the first of a resumed run may be half done."""
+        return self.progress.epochs()
+
+    def batches(self, train_loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of this epoch to go: X, y, sample_weight. Timed, and shown by a progress bar."""
+        self.terminal.start_epoch(self.progress.epoch, self.progress.steps_left)
+        remaining = self.progress.remaining(train_loader)
+        if self.profile is not None:  # the first epoch of this process
+            remaining, self.profile = self.profile.watch(remaining), None
+        yield from remaining
+        self.terminal.end_epoch()
+        self.evaluating_since = time.perf_counter()
+
+    def clip_gradients(self) -> None:
+        """Scale the gradients of an optimizer step down to --max-grad-norm, if that is given; note their norm."""
+        is_logged = (self.progress.step + 1) % self.log_every == 0
+        self.gradient_norm = clip_gradients(self.model, self.accelerator, self.config.max_grad_norm, measure=is_logged)
+
+    def after_step(self, loss: Tensor) -> None:
+        """After each batch: count it, and after an optimizer step log, save and act on signals when it is time to.
+
+        The loss is fetched from the device every --log-every optimizer steps only. Raises Interrupted after a signal,
+        DivergedError for a loss that is not finite.
+        """
+        self._count(loss)
+        if self.accelerator.sync_gradients:
+            self._save_or_stop()
+
+    def _count(self, loss: Tensor) -> None:
+        progress = self.progress
+        progress.update(loss)
+        if self.accelerator.sync_gradients:
+            self.terminal.step()
+            if progress.step % self.log_every == 0:
+                values = progress.finite({"train/loss": progress.loss.read()})
+                values["optim/learning_rate"] = self._learning_rate()
+                # fp16 skips a step where the norm is infinite
+                if self.gradient_norm is not None and self.gradient_norm.isfinite():
+                    values["optim/gradient_norm"] = float(self.gradient_norm)
+                self.tracking.log({"step": progress.step, "epoch": progress.epoch, **values})
+                self.terminal.report(values["train/loss"], progress.images_done / progress.elapsed())
+
+    def _learning_rate(self) -> float:
+        """That of the next optimizer step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def _save_or_stop(self) -> None:
+        every = self.config.checkpoint_every
+        if every is not None and self.progress.step % every == 0:
+            self.checkpoints.save()
+        self.interruption.after_step()
+        self._beat()
+
+    def _beat(self) -> None:
+        """Let whoever watches state.json know that the run still moves."""
+        if self.run.is_quiet:
+            self.run.note(**self.progress.position)
+
+    def before_batch(self) -> None:
+        """Before each batch of an evaluation: raise Interrupted after a signal."""
+        self.interruption.check()
+        self._beat()
+
+    def after_epoch(self, results: Mapping[str, Result]) -> None:
+        """Log and show the results of each split, keep the best weights, save a checkpoint when it is time to."""
+        progress = self.progress
+        values: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch}
+        values |= {"optim/learning_rate": self._learning_rate(), **progress.performance()}
+        for split, result in results.items():
+            values |= progress.finite(result.values(split, self.data.class_names))
+        values["perf/evaluation_seconds"] = time.perf_counter() - self.evaluating_since
+        progress.end_epoch(values)
+        self.tracking.log(values)
+        self.terminal.epoch_line(values)
+        self.run.check_place()
+        if self.is_main:
+            self.evaluation.update(progress.position, results["test"], predict(self.net, self.evaluation.images))
+            if progress.is_best:
+                self._save_model("best")
+        if progress.finished or (self.config.checkpoint_every is None and self.checkpoints.is_due()):
+            self.checkpoints.save()
+        else:
+            self.run.note(**progress.position)
+        if self.is_main:
+            self.report.after_epoch()
+
+    def finish(self) -> None:
+        """At the end of training: save the model, write the report, send the results to W&B."""
+        if self.is_main:
+            self._save_model("model")
+            self.report.write(status="finished")
+            self.tracking.log_results(self.data)
+            self.terminal.draw(self.evaluation)
+
+    def _save_model(self, name: str) -> None:
+        save_model(self.net, self.run.folder / name, ModelConfig.of(self.config.model, self.data))
