@@ -35,15 +35,7 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
 
     # --- data, model
     with accelerator.local_main_process_first():  # it downloads what is missing
-        data = load_dataset(
-            config.dataset,
-            config.data_dir,
-            config.limit_train_images,
-            config.limit_test_images,
-            config.validation_size,
-            config.image_size,
-            config.test_fraction,
-        )
+        data = load_dataset(config.dataset, config.data_dir, config.data_options)
         model = build_model(
             config.model,
             len(data.class_names),

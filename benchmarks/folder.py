@@ -113,6 +113,7 @@ def measure_decoding(folder: Path, scratch: Path, rounds: int) -> None:
 def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
     import torch
 
+    from mnist.config.settings import DataOptions
     from mnist.data.datasets import load_dataset
     from mnist.data.loader import Training, build_loader
     from mnist.data.splits import MappedImages, Split
@@ -133,11 +134,11 @@ def measure_batches(folder: Path, scratch: Path, rounds: int) -> None:
 
     for title, size in (("64 x 64 in colour", None), ("16 x 16: as many bytes as MNIST", 16)):
         contestants = {}
-        mapped = load_dataset(str(folder), scratch, image_size=size).train
+        mapped = load_dataset(str(folder), scratch, DataOptions(image_size=size)).train
         contestants["in memory"] = epoch_of(Split(mapped.images[:], mapped.labels))
         contestants["mapped"] = epoch_of(mapped)
         most, MappedImages.MAPPED = MappedImages.MAPPED, 0
-        contestants["read"] = epoch_of(load_dataset(str(folder), scratch, image_size=size).train)
+        contestants["read"] = epoch_of(load_dataset(str(folder), scratch, DataOptions(image_size=size)).train)
         MappedImages.MAPPED = most
         show(title, "us an image", measure(contestants, rounds))
 

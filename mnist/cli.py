@@ -36,8 +36,8 @@ TRAINING = "Training starts in a checkout of the project: accelerate launch trai
 CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compared with its original
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code: 0, 1 for what failed, 2 for wrong usage."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand for each function below."""
     parser = argparse.ArgumentParser(
         prog="mnist", description="Inspect, apply and export finished runs.", epilog=TRAINING
     )
@@ -87,11 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the file to write; default: report.html in the run's folder, or comparison.html here for several",
     )
     report.set_defaults(do=write_report)
+    return parser
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 0, 1 for what failed, 2 for wrong usage."""
     keep_output(["stderr"])
     if sys.stdout is None:  # it was closed
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter of a name shows it as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -226,7 +230,7 @@ def draw_digits(options: argparse.Namespace) -> None:
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, Record | None]":
     """The data set to test on, and the run of the model, if there is one."""
-    from mnist.config.settings import TrainConfig
+    from mnist.config.settings import DataOptions, TrainConfig
     from mnist.data.datasets import SOURCES, load_dataset
     from mnist.errors import ConfigError
     from mnist.runs.record import Record
@@ -242,16 +246,19 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     defaults = TrainConfig(dataset=options.dataset or of_run)  # raises ConfigError for what is none
     dataset, of_model = defaults.dataset, model.config
     is_folder = dataset not in SOURCES
-    settings: dict[str, Any] = {"data_dir": run.config["data_dir"] if run and is_folder else defaults.data_dir}
+    data_dir, data_options, scale = defaults.data_dir, DataOptions(), None
+    if run and (is_folder or dataset == of_run):
+        data_dir = run.config["data_dir"]
     if run and dataset == of_run:
-        settings = {name: run.config[name] for name in ("data_dir", "limit_test_images", "image_size", "test_fraction")}
+        kept = ("limit_test_images", "image_size", "test_fraction")
+        data_options = DataOptions(**{name: run.config[name] for name in kept})
         if is_old and is_folder:  # it may have had another default size
-            settings["image_size"] = of_model.image_size[0]
+            data_options = data_options._replace(image_size=of_model.image_size[0])
     elif is_folder:
-        settings |= {"image_size": of_model.image_size[0], "test_fraction": 1, "scale": of_model.scale}
-    if is_folder:  # with the numbers that the model has for its classes, whatever is there now
-        settings["class_names"] = model.class_names
-    data = load_dataset(dataset, **settings | ({"data_dir": options.data_dir} if options.data_dir else {}))
+        data_options, scale = DataOptions(image_size=of_model.image_size[0], test_fraction=1), of_model.scale
+    # the classes of a folder have the numbers that the model gave them, whatever is there now
+    class_names = model.class_names if is_folder else None
+    data = load_dataset(dataset, options.data_dir or data_dir, data_options, class_names, scale)
     shape, wanted = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), shape) != (len(model.class_names), wanted):
         raise ConfigError(

@@ -55,6 +55,16 @@ class BatchSizes(NamedTuple):
     global_batch_size: int  # of all processes together
 
 
+class DataOptions(NamedTuple):
+    """What of a data set is used, and how: the settings of the same names."""
+
+    limit_train_images: int | None = None
+    limit_test_images: int | None = None
+    validation_size: int = 0
+    image_size: int | None = None
+    test_fraction: float | None = None  # 1 for a folder on which a model is only tested
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All settings of a training run. The defaults are the PyTorch MNIST tutorial's recipe."""
@@ -230,6 +240,11 @@ class TrainConfig:
         """The trackers asked for, each once; empty for `none`."""
         names = [name.strip() for name in self.trackers.split(",")]
         return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+    @property
+    def data_options(self) -> DataOptions:
+        """Those of the settings that say what of the data set is used."""
+        return DataOptions(*(getattr(self, name) for name in DataOptions._fields))
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Data sets: MNIST and those of its form by name, and anybody's folder of pictures by its path.
 
     data = load_dataset("mnist", "data")
-    data = load_dataset("PetImages", "data", image_size=64)
+    data = load_dataset("PetImages", "data", DataOptions(image_size=64))
 
 The four files of a data set of MNIST's form are read as they lie on the disk, .gz or raw, and never unpacked there: a
 read-only folder will do, and processes that start together cannot race.
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mnist.config.settings import DataOptions
 from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
 from mnist.data.images import Scale
@@ -93,34 +94,28 @@ SOURCES = {
 def load_dataset(
     name: str,
     data_dir: str | Path,
-    limit_train_images: int | None = None,
-    limit_test_images: int | None = None,
-    validation_size: int = 0,
-    image_size: int | None = None,
-    test_fraction: float | None = None,
+    options: DataOptions = DataOptions(),
     class_names: Sequence[str] | None = None,
     scale: Scale | None = None,
 ) -> ImageData:
-    """A data set of SOURCES, or the pictures in a folder, decoded into a file in `data_dir`/cache.
+    """A data set of SOURCES, or the images in a folder, decoded into a file in `data_dir`/cache.
 
-    Of SOURCES it downloads, through torchvision, what does not lie in `data_dir`. Of a folder images are `image_size`
-    pixels wide and high; None stands for 28 where all are grey (so are color files whose channels are equal everywhere)
-    and about that small, and for 64 otherwise. Where it is not split, `test_fraction` of each class, a fifth unless
-    told otherwise, is for testing; 1 is all of it. To test a model, name its `class_names`, of which the folder may
-    lack some, and its `scale` of images of more than 8 bits per pixel. Processes that call it at once decode once: the
-    others wait.
+    Of SOURCES, torchvision downloads what is not in `data_dir`. Images of a folder are `image_size` pixels wide and
+    high; None is 28 where all are gray (so are color files whose channels are equal everywhere) and about that small,
+    and 64 otherwise. Where the folder is not split, `test_fraction` of each class, by default a fifth, is for testing.
+    To test a model, give its `class_names`, some of which the folder may lack, and its `scale` for images of more than
+    8 bits per pixel. Processes that call it at once decode once: the others wait.
 
-    Raises ConfigError for a folder that is no data set, or where a setting leaves no image, and UserError for a file
-    that is missing or corrupt, where more than a tenth of a folder's images, or all of a class, cannot be read, or
-    where nothing can be written.
+    Raises ConfigError for a folder that is no data set, or where a setting leaves no image; UserError for a file that
+    is missing or corrupt, where more than a tenth of a folder's images or all of a class cannot be read, or where
+    nothing can be written.
     """
-    limits = limit_train_images, limit_test_images, validation_size
     if name not in SOURCES:
-        return _load_folder(name, cache_folder(data_dir), *limits, image_size, test_fraction, class_names, scale)
-    for setting, value in (("--image-size", image_size), ("--test-fraction", test_fraction)):
+        return _load_folder(name, cache_folder(data_dir), options, class_names, scale)
+    for setting, value in (("--image-size", options.image_size), ("--test-fraction", options.test_fraction)):
         if value is not None:
-            raise ConfigError(f"{setting} {value}: for a folder of pictures only; {name} is as it was published.")
-    return _load_source(name, Path(data_dir), *limits)
+            raise ConfigError(f"{setting} {value}: for a folder of images only; {name} is as it was published.")
+    return _load_source(name, Path(data_dir), options)
 
 
 def decode_folder(name: str, data_dir: str | Path, image_size: int | None) -> None:
@@ -138,61 +133,47 @@ def cache_folder(data_dir: str | Path) -> Path:
 
 
 def _load_folder(
-    path: str,
-    cache_dir: Path,
-    limit_train_images: int | None,
-    limit_test_images: int | None,
-    validation_size: int,
-    image_size: int | None,
-    test_fraction: float | None,
-    class_names: Sequence[str] | None,
-    scale: Scale | None,
+    path: str, cache_dir: Path, options: DataOptions, class_names: Sequence[str] | None, scale: Scale | None
 ) -> ImageData:
-    """The pictures in a folder. Their order is a random one, but always the same: the first are of all classes."""
+    """The images in a folder. Their order is random, but always the same: the first are of all classes."""
     folder = find_files(path, class_names)
-    cache = open_cache(folder, cache_dir, image_size, scale)
+    cache = open_cache(folder, cache_dir, options.image_size, scale)
     files = [file for file in folder.files if file.name not in cache.broken]
-    labels, digests = torch.tensor([file.label for file in files]), [it.tobytes().hex() for it in cache.digests]
+    labels = torch.tensor([file.label for file in files])
+    digests = [digest.tobytes().hex() for digest in cache.digests]
+    parts = _parts_of(folder, files, options.test_fraction)
     rng = np.random.default_rng(0)
-    if folder.is_split and test_fraction not in (None, 1):
-        raise ConfigError(f"--test-fraction {test_fraction}: {folder.path} says by its folders what to test on.")
-    if folder.is_split:
-        parts = np.array([file.part for file in files])
-    else:
-        parts = choose_parts(files, TEST_FRACTION if test_fraction is None else test_fraction)
     splits = {
         part: Split(cache.images, labels).take(torch.from_numpy(rng.permutation(np.flatnonzero(parts == part))))
         for part in ("train", "val", "test")
     }
-    train, test = splits["train"], splits["test"]
-    if not len(test):
+    if not len(splits["test"]):
         raise folder.error("no class has two images, one to train on and one to test on. Add some.")
-    skipped = sorted(folder.skipped + list(cache.broken.items()))
-    notes = [_describe_counts(folder, labels, test), *folder.notes]
-    if skipped:
-        notes.append(
-            f"{len(skipped):,} of {len(folder.files) + len(folder.skipped):,} files skipped, listed in skipped.txt:"
-            f" {reasons(skipped)}"
+    if options.validation_size and len(splits["val"]):
+        raise ConfigError(
+            f"--validation-size {options.validation_size}: {folder.path} has val/, which is used for that."
         )
-    if cache.scale is not None:
-        notes.append(f"more than 8 bits per pixel: {cache.scale[0]:,g} becomes black, {cache.scale[1]:,g} white")
-    notes += _describe_duplicates(files, digests, parts)
     name = printable(folder.path.name)
-    if validation_size and len(splits["val"]):
-        raise ConfigError(f"--validation-size {validation_size}: {folder.path} has val/, which is used for that.")
-    train, validation = cut_off(train, validation_size, limit_train_images, name)
+    train, validation = cut_off(splits["train"], options.validation_size, options.limit_train_images, name)
     content = [
         *folder.class_names,
         str(cache.scale),
-        *(f"{part} {file.label} {it}" for part, file, it in zip(parts, files, digests, strict=True)),
+        *(f"{part} {file.label} {digest}" for part, file, digest in zip(parts, files, digests, strict=True)),
     ]
+    skipped = sorted(folder.skipped + list(cache.broken.items()))
     return ImageData(
         name,
         folder.class_names,
         train=train,
         validation=splits["val"] if len(splits["val"]) else validation,
-        test=test.take(slice(0, limit_test_images)),
-        notes=tuple(notes),
+        test=splits["test"].take(slice(0, options.limit_test_images)),
+        notes=(
+            _describe_counts(folder, labels, splits["test"]),
+            *folder.notes,
+            *_describe_skipped(folder, skipped),
+            *_describe_scale(cache.scale),
+            *_describe_duplicates(files, digests, parts),
+        ),
         pixels_md5=hashlib.md5("\n".join(content).encode(), usedforsecurity=False).hexdigest(),
         skipped=tuple((printable(file), reason) for file, reason in skipped),
         normalization=_normalization(train, cache.sums) if len(train) else None,
@@ -200,6 +181,15 @@ def _load_folder(
         preparation="fit",
         flips=True,
     )
+
+
+def _parts_of(folder: Folder, files: Sequence[File], test_fraction: float | None) -> NDArray[np.str_]:
+    """Which split each file is in: "train", "val" or "test"."""
+    if not folder.is_split:
+        return choose_parts(files, TEST_FRACTION if test_fraction is None else test_fraction)
+    if test_fraction not in (None, 1):
+        raise ConfigError(f"--test-fraction {test_fraction}: {folder.path} says by its folders what to test on.")
+    return np.array([file.part for file in files])
 
 
 def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
@@ -249,6 +239,19 @@ def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
     return f"{told}; none to test on: {a_few(untested)}" if untested else told
 
 
+def _describe_skipped(folder: Folder, skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """A line on the files that are not in the data set, if there are any."""
+    if not skipped:
+        return []
+    files = len(folder.files) + len(folder.skipped)
+    return [f"{len(skipped):,} of {files:,} files skipped, listed in skipped.txt: {reasons(skipped)}"]
+
+
+def _describe_scale(scale: Scale | None) -> list[str]:
+    """A line on images of more than 8 bits per pixel, if there are any."""
+    return [] if scale is None else [f"more than 8 bits per pixel: {scale[0]:,g} becomes black, {scale[1]:,g} white"]
+
+
 def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: NDArray[np.str_]) -> list[str]:
     """A line on test images that training sees too, pixel for pixel at the size of the data set."""
     known = list(zip(files, digests, parts, strict=True))
@@ -266,9 +269,7 @@ def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: N
 # --- data sets of MNIST's form
 
 
-def _load_source(
-    name: str, data_dir: Path, limit_train_images: int | None, limit_test_images: int | None, validation_size: int
-) -> ImageData:
+def _load_source(name: str, data_dir: Path, options: DataOptions) -> ImageData:
     source = SOURCES[name]
     folder = source.folder(data_dir)
     if not all(_find(folder, file) for file in FILES):
@@ -283,13 +284,13 @@ def _load_source(
     unverified = [path.name for file, path in paths.items() if not strict[file] and files[path] != source.md5[file]]
     train = _split(folder, "train", images, labels, source.class_names)
     test = _split(folder, "t10k", test_images, test_labels, source.class_names)
-    train, validation = cut_off(train, validation_size, limit_train_images, name)
+    train, validation = cut_off(train, options.validation_size, options.limit_train_images, name)
     return ImageData(
         name,
         source.class_names,
         train=train,
         validation=validation,
-        test=test.take(slice(0, limit_test_images)),
+        test=test.take(slice(0, options.limit_test_images)),
         notes=(f"read, but not byte for byte as published: {', '.join(unverified)}",) if unverified else (),
         files=files,
         preparation="digit" if name == "mnist" else "none",

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mnist.config.settings import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data import cache
 from mnist.data.cache import FOOTER, MAGIC
 from mnist.data.datasets import load_dataset
@@ -53,8 +53,8 @@ def pets(tmp_path: Path) -> Path:
     return tmp_path / "pets"
 
 
-def load(folder: Path, **settings: Any) -> ImageData:
-    return load_dataset(str(folder), folder.parent, **settings)
+def load(folder: Path, class_names: tuple[str, ...] | None = None, **options: Any) -> ImageData:
+    return load_dataset(str(folder), folder.parent, DataOptions(**options), class_names)
 
 
 def contents(*splits: Split | None) -> list[tuple[bytes, int]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from mnist.config.settings import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
 from mnist.data.loader import BatchDataset, Training, build_loader, evaluation_splits
 from mnist.data.splits import ImageData, Split
@@ -152,14 +152,14 @@ def test_images_and_labels_that_do_not_belong_together_are_refused(tmp_path: Pat
 
 
 def test_validation_images_are_the_last_training_images_and_are_not_trained_on(digits: ImageData) -> None:
-    cut = load_dataset("mnist", PROJECT_FOLDER / "data", validation_size=1000, limit_train_images=500)
+    cut = load_dataset("mnist", PROJECT_FOLDER / "data", DataOptions(validation_size=1000, limit_train_images=500))
     assert cut.validation is not None
     assert torch.equal(cut.validation.images[:], digits.train.images[-1000:])
     assert torch.equal(cut.train.images[:], digits.train.images[:500])
-    whole = load_dataset("mnist", PROJECT_FOLDER / "data", validation_size=1000, limit_train_images=60_000)
+    whole = load_dataset("mnist", PROJECT_FOLDER / "data", DataOptions(validation_size=1000, limit_train_images=60_000))
     assert len(whole.train) == 59_000
     with pytest.raises(ConfigError, match="--validation-size 60000"):
-        load_dataset("mnist", PROJECT_FOLDER / "data", validation_size=60_000)
+        load_dataset("mnist", PROJECT_FOLDER / "data", DataOptions(validation_size=60_000))
 
 
 def test_batches_hold_what_to_tensor_makes_of_the_images(digits: ImageData) -> None:

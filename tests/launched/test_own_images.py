@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mnist import load
 from mnist.cli import main
-from mnist.config.settings import PROJECT_FOLDER
+from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data.datasets import load_dataset
 from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
@@ -207,7 +207,7 @@ def test_a_model_of_a_folder_carries_the_mean_and_the_deviation_of_its_training_
     few = copy_few(things, tmp_path / "few")
     settings = {"dataset": str(few), "data_dir": str(tmp_path / "data"), "limit_train_images": None, "image_size": 16}
     run = run_here("x", epochs=1, max_steps=1, **settings)
-    data = load_dataset(str(few), tmp_path / "data", image_size=16)
+    data = load_dataset(str(few), tmp_path / "data", DataOptions(image_size=16))
     pixels = data.train.images[:].double().flatten(0, 2) / 255  # [pixels, channels]
     weights = load_file(run / "model" / "model.safetensors")
     torch.testing.assert_close(weights["mean"].flatten().double(), pixels.mean(dim=0), atol=1e-6, rtol=0)
@@ -242,8 +242,8 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
     for name in ("dim", "bright"):  # others, with a range of their own: the model's scale is what counts
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.fromarray(np.full((28, 28), 3000, np.uint16)).save(tmp_path / "other" / name / "0.png")
-    settings: dict[str, Any] = {"class_names": model.class_names, "image_size": 28, "test_fraction": 1}
-    other = load_dataset(str(tmp_path / "other"), tmp_path, scale=model.config.scale, **settings)
+    options = DataOptions(image_size=28, test_fraction=1)
+    other = load_dataset(str(tmp_path / "other"), tmp_path, options, model.class_names, model.config.scale)
     assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png"))
 
 
@@ -375,8 +375,8 @@ def test_fashion_mnist_in_folders_is_what_it_is_by_name(tmp_path: Path, run_here
         ({"dataset": "fashion"}, "--dataset fashion: unknown. Did you mean fashion-mnist?"),
         ({"dataset": "/nowhere/pets"}, "--dataset /nowhere/pets: no such folder."),
         ({"dataset": ""}, "--dataset : unknown."),
-        ({"dataset": "mnist", "image_size": 64}, "--image-size 64: for a folder of pictures only"),
-        ({"dataset": "mnist", "test_fraction": 0.5}, "--test-fraction 0.5: for a folder of pictures only"),
+        ({"dataset": "mnist", "image_size": 64}, "--image-size 64: for a folder of images only"),
+        ({"dataset": "mnist", "test_fraction": 0.5}, "--test-fraction 0.5: for a folder of images only"),
         ({"image_size": 4}, "--image-size 4: must be a whole number from 8 to 1024"),
         ({"test_fraction": 1.0}, "--test-fraction 1.0: must be a share between 0 and 1"),
     ],
