@@ -34,15 +34,16 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
     config, accelerator = start(config, explicit_settings)
 
     # --- data, model
+    pretrained = config.pretrained and not has_checkpoint(config)  # whose weights replace all others
     with accelerator.local_main_process_first():  # it downloads what is missing
         data = load_dataset(config.dataset, config.data_dir, config.data_options)
         model = build_model(
             config.model,
             len(data.class_names),
             data.image_shape,
-            pretrained=config.pretrained and not has_checkpoint(config),
-            normalization=data.normalization,
-            batch_size=config.batch_sizes(accelerator.num_processes).batch_size,
+            pretrained,
+            data.normalization,
+            config.batch_sizes(accelerator.num_processes).batch_size,
         )
     train_loader, eval_loaders = build_loaders(data, config, accelerator)
 
