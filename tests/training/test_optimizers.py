@@ -115,11 +115,14 @@ if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  
     OTHERS["decoupled"] = functools.partial(torch.optim.Adam, fused=True, decoupled_weight_decay=True)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS, "another torch"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
-    name: str, frozen: bool, fresh_accelerate: None
+    name: str, frozen: bool, fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "another torch":  # without the private functions
+        name = "adam"
+        monkeypatch.setattr("mnist.training.lean.FUSED_UPDATES", {})
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))]
     models[0][0].bias.requires_grad_(not frozen)
