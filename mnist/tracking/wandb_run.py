@@ -19,6 +19,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,13 +185,14 @@ class WandbRun:
         size = sum(path.stat().st_size for model in models for path in model.folder.iterdir())
 
         def send(run: Any) -> None:
-            try:
-                run.log({"step": evaluation["step"], "epoch": evaluation["epoch"], **_media(evaluation)})
-                for artifact in [*(_make(run, model) for model in models), _use(run, data)]:
-                    if not run.offline:
+            makers = [*(partial(_make, run, model) for model in models), partial(_use, run, data)]  # what counts first
+            for make in [*makers, partial(_log_media, run, evaluation)]:
+                try:
+                    artifact = make()
+                    if artifact is not None and not run.offline:
                         artifact.wait()
-            except Exception as error:  # of many types
-                failed.append(error)
+                except Exception as error:  # of many types; what comes next may be taken all the same
+                    failed.append(error)
 
         sending = threading.Thread(target=send, args=(self.run,), daemon=True)
         sending.start()
@@ -200,7 +202,7 @@ class WandbRun:
             sending.join(min(SECONDS_BETWEEN_QUESTIONS, latest - time.monotonic()))
         if failed or sending.is_alive():
             why = first_line(failed[0]) if failed else "no answer"
-            self.warning = f"The W&B server did not take all of the results ({why}): they are kept on disk."
+            self.warning = f"W&B did not take all of the results ({why}): they are kept on disk."
             self.sync_command = self.sync
 
     def _attempt(self, action: Callable[[Any], object]) -> None:
@@ -261,7 +263,8 @@ def artifact_name(name: str) -> str:
 def _make(run: Any, model: Made) -> Any:
     import wandb
 
-    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=dict(model.metadata))
+    name = artifact_name(f"model-{run.id}")  # the id may be the user's, in WANDB_RUN_ID
+    artifact = wandb.Artifact(name, type="model", metadata=dict(model.metadata))
     for path in sorted(model.folder.iterdir()):  # one by one, for add_dir prints what it does
         artifact.add_file(str(path))
     return run.log_artifact(artifact, aliases=list(model.aliases))
@@ -276,6 +279,10 @@ def _answers(url: str) -> bool:
         return error.code < 500
     except OSError:
         return False
+
+
+def _log_media(run: Any, evaluation: Mapping[str, Any]) -> None:
+    run.log({"step": evaluation["step"], "epoch": evaluation["epoch"], **_media(evaluation)})
 
 
 def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:

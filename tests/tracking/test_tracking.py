@@ -278,6 +278,23 @@ def test_a_data_set_of_any_name_becomes_an_artifact(name: str, taken: str) -> No
     wandb.Artifact(taken, type="dataset")
 
 
+def test_models_are_sent_whatever_the_runs_id_and_whatever_else_fails(
+    clean_environment: SetEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb.teardown()
+    clean_environment(WANDB_MODE="offline", WANDB_RUN_ID="my pets")
+
+    def fail(*_: object) -> None:
+        raise ValueError("no table")
+
+    monkeypatch.setattr("mnist.tracking.wandb_run._media", fail)
+    told = track(tmp_path / "run", prepare(tmp_path / "run", classes=3, epochs=1))
+    wandb.teardown()
+    sent = [it.artifact.name for it in wandb_log.read_records(log_of(tmp_path / "run")) if it.HasField("artifact")]
+    assert sent == ["model-my-pets", "model-my-pets", "made-up"]  # the best and the last, the data set
+    assert told["warnings"] == ["W&B did not take all of the results (no table): they are kept on disk."]
+
+
 def test_a_class_with_a_dot_in_its_name_has_an_axis_and_its_best_value(
     clean_environment: SetEnvironment, tmp_path: Path
 ) -> None:
