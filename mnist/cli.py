@@ -183,7 +183,7 @@ def predict_images(options: argparse.Namespace) -> int:
 
         write_answers(drawn, options.save)
         if len(drawn) < len(rows):
-            print(f"{options.save}: the first {len(drawn)} of {len(rows):,} images", file=sys.stderr)
+            print(printable(f"{options.save}: the first {len(drawn)} of {len(rows):,} images"), file=sys.stderr)
     return 1 if len(rows) < len(sources) else 0
 
 
@@ -266,7 +266,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
             f" has {len(model.class_names)}, for images of {shape_in_words(wanted)}."
         )
     if run and dataset == of_run and not is_old and data.checksum != run.environment.get("dataset_md5", data.checksum):
-        print(f"{dataset}: its images are others than when the run was made.", file=sys.stderr)
+        print(printable_lines(f"{dataset}: its images are others than when the run was made."), file=sys.stderr)
     return data, run
 
 
@@ -306,9 +306,10 @@ def evaluate_model(options: argparse.Namespace) -> None:
     loader = accelerator.prepare(build_loader(data.test, eval_batch_size(data.test.images.shape[1:])))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
     result = evaluate_split(net, loader, LOSSES[settings["loss"]], accelerator)
-    print(f"{data.name}, {result.images:,} test images: loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %")
+    figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
+    print(f"{printable(data.name)}, {result.images:,} test images: {figures}")
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
-        print(f"(the best weights by validation loss; the last ones: --model {options.model}/model)")
+        print(printable(f"(the best weights by validation loss; the last ones: --model {options.model}/model)"))
     table = cut(result.confusion, data.class_names)
     names = [printable(name)[:MOST_LETTERS] for name in table["names"]]
     width, most = max(len(name) for name in names), max(max(row) for row in table["counts"])
@@ -332,7 +333,7 @@ def export_model(options: argparse.Namespace) -> None:
         path = options.output or (run.folder if run else Path()) / "model.onnx"
         difference = export_onnx(model, path, images)
         size = f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
-        print(f"{path}{size}, checked against the model on {len(images):,} test images:")
+        print(f"{printable_lines(str(path))}{size}, checked against the model on {len(images):,} test images:")
         print(f"  probabilities differ by {difference:.1e} at most")
 
 
@@ -400,4 +401,4 @@ def write_report(options: argparse.Namespace) -> None:
     output = output or Path("comparison.html")
     with _written_to(output):
         report.write_report(records, output)
-        print(output)
+        print(printable_lines(str(output)))

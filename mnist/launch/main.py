@@ -39,7 +39,7 @@ def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: M
     except KeyboardInterrupt:
         return 130
     except Interrupted as interrupted:
-        print(interrupted.message, end="", flush=True)
+        print(printable_lines(interrupted.message), end="", flush=True)
         return interrupted.exit_code
     except Exception as error:
         report_failure(error)

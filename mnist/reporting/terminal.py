@@ -40,7 +40,7 @@ class Terminal:
 
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """What is going to be trained, on what, how and into which folder."""
-        self.print(self.styled(f"Recipe {config.recipe}", BOLD))
+        self.print(self.styled(f"Recipe {printable(config.recipe)}", BOLD))
         self.row("device", resolved["device"])
         threads = "1 CPU thread" if resolved["threads"] == 1 else f"{resolved['threads']} CPU threads"
         joined = " with" if resolved["num_processes"] == 1 else ", each with"
