@@ -27,7 +27,7 @@ from mnist.data.datasets import load_dataset, read_idx
 from mnist.data.folders import find_files
 from mnist.data.images import read_image
 from mnist.errors import ConfigError, ImageError, UserError
-from mnist.launch.processes import RANK_OF, check_environment
+from mnist.launch.processes import FLAGS, RANK_OF, check_environment, check_values
 from mnist.models.networks import Net
 from mnist.models.saved import ModelConfig, load_model, save_model
 from mnist.reporting.report import render
@@ -249,6 +249,7 @@ def test_layouts(paths: list[tuple[str, str, str, bool]], tmp_path: Path) -> Non
 
 NUMBERS = st.sampled_from(["0", "1", "2", "-1", "abc", "", "9" * 5000, "1.5", "\u0663"]) | TEXT
 OF_LAUNCHERS = [*RANK_OF, *RANK_OF.values(), "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_FSDP"]
+OF_LAUNCHERS += [*FLAGS, "ACCELERATE_TORCH_DEVICE", "ACCELERATE_DYNAMO_BACKEND"]
 OF_CONTAINERS = ["NUM_PROCESSES", "MIXED_PRECISION", "PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK"]
 
 
@@ -259,6 +260,8 @@ OF_CONTAINERS = ["NUM_PROCESSES", "MIXED_PRECISION", "PET_NNODES", "PET_NPROC_PE
 )
 def test_variables_of_launchers(environment: dict[str, str], device: tuple[str, int]) -> None:
     _, refusal = outcome(lambda: check_environment(environment, *device), ConfigError)
+    _, odd = outcome(lambda: check_values(environment), ConfigError)
+    assert not odd or any(name in odd for name in environment)
     assert not refusal or any(name in refusal for name in environment) or "FSDP" in refusal
 
 

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -83,7 +84,7 @@ def parse_flags(
         sections.append((title, section, dataclasses.field(default_factory=section)))
     nested: Any = dataclasses.make_dataclass("Settings", sections, frozen=True)
     booleans = [name for name, kind in types.items() if kind is bool]
-    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]) < NARROWEST:
+    if shutil.get_terminal_size().columns < NARROWEST:  # of COLUMNS, or of the terminal itself
         os.environ["COLUMNS"] = str(NARROWEST)  # tyro's help never ends in one column
     speaks = is_first_process()  # of many processes, the first says what is wrong
     try:
@@ -97,7 +98,8 @@ def parse_flags(
         )
     except SystemExit:
         if not speaks:
-            time.sleep(2)  # the launcher ends all processes as soon as one has ended
+            time.sleep(2)  # the launcher ends all processes as soon as one has ended; else nobody has spoken
+            print(f"Process {os.environ['RANK']}: wrong usage. Process 0 says why.", file=sys.stderr)
         raise
     values = {k: v for section in vars(parsed).values() for k, v in vars(section).items()}
     return dataclasses.replace(defaults, **values)

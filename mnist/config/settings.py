@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -198,12 +198,11 @@ class TrainConfig:
         for name in ("loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
         # paths are kept whole: a run may be resumed from another folder
-        object.__setattr__(self, "data_dir", str(Path(self.data_dir).expanduser().absolute()))
+        for name in ("data_dir", "dataset", "output_dir"):
+            self._require(name, "\0" not in getattr(self, name), "a path, without a zero byte")
+        self._keep_whole("data_dir", Path.absolute)
         if is_path(self.dataset):
-            try:
-                object.__setattr__(self, "dataset", str(Path(self.dataset).expanduser().resolve()))
-            except (RuntimeError, ValueError) as error:  # no such user, a zero byte
-                raise ConfigError(f"--dataset {self.dataset}: no path: {error}") from error
+            self._keep_whole("dataset", Path.resolve)
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, and folders")
         if self.model not in CHOICES["model"]:
@@ -221,6 +220,14 @@ class TrainConfig:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
             check_choice("trackers", tracker, CHOICES["trackers"])
+
+    def _keep_whole(self, name: str, whole: Callable[[Path], Path]) -> None:
+        value = getattr(self, name)
+        try:
+            path = whole(Path(value).expanduser())
+        except (RuntimeError, OSError) as error:  # no such user, links in a circle
+            raise ConfigError(f"{flag(name)} {value}: no path: {error}") from error
+        object.__setattr__(self, name, str(path))
 
     def _require_type(self, name: str, kinds: tuple[Any, ...]) -> None:
         value = getattr(self, name)

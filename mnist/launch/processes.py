@@ -20,10 +20,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DynamoBackend,
     KwargsHandler,
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
+    str_to_bool,
 )
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -37,6 +39,7 @@ RANK_OF = {  # the variable in which each kind of launcher gives the number of p
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
 }
+FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
@@ -48,6 +51,7 @@ def join_processes(timeout_seconds: int) -> PartialState:
 
     Raises ConfigError where Accelerate would quietly do something else than the environment says.
     """
+    check_values(os.environ)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = device is None or parse_flag_from_env("ACCELERATE_USE_CPU")
     device_type = "cpu" if on_cpu or device is None else device.type
@@ -117,6 +121,25 @@ def check_alike(values: Mapping[str, Any], perhaps_unknown: Collection[str] = ()
                     f"The processes of this job differ in {name}: {value} in process {rank} on {other_host},"
                     f" {expected[name]} in process 0 on {host}. All machines need the same data, code and settings."
                 )
+
+
+def check_values(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError for a value that Accelerate reads without a look, and would end in a traceback about."""
+    for name in FLAGS:
+        try:
+            str_to_bool(environment.get(name, "0"))
+        except ValueError as error:
+            raise ConfigError(f"{name}={environment[name]} in the environment: must be true or false.") from error
+    if environment.get("LOCAL_RANK", "-1") != "-1":
+        _whole_number("LOCAL_RANK", environment)
+    if device := environment.get("ACCELERATE_TORCH_DEVICE"):
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"ACCELERATE_TORCH_DEVICE={device} in the environment: no device. Unset it.") from error
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.upper() not in DynamoBackend.__members__:
+        raise ConfigError(f"ACCELERATE_DYNAMO_BACKEND={backend} in the environment: unknown. Unset it.")
 
 
 def check_environment(environment: Mapping[str, str], device_type: str, device_count: int) -> None:

@@ -234,11 +234,24 @@ def test_a_config_yaml_by_hand_is_read_or_refused_with_the_name_and_the_value(
         {"seed": -1},
         {"dataset": "~nosuchuser/x"},
         {"dataset": "a/\0b"},
+        {"data_dir": "~nosuchuser/x"},
+        {"data_dir": "a/\0b"},
+        {"output_dir": "a/\0b"},
     ],
 )
 def test_values_beyond_all_bounds_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--" + next(iter(settings)).replace("_", "-")):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(("columns", "told"), [(1, "40"), (39, "40"), (80, None)])
+def test_a_terminal_that_is_too_narrow_for_the_help_is_taken_for_a_wider_one(
+    columns: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "9" * 5000)  # no number that Python reads: the terminal's own is what counts
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    parse_command_line(RECIPES, [])
+    assert os.environ["COLUMNS"] == (told or "9" * 5000)
 
 
 def test_help_ends_in_a_terminal_of_one_column() -> None:

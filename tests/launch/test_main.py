@@ -57,3 +57,12 @@ def test_a_rank_that_was_left_in_the_environment_silences_no_wrong_usage(
         main_here("--no-such-flag", RANK="1")
     assert "no-such-flag" in "".join(capsys.readouterr())
     assert time.monotonic() - began < 2  # one of many would wait for the first to speak
+
+
+def test_wrong_usage_is_not_silent_where_the_first_process_of_many_is_missing(
+    main_here: MainHere, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="2"):
+        main_here("--no-such-flag", RANK="1", WORLD_SIZE="2")
+    assert "Process 1: wrong usage" in capsys.readouterr().err

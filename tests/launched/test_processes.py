@@ -30,7 +30,9 @@ from mnist.data.datasets import FILES
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.launch.processes import (
+    FLAGS,
     check_environment,
+    check_values,
     interface_towards,
     launch_command,
     resolve_precision,
@@ -556,6 +558,13 @@ def test_an_environment_that_does_not_fit_together_is_refused_with_the_way_out(
 ) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
         check_environment(variables, *device)
+
+
+@pytest.mark.parametrize("name", [*FLAGS, "LOCAL_RANK", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_DYNAMO_BACKEND"])
+def test_a_value_that_accelerate_would_end_in_a_traceback_about_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=abc in the environment"):
+        check_values({name: "abc"})
+    check_values({name: {"LOCAL_RANK": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}.get(name, "no")})
 
 
 def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
