@@ -117,11 +117,14 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
     if environment.get("WANDB_API_KEY") or not (path.exists() or environment.get("WANDB_API_KEY_FILE")):
         return {}
     try:
-        return {"WANDB_API_KEY": path.read_text(encoding="utf-8").strip()}
+        key = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: holds no text, and so no key.") from error
+    if not key.isprintable():  # a zero byte cannot be in a variable
+        raise UsageError(f"WANDB_API_KEY_FILE={path}: holds more than a key, which is one line of text.")
+    return {"WANDB_API_KEY": key}
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:
@@ -200,7 +203,7 @@ def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int
 
     A run whose main process was killed is still `running` there; that of a machine which is not the first one may be.
     """
-    if state.get("status") in ("finished", "interrupted", "failed") and isinstance(state.get("exit_code"), int):
+    if state.get("status") in ("finished", "interrupted", "failed") and type(state.get("exit_code")) is int:
         return int(str(state["exit_code"]))
     if received:
         return EXIT_CODES[signal.Signals(received[0])]

@@ -21,12 +21,14 @@ def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, st
     """Whether all is well at the time `now`, in seconds since 1970, and why."""
     running = {}
     for path in folder.glob("*/state.json"):
+        if not path.is_file():  # a pipe would never end
+            continue
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["status"] == "running" and state["process"].endswith(f" on {host}"):
                 beaten = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
                 running[path.resolve().parent.name] = beaten, int(state["step"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             continue  # not a run's
     if not running:
         return True, "nothing is being trained"

@@ -270,9 +270,11 @@ def size_of_png(body: bytes) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(body), formats=["PNG"]) as image:
-            width, height = image.size
-            return width, height
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused, and the client told
+            with Image.open(io.BytesIO(body), formats=["PNG"]) as image:
+                width, height = image.size
+                return width, height
     except Image.DecompressionBombError:
         return LARGEST_SIDE + 1, LARGEST_SIDE + 1
     except Exception:  # whatever a damaged file makes of a parser

@@ -7,6 +7,7 @@ model, config = load_model(folder / "model")
 import dataclasses
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnist.data.splits import ImageData
-from mnist.errors import UserError
+from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder
 from mnist.launch.streams import printable
 from mnist.models.by_name import build_model
@@ -86,7 +87,10 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     # what it is filled with comes with the weights
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
-    model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
+    try:
+        model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
+    except ConfigError as error:
+        raise UserError(f"{folder / 'config.json'}: {printable(str(error))}") from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # torch names all that does not fit
@@ -111,7 +115,7 @@ def read_config(path: Path) -> ModelConfig:
             channels={1: 1, 3: 3}[values.get("channels", 1)],  # which the first versions did not write
             preparation=_text(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
             normalized=bool(values.get("normalized", False)),
-            scale=(float(values["scale"][0]), float(values["scale"][1])) if values.get("scale") else None,
+            scale=_scale(values["scale"]) if values.get("scale") else None,
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -148,6 +152,13 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.50} is no text")
     return value
+
+
+def _scale(value: Any) -> tuple[float, float]:
+    low, high = float(value[0]), float(value[1])
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"a scale from {low} to {high}")
+    return low, high
 
 
 def _side(value: Any) -> int:

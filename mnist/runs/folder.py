@@ -161,6 +161,7 @@ class Run:
     def reopen(cls, config: TrainConfig, dataset_md5: str) -> "Run":
         """Take up the run in the folder `config.resume`, with what of its settings has changed."""
         folder = Path(str(config.resume))
+        _check_files(folder)
         if (folder / "environment.json").is_file():
             environment = read_state(folder / "environment.json")
             before = environment.get("dataset_md5")
@@ -205,7 +206,9 @@ class Run:
         remove_leftovers(self.folder)
         self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | read_state(path)
         self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
-        commands = [*self.state.get("commands", []), shlex.join([*_script_command(), *sys.argv[1:]])]
+        earlier = self.state.get("commands")
+        earlier = [it for it in earlier if isinstance(it, str)] if isinstance(earlier, list) else []
+        commands = [*earlier, shlex.join([*_script_command(), *sys.argv[1:]])]
         try:
             _point_latest(self.folder)
         except OSError as error:  # a convenience
@@ -315,13 +318,24 @@ def _make_folder(parent: Path, name: str, config: TrainConfig) -> Path:
 
 
 def _point_latest(folder: Path) -> None:
-    link = temporary_name(folder.with_name("latest"), "new")
+    latest = folder.with_name("latest")
+    if latest.exists() and not latest.is_symlink():  # somebody's own
+        raise FileExistsError(errno.EEXIST, "it is a file or folder, not a link")
+    link = temporary_name(latest, "new")
     link.symlink_to(folder.name)
     try:
-        os.replace(link, folder.with_name("latest"))
+        os.replace(link, latest)
     except OSError:
         link.unlink(missing_ok=True)
         raise
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError for a pipe, which would never end, or a folder where a file of the run is to be."""
+    for path in folder.iterdir():
+        is_data = path.suffix in (".json", ".jsonl", ".yaml", ".txt")
+        if path.exists() and not path.is_file() and (is_data or not path.is_dir()):
+            raise UserError(f"{path}: not a file of the run. Remove it.")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

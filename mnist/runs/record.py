@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mnist.config.settings import read_settings
+from mnist.config.settings import LARGEST_NUMBER, read_settings
 from mnist.errors import ConfigError
 from mnist.launch.streams import printable
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 1000  # of a curve, in a report
 DATA_ADDRESS = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # an address that calls nobody
+OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
+LARGEST_SIDE = 1024  # pixels of an image in evaluation.json
+LARGEST = 1e40  # of a number: float32 ends at 3.4e38
 MOST_MOMENTS = 12  # of the training, where images are followed through it
 
 
@@ -102,13 +105,16 @@ class Record:
         status = printable(str(self.state.get("status", "unknown")))
         if status == "running":
             process, _, host = str(self.state.get("process", "")).partition(" on ")
-            if host == socket.gethostname() and not (process.isdecimal() and psutil.pid_exists(int(process))):
+            is_number = process.isdecimal() and len(process) < 10
+            if host == socket.gethostname() and not (is_number and psutil.pid_exists(int(process))):
                 return "killed"
         return status
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a state.json says; nothing where it is none, or cannot be read: other programs may call a file so too."""
+    if not path.is_file():  # a pipe would never end
+        return {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -134,8 +140,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         expect(line, {"step": int}, "a line of metrics.jsonl")
         for name, value in line.items():
-            if type(value) not in (int, float):
+            if type(value) not in (int, float) or not abs(value) <= LARGEST:  # JSON's 1e999 is infinite
                 raise ValueError(f"{name} is {value!r:.50} in metrics.jsonl, where a number is needed")
+        if "test/loss" in line:
+            expect(line, OF_EVALUATION, "an evaluation in metrics.jsonl")
     return lines
 
 
@@ -174,7 +182,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         len(classes) == len(evaluation["images"]) == len(evaluation["correct"])
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
-        and all(type(it) is int and it >= 0 for it in numbers)
+        and all(type(it) is int and 0 <= it <= LARGEST_NUMBER for it in numbers)
         and all(type(name) is str for name in (*evaluation["class_names"], *names))
         and all(
             len(it["predictions"]) == len(it["probabilities"]) == len(evaluation["examples"])
@@ -200,10 +208,17 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
 
 
 def pixels(address: str) -> "Image":
-    """The image in an address that begins with `data:`."""
+    """The image in an address that begins with `data:`; ConfigError for what snapshots.py cannot have written."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])), formats=["PNG", "JPEG"])
+        if max(image.size) > LARGEST_SIDE:  # a small file may unpack to gigabytes
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        image.load()
+    except Exception as error:  # whatever a damaged file makes of a parser
+        raise ConfigError(f"evaluation.json: an image in it cannot be read: {error}") from error
+    return image
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

@@ -248,12 +248,8 @@ def read_whole(folder: Path) -> dict[str, bytes]:
     from safetensors.torch import load
 
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        files = {}
-        for name in manifest:
-            if Path(name).name != name or ((folder / name).exists() and not (folder / name).is_file()):
-                raise DamagedError(f"{name} is no file of it")  # a pipe would never end
-            files[name] = (folder / name).read_bytes()
+        manifest = json.loads(_file_of(folder, "manifest.json").read_bytes())
+        files = {name: _file_of(folder, name).read_bytes() for name in manifest}
         for name, content in files.items():
             if checksum(content) != manifest[name]:
                 raise DamagedError(f"{name} is not what was written")
@@ -267,6 +263,14 @@ def read_whole(folder: Path) -> dict[str, bytes]:
     except Exception as error:  # whatever a parser says of what is not its format
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return files
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    """A file of a checkpoint; DamagedError for what is none, as a pipe, which would never end."""
+    path = folder / name
+    if Path(name).name != name or (path.exists() and not path.is_file()):
+        raise DamagedError(f"{name} is no file of it")
+    return path
 
 
 def check_plausible(state: bytes, tensors: Mapping[str, Tensor]) -> None:

@@ -155,6 +155,9 @@ def test_the_key_of_wandb_comes_from_the_environment_or_else_from_a_file(tmp_pat
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="holds no text, and so no key"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
+    file.write_bytes(b"a\0b")
+    with pytest.raises(UsageError, match="holds more than a key"):
+        entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
     with pytest.raises(UsageError, match=r"WANDB_API_KEY_FILE=.*missing: cannot be read"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(tmp_path / "missing")})
 
@@ -196,7 +199,8 @@ def test_only_what_this_container_has_trained_counts(tmp_path: Path) -> None:
     assert status() == "failed"
 
 
-FOREIGN = ("", "[]", "5", "[" * 100_000, '{"status": "running"}', '{"status": "running", "process": 5}', "\xff")
+ODD = '{"status": "running", "process": "8 on here", "time": "2026-01-01T00:00:00+0100", "step": 1e999}'
+FOREIGN = ("", "[]", "5", "[" * 100_000, '{"status": "running"}', '{"status": "running", "process": 5}', "\xff", ODD)
 
 
 @pytest.mark.parametrize("content", FOREIGN)
@@ -205,9 +209,12 @@ def test_a_foreign_state_json_neither_ends_a_container_nor_makes_it_unhealthy(co
     flags = [f"--output-dir={tmp_path}"]
     before = dict.fromkeys(state_files(flags), 0)
     (tmp_path / "foreign" / "state.json").write_text(content, encoding="latin-1")
+    (tmp_path / "endless").mkdir()
+    os.mkfifo(tmp_path / "endless" / "state.json")
     state = trained_state(flags, before)
     assert exit_code(state, 0, []) == 0
     assert healthcheck.verdict(tmp_path, "here", 0, 60)[0]
+    assert exit_code({"status": "finished", "exit_code": True}, 3, []) == 3
 
 
 def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:

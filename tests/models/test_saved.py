@@ -88,7 +88,7 @@ PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>"
         (with_pipe("config.json"), "not a regular file"),
         (with_values(architecture=None), "not the description of a model .KeyError: 'architecture'"),
         (with_values(architecture=7), "7 is no text"),
-        (with_values(architecture="no-such"), "--model no-such"),
+        (with_values(architecture="no-such"), "config.json: --model no-such"),
         (with_values(class_names=None), "KeyError: 'class_names'"),
         (with_values(class_names=5), "not the description"),
         (with_values(class_names=[]), "0 classes"),
@@ -105,6 +105,8 @@ PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>"
         (with_values(channels=3), "size mismatch"),
         (with_values(dataset=None), "KeyError: 'dataset'"),
         (with_values(scale=[1]), "not the description"),
+        (with_values(scale=[7, 7]), "a scale from 7.0 to 7.0"),
+        (with_values(scale=["nan", "inf"]), "a scale from nan to inf"),
         (with_values(normalized=True), "is not of the model in config.json"),
     ],
 )

@@ -1,5 +1,6 @@
 """The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
 
+import base64
 import contextlib
 import copy
 import io
@@ -27,7 +28,7 @@ from mnist.errors import ConfigError, DivergedError
 from mnist.reporting import plots
 from mnist.reporting.report import LiveReport, render, write_pictures, write_report
 from mnist.reporting.snapshots import OTHERS, cut
-from mnist.runs.record import Record, evenly
+from mnist.runs.record import Record, evenly, pixels
 from tests.conftest import RunHere, user_environment
 from tests.support.made_up import make_run
 
@@ -192,7 +193,7 @@ def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pyt
     assert line.split()[-1] == "finished"
 
 
-ODD: tuple[Any, ...] = (None, -1, 10**30, math.nan, "\x1b[2J", ["x"], {"a": 1})
+ODD: tuple[Any, ...] = (None, -1, 10**30, 10**400, math.nan, math.inf, "\x1b[2J", ["x"], {"a": 1})
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -233,7 +234,8 @@ def odd_contents(path: Path) -> list[str]:
             if place or new is not ...:
                 value = changed(known, place, new)
                 lines = value if is_lines and isinstance(value, list) else [value]
-                contents.append("".join(json.dumps(line) + "\n" for line in lines))
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                contents.append(text.replace("Infinity", "1e999") if new == math.inf else text)  # which JSON has
     assert len(contents) > 30
     return contents
 
@@ -267,11 +269,27 @@ def test_an_odd_file_of_a_run_is_refused_or_its_report_drawn(name: str, tmp_path
     assert drawn > 5
 
 
+def test_an_image_in_a_run_that_cannot_be_one_is_refused_before_it_is_unpacked() -> None:
+    content = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(content, format="png")  # few bytes, and could be many more pixels
+    for image in ("AAAAA", "AAAA", base64.b64encode(content.getvalue()).decode()):
+        with pytest.raises(ConfigError, match=r"evaluation\.json: an image in it cannot be read"):
+            pixels(f"data:image/png;base64,{image}")
+
+
+def test_the_name_of_a_runs_folder_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "\x1b[2Jx")
+    assert main(["report", str(tmp_path / "\x1b[2Jx"), "--output", str(tmp_path / "\x1b[2J.html")]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
 def test_a_run_whose_process_is_gone_is_called_killed(tmp_path: Path) -> None:
     make_run(tmp_path / "x")
     state = tmp_path / "x" / "state.json"
     ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
-    for process, status in ((ended, "killed"), (str(os.getpid()), "running")):
+    processes = ((ended, "killed"), (str(os.getpid()), "running"), ("9" * 20, "killed"), ("9" * 5000, "killed"))
+    for process, status in processes:
         state.write_text(json.dumps({"status": "running", "process": f"{process} on {socket.gethostname()}"}))
         assert Record.read(tmp_path / "x").status == status
 

@@ -177,6 +177,12 @@ def test_a_latest_that_cannot_be_renewed_is_a_note(tmp_path: Path, monkeypatch: 
         f"{tmp_path / 'runs' / 'latest'} does not lead to this run"
     ]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", "one"]
+    shutil.rmtree(tmp_path / "runs" / "latest")
+    (tmp_path / "runs" / "latest").write_text("somebody's own")
+    with Run.create(config(tmp_path, "three")) as run:
+        assert "not a link" in run.warnings[0]
+    assert (tmp_path / "runs" / "latest").read_text() == "somebody's own"
+    (tmp_path / "runs" / "latest").unlink()
     monkeypatch.setattr(Path, "symlink_to", refuse(errno.EPERM))
     with Run.create(config(tmp_path, "two")) as run:
         assert "Operation not permitted" in run.warnings[0]
@@ -203,6 +209,25 @@ def test_a_lock_that_is_no_file_is_named_and_what_it_leads_to_is_left_alone(act:
     with pytest.raises(UserError, match=r"\.lock: not the lock of a run, which is a file\. Remove it"):
         Run.reopen(dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder)), "")
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["state.json", "environment.json", "metrics.jsonl", "report.html"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_named_before_anything_waits(name: str, tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        pass
+    (run.folder / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder / name)
+    with pytest.raises(UserError, match=f"{name}: not a file of the run"):
+        Run.reopen(dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder)), "")
+
+
+@pytest.mark.parametrize("commands", [5, None, [1, "python train.py"]])
+def test_commands_in_a_state_json_that_are_none_are_left_out(commands: object, tmp_path: Path) -> None:
+    with Run.create(config(tmp_path, "mine")) as run:
+        pass
+    (run.folder / "state.json").write_text(json.dumps({"commands": commands}))
+    with Run.reopen(dataclasses.replace(config(tmp_path, "mine"), resume=str(run.folder)), "") as run:
+        assert all(type(it) is str for it in run.state["commands"])
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,5 +266,7 @@ def test_a_foreign_state_json_is_none_of_a_runs(content: str, tmp_path: Path, mo
     (tmp_path / "runs" / "foreign").mkdir(parents=True)
     (tmp_path / "runs" / "foreign" / "state.json").write_text(content)
     (tmp_path / "runs" / "odd" / "state.json").mkdir(parents=True)
+    (tmp_path / "runs" / "endless").mkdir()
+    os.mkfifo(tmp_path / "runs" / "endless" / "state.json")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert find_run_here(config(tmp_path), ()).resume is None

@@ -28,7 +28,15 @@ from mnist.files import new_folder, remove_folder, remove_leftovers, write_file
 from mnist.models.saved import load_model
 from mnist.reporting.report import LiveReport
 from mnist.training import checkpoint
-from mnist.training.checkpoint import Checkpoints, RandomState, checksum, flatten, unflatten
+from mnist.training.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    RandomState,
+    checksum,
+    flatten,
+    read_whole,
+    unflatten,
+)
 from mnist.training.evaluate import Result, evaluate_split
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
@@ -229,6 +237,12 @@ def test_a_checkpoint_that_is_whole_but_holds_what_cannot_be_is_refused(
     shutil.rmtree(newest)
     resume_here(begun)  # from the one before it
     assert state_of(begun)["status"] == "finished"
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DamagedError, match=r"manifest\.json is no file of it"):
+        read_whole(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pipe", "../../config.yaml", "/dev/zero"])
