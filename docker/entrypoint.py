@@ -26,6 +26,7 @@ from mnist.config.command_line import parse_command_line
 from mnist.config.recipes import RECIPES
 from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
+from mnist.files import read_text
 from mnist.launch.signals import EXIT_CODES
 from mnist.runs.record import read_state
 
@@ -35,6 +36,7 @@ COUNT_DEVICES = """
 import torch
 print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)
 """
+LARGEST_KEY = 10_000  # bytes
 SECRET = "/run/secrets/wandb_api_key"  # where Compose and Swarm put a secret of that name
 
 
@@ -117,7 +119,9 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
     if environment.get("WANDB_API_KEY") or not (path.exists() or environment.get("WANDB_API_KEY_FILE")):
         return {}
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        if path.exists() and not path.is_file():  # a device or a pipe might never end
+            raise UsageError(f"WANDB_API_KEY_FILE={path}: not a file.")
+        key = read_text(path, LARGEST_KEY).strip()
     except OSError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -203,8 +207,9 @@ def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int
 
     A run whose main process was killed is still `running` there; that of a machine which is not the first one may be.
     """
-    if state.get("status") in ("finished", "interrupted", "failed") and type(state.get("exit_code")) is int:
-        return int(str(state["exit_code"]))
+    code = state.get("exit_code")
+    if state.get("status") in ("finished", "interrupted", "failed") and type(code) is int and 0 <= code < 256:
+        return code
     if received:
         return EXIT_CODES[signal.Signals(received[0])]
     return 128 - launcher if launcher < 0 else launcher

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 SECONDS = 600.0  # a first step that is compiled and a large checkpoint take minutes; processes wait ten for each other
+LARGEST = 16 << 20  # bytes, as in mnist/files.py
 
 
 def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, str]:
@@ -24,6 +25,8 @@ def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, st
         if not path.is_file():  # a pipe would never end
             continue
         try:
+            if path.stat().st_size > LARGEST:
+                continue
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["status"] == "running" and state["process"].endswith(f" on {host}"):
                 beaten = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FIGURES = (".png", ".jpg", ".pdf", ".svg")
 MOST_LETTERS = 24  # of a class's name in a table
-MOST_BYTES = 240  # of a file's name
+LONGEST_NAME = 240  # bytes of a file's name
 MOST_DRAWN = 40  # images and answers in one figure
 TRAINING = "Training starts in a checkout of the project: accelerate launch train.py"
 CHECKED_IMAGES = 1000  # of the test images, on which an exported model is compared with its original
@@ -132,7 +132,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def predict_images(options: argparse.Namespace) -> int:
     """A row, or an object, an image; images that cannot be read are named, skipped, and make the exit code 1."""
-    from mnist.data.images import find_images, read_image
+    from mnist.data.images import MOST_BYTES, find_images, read_image
     from mnist.errors import ConfigError, ImageError
     from mnist.inference.predict import load
     from mnist.launch.streams import printable
@@ -154,7 +154,7 @@ def predict_images(options: argparse.Namespace) -> int:
     if "-" in options.images:
         if sys.stdin is None:
             raise ConfigError("IMAGE -: the standard input is closed.")
-        sources["-"] = sys.stdin.buffer.read()
+        sources["-"] = sys.stdin.buffer.read(MOST_BYTES + 1)  # which may never end
     if not sources:
         raise ConfigError(f"{', '.join(options.images)}: no images are in there.")
     width = max(len(printable(name)) for name in sources)
@@ -202,7 +202,7 @@ def write_input(folder: Path, name: str, found: "Prediction") -> None:
 
     assert found.seen is not None
     folder.mkdir(parents=True, exist_ok=True)
-    cut = name.encode(errors="surrogateescape")[:MOST_BYTES].decode(errors="ignore")  # where a name ends at 255 bytes
+    cut = name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")  # where a name ends at 255 bytes
     Image.fromarray(found.seen.numpy()).save(folder / f"{cut}.png")
 
 

@@ -3,6 +3,7 @@
 write_file(folder / "state.json", "{}")
 with new_folder(folder / "model") as temporary: ...      # gets its name when it is on the disk
 with storage_errors("runs/x", "how to go on"): ...       # a full disk is a UserError
+read_text(folder / "state.json")                         # OSError for what is larger than any that is written here
 """
 
 import contextlib
@@ -19,12 +20,20 @@ from filelock import FileLock, Timeout
 from mnist.errors import UserError
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # as temporary_name makes it
+LARGEST_TEXT = 16 << 20  # bytes: lists of nothing take thirty times as much in memory
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def temporary_name(path: Path, word: str) -> Path:
     """A hidden name beside `path` that nobody else has: "new" on its way to `path`, "old" or "gone" from there."""
     return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """The text in a file; OSError for more than `most` bytes, which a sparse file has for nothing."""
+    if path.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 10:,} KiB, as none is that is written here", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def write_file(path: Path, content: str | bytes) -> None:

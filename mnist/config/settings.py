@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from mnist.errors import ConfigError
+from mnist.files import read_text
 
 CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
@@ -40,6 +41,7 @@ SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mix
 """Settings of where, by how many processes and in which precision a checkpoint is used: its own may differ."""
 
 LONGEST_WAIT = 30 * 24 * 3600  # seconds
+LARGEST_SETTINGS = 64 << 10  # bytes of a config.yaml: reading YAML takes ten seconds a megabyte
 LARGEST_NUMBER = 10**12
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -344,7 +346,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: no file.")
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(read_text(path, LARGEST_SETTINGS))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(f"{path}: no YAML that can be read: {problem}") from error
@@ -353,6 +357,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         isinstance(name, str) and isinstance(value, plain) for name, value in settings.items()
     ):
         raise ConfigError(f"{path}: holds no settings, a name and a value each.")
+    for name, value in settings.items():
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:  # perhaps in hexadecimal, too long to be shown
+            raise ConfigError(f"{path}: {name}: must be at most {LARGEST_NUMBER:,}.")
     return settings
 
 

@@ -45,6 +45,7 @@ FORMAT = 2  # of the file, and of how images are read and fitted: a new number h
 FOOTER = struct.Struct("<Q8s")  # at the end: the length of the text before it, and who wrote it
 MAGIC = b"mnist-u8"
 SIZE, SMALL_SIZE = 64, 28
+LARGEST_SIDE = 1024  # pixels, as of --image-size
 ABOUT_SMALL = 32  # pixels of the shorter side, at the median, up to which grey images become small ones
 MOST_BROKEN = 0.1  # of the files that should be images
 CHUNK = 16  # images that a process decodes before it hands them over
@@ -138,7 +139,8 @@ def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
         all(type(it) is int for it in shape)
         and len(shape) in (3, 4)
         and (shape[0], shape[3:]) in ((count, ()), (count, (3,)))
-        and shape[1] == shape[2] == (image_size or shape[1]) > 0
+        and shape[1] == shape[2] == (image_size or shape[1])
+        and 0 < shape[1] <= LARGEST_SIDE
     )
 
 

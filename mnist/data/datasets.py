@@ -9,6 +9,7 @@ read-only folder will do, and processes that start together cannot race.
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import struct
@@ -34,6 +35,7 @@ from mnist.launch.streams import printable
 
 TEST_FRACTION = 0.2  # of the images of each class, where a folder does not say what to test on
 LEAST_DEVIATION = 1 / 255  # of the pixels of a data set: images of one shade are not blown up to noise
+MOST_BYTES = 256 << 20  # of a file of MNIST's form, unpacked: five times those that there are
 MOST_NAMED = 6  # classes whose counts are shown
 
 
@@ -322,7 +324,13 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
     Without one the checksum inside the .gz file still finds what is corrupt. Raises UserError, naming the file.
     Format: the MNIST database's page, "THE IDX FILE FORMAT".
     """
-    content = path.read_bytes()
+    too_large = f"{path}: larger than {MOST_BYTES >> 20} MiB, as no such file is. Delete it and fetch it again."
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(too_large)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
     if path.suffix == ".gz":
         if md5 is not None and (found := _md5(path)) != md5:
             raise UserError(
@@ -330,19 +338,21 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
                 " carries it; otherwise delete it, and it is downloaded again."
             )
         try:
-            content = gzip.decompress(content)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a whole .gz file ({error}). Delete it and fetch it again.") from error
+        if len(content) > MOST_BYTES:
+            raise UserError(too_large)
     # two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as big-endian uint32
     dimensions = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
     header = 4 + 4 * dimensions
-    if dimensions == 0 or len(content) < header:
+    if not 1 <= dimensions <= 3 or len(content) < header:
         raise UserError(f"{path}: not an IDX file of bytes. Delete it and fetch it again.")
     shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != int(np.prod(shape)):
+    if 0 in shape or len(content) - header != math.prod(shape):
         raise UserError(
             f"{path}: {len(content) - header:,} bytes of data where its shape {list(shape)} needs"
-            f" {int(np.prod(shape)):,}. Delete it and fetch it again."
+            f" {math.prod(shape):,}. Delete it and fetch it again."
         )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 

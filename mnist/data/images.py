@@ -24,12 +24,14 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from mnist.errors import ImageError
 from mnist.launch.streams import printable
 
 # A photograph of 12 to 50 million pixels is common; one of 64 takes 200 MB in colour, a few times that in all
 MOST_PIXELS = 64_000_000
+MOST_BYTES = 512 << 20  # of a file: that many pixels, not compressed, of 16 bits in colour and some more
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .heic .heif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff"
     " .webp".split()
@@ -263,13 +265,21 @@ def _open(path: Path, name: str) -> BinaryIO:
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     """The first picture in an open file, decoded once its size is known; raises ImageError and what decoders raise."""
+    size = file.seek(0, io.SEEK_END) if file.seekable() else None
+    if size is not None and size > MOST_BYTES:  # some decoders read all of it
+        raise ImageError(f"{name}: too large; at most {MOST_BYTES >> 20} MiB are read.")
+    if size is not None:
+        file.seek(0)
     try:
         image = _identify(file, name)
     except UnidentifiedImageError as error:
-        if file.seekable() and file.seek(0, io.SEEK_END) == 0:
+        if size == 0:
             raise ImageError(f"{name}: an empty file.") from error
         raise ImageError(f"{name}: not an image, or of a kind that is not read; PNG and JPEG are.") from error
     width, height = image.size
+    if isinstance(image, TiffImageFile) and {TILEWIDTH, TILELENGTH} <= image.tag_v2.keys():
+        # a tile is decoded whole, however little of it is in the picture
+        width, height = max(width, image.tag_v2[TILEWIDTH]), max(height, image.tag_v2[TILELENGTH])
     if width * height > MOST_PIXELS:
         raise ImageError(f"{name}: {width} x {height} is too large; at most {MOST_PIXELS:,} pixels are read.")
     image.load()

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
-from mnist.files import new_folder
+from mnist.files import new_folder, read_text
 from mnist.launch.streams import printable
 from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
 
 LARGEST_SIDE = 1024  # pixels, as of --image-size: what a small file can make large is bounded
 MOST_CLASSES = 100_000
+LARGEST_HEADER = 1 << 20  # bytes of a model.safetensors: the largest networks need a fifth of it, and it takes time
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,15 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
     try:
-        model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
+        with init_empty_weights():  # shapes alone: what config.json can ask for takes gigabytes
+            model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
     except ConfigError as error:
         raise UserError(f"{folder / 'config.json'}: {printable(str(error))}") from error
+    kinds = {name: value.dtype for name, value in model.state_dict().items()}
+    # copied: what is loaded lies in the file itself, which somebody may cut off
+    weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in weights.items()}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # torch names all that does not fit
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: model.safetensors is not of the model in config.json: {problem}") from error
@@ -106,7 +112,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
 def read_config(path: Path) -> ModelConfig:
     """The description of a model in a config.json; UserError for what is none."""
     try:
-        values = json.loads(_regular(path).read_text(encoding="utf-8"))
+        values = json.loads(read_text(_regular(path)))
         config = ModelConfig(
             architecture=_text(values["architecture"]),
             class_names=tuple(printable(_text(name)) for name in values["class_names"]),
@@ -135,8 +141,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a pointer of Git LFS, not the weights. Fetch them: git lfs pull")
     try:
+        if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
+            raise ValueError(f"a header of {header:,} bytes")
         return load_file(path)
-    except (SafetensorError, ValueError, MemoryError) as error:
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, of a shape
         problem = "an empty file" if not start else f"cut off, or another format: {error}"
         raise UserError(f"{path}: no safetensors ({printable(problem)[:200]}). Fetch it again.") from error
 

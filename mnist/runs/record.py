@@ -20,6 +20,7 @@ import psutil
 
 from mnist.config.settings import LARGEST_NUMBER, read_settings
 from mnist.errors import ConfigError
+from mnist.files import read_text
 from mnist.launch.streams import printable
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 MOST_POINTS = 1000  # of a curve, in a report
 DATA_ADDRESS = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # an address that calls nobody
 OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
-LARGEST_SIDE = 1024  # pixels of an image in evaluation.json
-LARGEST = 1e40  # of a number: float32 ends at 3.4e38
+LARGEST_SIDE = 1024  # pixels of an image in evaluation.json: those that are kept are smaller
+MOST_SHOWN = 100  # classes in a confusion matrix, likeliest classes of an image: fewer are kept
+LONGEST_LINE = 1 << 20  # characters, of metrics.jsonl
+LARGEST_FIGURE = 1e40  # float32 ends at 3.4e38; what is drawn and added up far beyond it overflows
 MOST_MOMENTS = 12  # of the training, where images are followed through it
 
 
@@ -116,7 +119,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe would never end
         return {}
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -135,22 +138,25 @@ def find_records(parent: Path) -> tuple[list[Record], list[str]]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that is being written is left out."""
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    lines = [json.loads(line, parse_constant=_refuse) for line in whole.split("\n")] if whole else []
-    for line in lines:
-        expect(line, {"step": int}, "a line of metrics.jsonl")
-        for name, value in line.items():
-            if type(value) not in (int, float) or not abs(value) <= LARGEST:  # JSON's 1e999 is infinite
-                raise ValueError(f"{name} is {value!r:.50} in metrics.jsonl, where a number is needed")
-        if "test/loss" in line:
-            expect(line, OF_EVALUATION, "an evaluation in metrics.jsonl")
+    lines = []
+    with path.open(encoding="utf-8", newline="\n") as file:
+        while (text := file.readline(LONGEST_LINE)).endswith("\n") or len(text) == LONGEST_LINE:
+            line = json.loads(text, parse_constant=_refuse)
+            expect(line, {"step": int}, "a line of metrics.jsonl")
+            for name, value in line.items():
+                # JSON's 1e999 is infinite
+                if type(value) not in (int, float) or not abs(value) <= LARGEST_FIGURE:
+                    raise ValueError(f"{name} is {value!r:.50} in metrics.jsonl, where a number is needed")
+            if "test/loss" in line:
+                expect(line, OF_EVALUATION, "an evaluation in metrics.jsonl")
+            lines.append(line)
     return lines
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    values = json.loads(read_text(path), parse_constant=_refuse)
     expect(values, {}, path.name)
     return dict(values)
 
@@ -182,6 +188,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         len(classes) == len(evaluation["images"]) == len(evaluation["correct"])
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
+        and len(names) <= MOST_SHOWN
         and all(type(it) is int and 0 <= it <= LARGEST_NUMBER for it in numbers)
         and all(type(name) is str for name in (*evaluation["class_names"], *names))
         and all(
@@ -198,12 +205,14 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         expect(it, {"place": int, "truth": int, "image": str}, "an image in evaluation.json")
         if it["truth"] not in classes or not DATA_ADDRESS.match(it["image"]):
             raise ValueError(f"evaluation.json: no image of a class: {it['truth']}, {it['image']:.50}")
+        pixels(it["image"])
     for it in evaluation["mistakes"]:
         expect(it, {"prediction": int, "second": int, "probability": float, "second_probability": float}, "a mistake")
         if it["prediction"] not in classes or it["second"] not in classes:
             raise ValueError("evaluation.json: a mistake without a class")
     for it in evaluation["examples"]:
-        if not all(number in classes and 0 <= share <= 1 for number, share in it["likeliest"]):
+        likeliest = it["likeliest"]
+        if len(likeliest) > MOST_SHOWN or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
             raise ValueError("evaluation.json: an example without a class")
 
 
@@ -212,6 +221,7 @@ def pixels(address: str) -> "Image":
     from PIL import Image
 
     try:
+        # these formats alone: EPS is drawn by another program
         image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])), formats=["PNG", "JPEG"])
         if max(image.size) > LARGEST_SIDE:  # a small file may unpack to gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")

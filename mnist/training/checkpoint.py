@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
-from mnist.files import new_folder, remove_folder, remove_leftovers
+from mnist.files import new_folder, read_text, remove_folder, remove_leftovers
 from mnist.launch.processes import on_main_process
 from mnist.launch.signals import Interrupted
 from mnist.models.saved import check_finite, save_json, save_tensors, weights_of
@@ -248,8 +248,13 @@ def read_whole(folder: Path) -> dict[str, bytes]:
     from safetensors.torch import load
 
     try:
-        manifest = json.loads(_file_of(folder, "manifest.json").read_bytes())
-        files = {name: _file_of(folder, name).read_bytes() for name in manifest}
+        manifest = json.loads(read_text(_file_of(folder, "manifest.json")))
+        files = {}
+        for name in manifest:
+            path = _file_of(folder, name)
+            if path.stat().st_size != manifest[name]["bytes"]:  # before it is read, however large it is
+                raise DamagedError(f"{name} is not what was written")
+            files[name] = path.read_bytes()
         for name, content in files.items():
             if checksum(content) != manifest[name]:
                 raise DamagedError(f"{name} is not what was written")
