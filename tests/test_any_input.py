@@ -3,6 +3,7 @@
 Hypothesis makes the inputs up, the same ones every time. Nothing but the project's own errors may come out.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from entrypoint import UsageError, exit_code, plan
+from healthcheck import verdict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,9 +32,9 @@ from mnist.errors import ConfigError, ImageError, UserError
 from mnist.launch.processes import FLAGS, RANK_OF, check_environment, check_values
 from mnist.models.networks import Net
 from mnist.models.saved import ModelConfig, load_model, save_model
-from mnist.reporting.report import render
+from mnist.reporting.report import duration, render, write_pictures
 from mnist.runs.folder import find_run_here
-from mnist.runs.record import Record, read_state
+from mnist.runs.record import Record, pixels, read_state
 from mnist.training.checkpoint import DamagedError, checksum, read_whole
 from tests.data.test_folders import write_images
 from tests.support.made_up import make_run
@@ -47,7 +49,8 @@ each = settings(
 few = settings(each, max_examples=20)
 T = TypeVar("T")
 TEXT = st.text(max_size=12)
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+EXTREME = st.sampled_from([10**30, -(10**400), 1e308, float("inf")])
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | EXTREME
 JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=8)
 
@@ -94,7 +97,9 @@ def outcome(action: Callable[[], T], *refusals: type[BaseException]) -> tuple[T 
 def any_json(known: dict[str, Any]) -> st.SearchStrategy[bytes]:
     """A file of named values, damaged or with another value in it."""
     content = json.dumps(known).encode()
-    return damaged(content) | with_another_value(known).map(lambda values: json.dumps(values).encode())
+    changed = with_another_value(known).map(lambda values: json.dumps(values).encode())
+    # infinity, as it can be written without its name
+    return damaged(content) | changed | changed.map(lambda text: text.replace(b"Infinity", b"1e999"))
 
 
 @pytest.fixture
@@ -166,14 +171,41 @@ def test_runs(data: st.DataObject, tmp_path: Path) -> None:
     names = ("config.yaml", "state.json", "metrics.jsonl", "evaluation.json", "environment.json")
     path = folder / data.draw(st.sampled_from(names))
     kept = path.read_bytes()
-    path.write_bytes(data.draw(any_json(json.loads(kept)) if path.suffix == ".json" else damaged(kept)))
+    *others, last = kept.splitlines(keepends=True) if path.suffix == ".jsonl" else [kept]
+    changed = any_json(json.loads(last)) if path.suffix in (".json", ".jsonl") else damaged(kept)
+    path.write_bytes(b"".join([*others, data.draw(changed), *([b"\n"] if others else [])]))
     record, refusal = outcome(lambda: Record.read(folder), ConfigError)
     path.write_bytes(kept)
     assert record is not None or refusal.startswith(str(folder))
     if record is not None:
         assert record.status.isprintable()
+        assert duration(record.seconds)
         if data.draw(st.integers(0, 9)) == 0:  # drawing takes long
             assert render([record])
+            write_pictures(record)
+
+
+@each
+@given(data=st.data())
+def test_pictures_of_runs(data: st.DataObject) -> None:
+    content = data.draw(st.sampled_from(IMAGES).flatmap(damaged))
+    image, _ = outcome(lambda: pixels(f"data:image/png;base64,{base64.b64encode(content).decode()}"), ValueError)
+    assert image is None or image.format in ("PNG", "JPEG")
+
+
+STATE = {"status": "running", "process": "1 on here", "time": "2026-11-24T12:00:00+0000", "step": 5, "exit_code": None}
+
+
+@each
+@given(data=st.data(), status=st.sampled_from(["running", "failed"]))
+def test_states_of_runs(data: st.DataObject, status: str, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "state.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data.draw(any_json(STATE | {"status": status})))
+    healthy, reason = verdict(tmp_path, "here", 0, 60)
+    assert healthy in (True, False)
+    assert reason
+    assert exit_code(read_state(path), 3, []) in range(256)
 
 
 @each
