@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-logging bench-recipes bench-scaling soak
+.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-lean bench-logging bench-recipes bench-scaling soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -28,22 +28,25 @@ image: ## docs/docker.md
 image-test: ## builds the image and tries all that docs/docker.md promises; a private engine where there is none
 	python tests/container/try_image.py
 
-bench: ## one epoch beside what people would use instead, as far as it is installed (pip install -e '.[bench]')
+bench: ## one epoch beside the alternatives that are installed (pip install -e '.[bench]')
 	python benchmarks/peers.py
 
-bench-applied: ## mnist predict beside importing torch, and an answer on the page to draw on
+bench-applied: ## mnist predict beside importing torch, and an answer on the drawing page
 	python benchmarks/applied.py
 
-bench-folder: ## a folder of pictures: decoding it, an epoch from the cache, memory
+bench-folder: ## a folder of images: decoding it, an epoch from the cache, memory
 	python benchmarks/folder.py
 
-bench-logging: ## what metrics, trackers, pictures and the report cost
+bench-lean: ## what each shortcut around Accelerate's wrappers is worth
+	python benchmarks/lean.py
+
+bench-logging: ## what metrics, trackers, plots and the report cost
 	python benchmarks/logging_cost.py
 
 bench-recipes: ## the recipe fast beside the published one, five seeds each
 	python benchmarks/recipes.py
 
-bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many that do not wait for each other
+bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many independent runs
 	python benchmarks/scaling.py
 
 soak: ## ten minutes of kills and resumes, compared with an undisturbed run

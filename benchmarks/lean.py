@@ -1,0 +1,83 @@
+"""What each shortcut in mnist/training/lean.py is worth, on one epoch of the tutorial's recipe.
+
+    python benchmarks/lean.py                          # five rounds, about five minutes
+
+Each contestant replaces one shortcut by the method of Accelerate or torch that it overrides, and `all` every one. A
+ratio above 1 is what a run would take without the shortcut. The weights must come out equal to the bit.
+
+accumulate, backward, prepare_data_loader, prepare_optimizer: Accelerator's own method; the last one brings Accelerate's
+               AcceleratedOptimizer in place of LeanOptimizer as a whole
+zero_grad      torch's own loop, without Accelerate's reading of its signature
+adam           torch's own step, without the states of a fused Adam that LeanOptimizer keeps
+counters       with these states, but torch._foreach_add_ over all step counters in place of one addition
+"""
+
+import hashlib
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from measure import Figures, command_line, header, interleave, print_table, run_train, train_here
+
+METHODS = ["accumulate", "backward", "prepare_data_loader", "prepare_optimizer"]  # of LeanAccelerator
+
+
+def replace(name: str) -> None:
+    """Replace a shortcut in this process."""
+    import torch
+
+    import mnist.training.lean
+
+    lean: Any = mnist.training.lean
+    states_of_adam = lean.LeanOptimizer._states_of_adam
+
+    def zero_grad(self: Any) -> None:
+        if self.gradient_state.sync_gradients:
+            self.optimizer.zero_grad()
+
+    def states_with_separate_counters(self: Any) -> list[Any]:
+        def separate(state: Any) -> Any:
+            return SimpleNamespace(add_=lambda number: torch._foreach_add_(state.step, number))
+
+        return [state._replace(steps=separate(state)) for state in states_of_adam(self)]
+
+    if name in METHODS:
+        delattr(lean.LeanAccelerator, name)
+    elif name == "zero_grad":
+        lean.LeanOptimizer.zero_grad = zero_grad
+    else:
+        lean.LeanOptimizer._states_of_adam = states_with_separate_counters if name == "counters" else lambda self: []
+
+
+def train_without(scratch: Path, names: list[str], weights: set[str], number: int) -> Figures:
+    """Train with these shortcuts replaced; add the digest of the weights to `weights`."""
+    script = (__file__, "--inside", ",".join(names))
+    record = run_train(scratch, "--epochs=1", "--trackers=none", "--seed=0", script=script)
+    weights.add(hashlib.sha256((record.folder / "model" / "model.safetensors").read_bytes()).hexdigest())
+    return {"seconds": record.last["perf/epoch_seconds"], "threads": record.environment["threads"]}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inside"]:
+        for name in filter(None, sys.argv[2].split(",")):
+            replace(name)
+        train_here(sys.argv[3:])
+        return
+    arguments = command_line(__doc__, rounds=5).parse_args()
+    variants = {"lean": [], **{name: [name] for name in (*METHODS, "zero_grad", "adam", "counters")}, "all": METHODS}
+    weights: set[str] = set()
+    with tempfile.TemporaryDirectory() as scratch:
+        contestants = {it: partial(train_without, Path(scratch), variants[it], weights) for it in variants}
+        results = interleave(contestants, arguments.rounds)
+    print(header("torch", "accelerate"))
+    print_table(results, "lean")
+    if len(weights) > 1:
+        raise SystemExit(f"The weights differ: {len(weights)} kinds.")
+    print(f"\nAll weights are equal to the bit: sha256 {weights.pop()[:16]}...")
+
+
+if __name__ == "__main__":
+    main()
