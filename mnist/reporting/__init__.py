@@ -1,1 +1,1 @@
-"""What a person sees of a run: the terminal, the plots, the report page."""
+"""The terminal output, plots and report page of a run."""

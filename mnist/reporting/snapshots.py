@@ -1,5 +1,5 @@
-"""What the last evaluation has seen, for people to look at: which class was taken for which, the surest mistakes, and
-ten test images whose answers are followed through the training. It lies in the run's folder, evaluation.json.
+"""evaluation.json in a run's folder: the last confusion matrix and most confident mistakes, and the predictions for ten
+test images after every evaluation.
 
     evaluation = Evaluation(run.folder, data)
     evaluation.update({"step": 600, "epoch": 1}, result, predict(net, evaluation.images))
@@ -19,43 +19,40 @@ from torch import Tensor
 
 from mnist.data.splits import ImageData
 from mnist.files import write_file
-from mnist.training.evaluate import Mistake, Result
+from mnist.training.evaluate import Result
 
-MOST_CLASSES_SHOWN = 20  # in the confusion matrix; of more, those that are most confused, and all others as one
-LARGEST_SIDE = 96  # pixels of a picture that is kept
+MOST_CLASSES_SHOWN = 20  # in the confusion matrix; of more, the most confused and all others as one
+LARGEST_SIDE = 96  # pixels, of a stored image
 OTHERS = "all others"
 
 
 class Evaluation:
-    """For the main process to write, and for all to carry its state."""
+    """Collects evaluations of the test images. The main process writes; all processes carry the state."""
 
     def __init__(self, folder: Path, data: ImageData) -> None:
-        """Of the test images of `data`."""
         self.path = folder / "evaluation.json"
         self.split = data.test
         self.class_names = data.class_names
-        self.bright_on_black = data.preparation != "fit"  # as sets of MNIST's form: on paper they are shown dark
+        self.bright_on_black = data.preparation != "fit"  # like MNIST; shown dark on white
         self.examples = first_of_each_class(data.test.labels, count=10)
-        self.history: list[dict[str, Any]] = []  # what the network made of the examples, an entry an evaluation
+        self.history: list[dict[str, Any]] = []  # predictions for the examples, one entry per evaluation
 
     @property
     def images(self) -> Tensor:
-        """The examples, uint8 [10, height, width(, 3)]; fewer where there are fewer."""
+        """The examples, uint8 [10, height, width(, 3)]; fewer if the split has fewer."""
         return self.split.images[self.examples]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
         return {"history": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
         self.history = state["history"]
 
     def update(self, position: Mapping[str, int], result: Result, answers: Tensor) -> None:
-        """Write down an evaluation at `position`, step and epoch; `answers` are the examples' [10, classes]."""
-        surest = answers.max(dim=1)
-        seen = {"predictions": surest.indices.tolist(), "probabilities": surest.values.tolist()}
-        self.history.append({**position, **seen})
+        """Write an evaluation at `position` (step, epoch); `answers` [10, classes] are the examples' probabilities."""
+        probabilities, predictions = answers.max(dim=1)
+        latest = {"predictions": predictions.tolist(), "probabilities": probabilities.tolist()}
+        self.history.append({**position, **latest})
         counts = result.confusion
         content = {
             **position,
@@ -64,14 +61,13 @@ class Evaluation:
             "images": counts.sum(dim=1).tolist(),
             "correct": counts.diagonal().tolist(),
             "confusion": cut(counts, self.class_names),
-            "mistakes": [self._picture_of(mistake) for mistake in result.mistakes],
+            "mistakes": [
+                mistake._asdict() | {"image": picture(self.split.images[mistake.place])} for mistake in result.mistakes
+            ],
             "examples": [self._example(*both) for both in zip(self.examples.tolist(), answers, strict=True)],
             "history": self.history,
         }
         write_file(self.path, json.dumps(content, allow_nan=False) + "\n")
-
-    def _picture_of(self, mistake: Mistake) -> dict[str, Any]:
-        return mistake._asdict() | {"image": picture(self.split.images[mistake.place])}
 
     def _example(self, index: int, probabilities: Tensor) -> dict[str, Any]:
         likeliest = probabilities.topk(min(10, len(probabilities))).indices.sort().values
@@ -84,7 +80,7 @@ class Evaluation:
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Positions [count] of the first image of each of the first classes, then of those that come first at all."""
+    """Positions [count] of the first image of each of the first classes, then of the first other images."""
     first: dict[int, int] = {}
     for position, label in enumerate(labels.tolist()):
         first.setdefault(label, position)
@@ -94,10 +90,10 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 
 def cut(counts: Tensor, class_names: Sequence[str], most: int = MOST_CLASSES_SHOWN) -> dict[str, Any]:
-    """A confusion matrix [classes, classes] of at most `most` rows, with their names; its sum stays what it is.
+    """A confusion matrix [classes, classes] cut to at most `most` rows, with their names and the same sum.
 
-    Of more classes, those that are most often confused stay, and the others are taken together as the last one: pairs
-    of them that were confused stand on the diagonal then, where `within` says how many.
+    It keeps the most confused classes and merges the others into the last row and column. Confusions among the merged
+    classes land on the diagonal; `within` counts them.
     """
     if len(counts) <= most:
         return {"names": list(class_names), "counts": counts.tolist(), "within": 0}
@@ -116,9 +112,7 @@ def cut(counts: Tensor, class_names: Sequence[str], most: int = MOST_CLASSES_SHO
 
 
 def picture(image: Tensor) -> str:
-    """An image, uint8 [height, width], as the address of a PNG that is all in the address itself; in colour, [height,
-    width, 3], of a JPEG, a fifth as large.
-    """
+    """An image as a data URL: uint8 [height, width] as PNG; color, [height, width, 3], as JPEG, a fifth as large."""
     small = Image.fromarray(image.numpy())
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer, kind = io.BytesIO(), "png" if image.dim() == 2 else "jpeg"

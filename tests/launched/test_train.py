@@ -123,8 +123,8 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
     assert "/300 steps" in text
     assert "images/s:" in text or "images/s  " in text
     assert "█" in text
-    assert "The network's answer:" in text
-    assert "The truth: 0." in text
+    assert "Predicted " in text
+    assert "true class 0" in text
     assert "/report.html" in text
 
 

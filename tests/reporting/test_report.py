@@ -1,4 +1,4 @@
-"""The report, its pictures, the `mnist` command, and that all who are told a number are told the same one."""
+"""The report, its plots, and the commands `mnist runs` and `mnist report`."""
 
 import base64
 import contextlib
@@ -32,13 +32,13 @@ from mnist.runs.record import Record, evenly, pixels
 from tests.conftest import RunHere, user_environment
 from tests.support.made_up import make_run
 
-MEDIA_BYTES = 2_000_000  # for all that is drawn of a run; W&B gets half of that at most
+MEDIA_BYTES = 2_000_000  # for the report and the plots of a run
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title='owned'</script> & \"'$\\frac{"
 
 
 class Reading(HTMLParser):
-    """What a page says, where, and with which attributes."""
+    """The tags and visible words of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Reading(HTMLParser):
         self.inside = tag
 
     def handle_data(self, data: str) -> None:
-        if self.inside not in ("script", "style"):  # which nobody sees
+        if self.inside not in ("script", "style"):
             self.words += data.split()
 
     @property
@@ -61,14 +61,14 @@ class Reading(HTMLParser):
 
 
 def numbers_in(page: str) -> list[dict[str, Any]]:
-    """What a report holds for programs to read."""
+    """The JSON in a report."""
     found = re.search(r'<script type="application/json" id="metrics">(.*?)</script>', page, re.DOTALL)
     assert found
     numbers: list[dict[str, Any]] = json.loads(found[1])
     return numbers
 
 
-def test_of_many_classes_the_matrix_keeps_the_most_confused_and_its_sum() -> None:
+def test_a_large_confusion_matrix_keeps_the_most_confused_classes_and_its_sum() -> None:
     counts = torch.eye(1000, dtype=torch.long) * 5
     counts[7, 900] = 40
     counts[3, 4] = 2
@@ -82,7 +82,7 @@ def test_of_many_classes_the_matrix_keeps_the_most_confused_and_its_sum() -> Non
 
 
 @pytest.mark.parametrize(("classes", "epochs"), [(10, 100), (1000, 3)])
-def test_what_is_drawn_of_a_run_stays_small(classes: int, epochs: int, tmp_path: Path) -> None:
+def test_the_report_and_the_plots_of_a_run_stay_small(classes: int, epochs: int, tmp_path: Path) -> None:
     record = make_run(tmp_path / "run", classes, epochs)
     LiveReport(record.folder).write()
     drawn = [*record.folder.glob("*.png"), record.folder / "report.html", record.folder / "evaluation.json"]
@@ -90,26 +90,32 @@ def test_what_is_drawn_of_a_run_stays_small(classes: int, epochs: int, tmp_path:
     assert sum(path.stat().st_size for path in drawn) < MEDIA_BYTES
 
 
-def test_hostile_names_are_escaped_in_pages_and_harmless_in_pictures(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """A run with hostile names, and its report."""
     names = (HOSTILE, *(f"{HOSTILE} {number}" for number in range(9)))
-    record = make_run(tmp_path / HOSTILE.replace("/", "|"), names=names)
+    record = make_run(tmp_path_factory.mktemp("hostile") / HOSTILE.replace("/", "|"), names=names)
     LiveReport(record.folder).write()
-    for page in ((record.folder / "report.html").read_text(), render([record, record])):
-        read = Reading(page)
-        assert [attributes for tag, attributes in read.tags if tag == "script"] == [
-            {"type": "application/json", "id": "metrics"}
-        ]
-        assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
+    return record
+
+
+def test_hostile_names_are_escaped_in_reports_and_harmless_in_plots(hostile: Record) -> None:
+    report = (hostile.folder / "report.html").read_text()
+    for page in (report, render([hostile, hostile])):
+        tags = Reading(page).tags
+        scripts = [attributes for tag, attributes in tags if tag == "script"]
+        assert scripts == [{"type": "application/json", "id": "metrics"}]
+        assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
         assert page.count("<script") == 1
-        assert numbers_in(page)[0]["name"] == record.name
-    assert HOSTILE.split()[0] in Reading((record.folder / "report.html").read_text()).text
+        assert numbers_in(page)[0]["name"] == hostile.name
+    assert HOSTILE.split()[0] in Reading(report).text
 
 
-def test_several_runs_stand_side_by_side_with_what_differs_and_the_best_marked(tmp_path: Path) -> None:
+def test_a_comparison_shows_the_differences_and_marks_the_best(tmp_path: Path) -> None:
     records = [make_run(tmp_path / name, epochs=epochs) for name, epochs in (("short", 2), ("long", 4))]
     page = render(records)
     text = Reading(page).text
-    assert "2 runs side by side" in text
+    assert "Comparison of 2 runs" in text
     assert "epochs 2 4" in text  # the one setting in which they differ
     assert "batch_size" not in text
     best = [attributes for tag, attributes in Reading(page).tags if "best" in (attributes.get("class") or "").split()]
@@ -117,7 +123,7 @@ def test_several_runs_stand_side_by_side_with_what_differs_and_the_best_marked(t
     assert [it["name"] for it in numbers_in(page)] == ["short", "long"]
 
 
-def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
+def test_a_run_that_has_just_started_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text(TrainConfig().to_yaml())
     record = Record.read(tmp_path / "new")
@@ -125,19 +131,19 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
     assert "new" in Reading((tmp_path / "report.html").read_text()).text
 
 
-def test_during_training_the_report_is_renewed_when_that_costs_little(
+def test_during_training_the_report_is_rewritten_if_that_takes_little_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = make_run(tmp_path / "run")
     report = LiveReport(record.folder)
     report.after_epoch()
-    assert not (record.folder / "report.html").exists()  # the first seconds of a run are too few for it
+    assert not (record.folder / "report.html").exists()  # too early
     monkeypatch.setattr(report, "written_at", report.written_at - report.cost / report.SHARE_OF_TIME)
     report.after_epoch()
     assert (record.folder / "report.html").exists()
 
 
-def test_pictures_show_the_figures_other_figures_make_other_pictures(tmp_path: Path) -> None:
+def test_plots_depend_on_the_metrics_alone(tmp_path: Path) -> None:
     drawn = []
     for place, epochs in (("a", 3), ("b", 3), ("c", 4)):
         record = make_run(tmp_path / place / "run", epochs=epochs)
@@ -147,13 +153,13 @@ def test_pictures_show_the_figures_other_figures_make_other_pictures(tmp_path: P
     assert same.keys() == {f"{name}.png" for name in ("curves", "confusion", "mistakes", "prediction")}
     for name in same:
         assert same[name] == again[name]
-        if name != "mistakes.png":  # those are the same images in all
+        if name != "mistakes.png":  # the same images in all
             assert same[name] != other[name], name
         with Image.open(io.BytesIO(same[name])) as picture:
             assert min(picture.size) > 400
 
 
-def test_a_report_that_cannot_be_drawn_is_a_warning_and_no_end_of_training(
+def test_a_report_that_fails_is_a_warning(
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def break_down(_: object) -> None:
@@ -165,7 +171,7 @@ def test_a_report_that_cannot_be_drawn_is_a_warning_and_no_end_of_training(
     assert "The report could not be written (RuntimeError: no ink)." in capsys.readouterr().out
 
 
-def test_a_run_that_fails_leaves_a_report_that_says_so(run_here: RunHere, tmp_path: Path) -> None:
+def test_a_failed_run_has_a_report_with_the_error(run_here: RunHere, tmp_path: Path) -> None:
     with pytest.raises(DivergedError):
         run_here("x", report=True, optimizer="sgd", learning_rate=1e30, log_every=5)
     text = Reading((tmp_path / "runs" / "x" / "report.html").read_text()).text
@@ -173,7 +179,7 @@ def test_a_run_that_fails_leaves_a_report_that_says_so(run_here: RunHere, tmp_pa
     assert "training has diverged" in text
 
 
-def test_mnist_runs_lists_the_runs_with_their_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mnist_runs_lists_the_runs_with_their_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = make_run(tmp_path / "good")
     make_run(tmp_path / "gone")
     (tmp_path / "gone" / "state.json").write_text(json.dumps({"status": "running", "process": "999999999 on nowhere"}))
@@ -197,7 +203,7 @@ ODD: tuple[Any, ...] = (None, -1, 10**30, 10**400, math.nan, math.inf, "\x1b[2J"
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The places in a value, that of the value itself first; of a list only the first element's."""
+    """The paths to all values in `value`, itself first; of lists only the first element."""
     yield place
     inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
     for key, it in inner:
@@ -205,7 +211,7 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value at a place; without it, where that is `...`."""
+    """A copy with another value at a path; without it, if that is `...`."""
     if not place:
         return new
     copied = container = copy.deepcopy(value)
@@ -222,7 +228,7 @@ FILES = ("config.yaml", "state.json", "environment.json", "evaluation.json", "me
 
 
 def odd_contents(path: Path) -> list[str]:
-    """Contents that a file of a run should not have, each with one change."""
+    """Broken contents of a file of a run, each with one change."""
     if path.name == "environment.json":
         path.write_text(json.dumps({"device": "cpu", "parameters": 5, "threads": 1, "torch": "2"}))
     text = path.read_text()
@@ -241,11 +247,12 @@ def odd_contents(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
+def test_a_broken_run_file_hides_no_other_run_and_prints_no_control_characters(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_run(tmp_path / "good")
-    path = make_run(tmp_path / "odd").folder / name
+    make_run(tmp_path / "good", classes=3, epochs=1)
+    (tmp_path / "good" / "config.yaml").write_text("recipe: tutorial\nepochs: 1\ndataset: mnist\nmodel: mlp\n")
+    path = make_run(tmp_path / "odd", classes=3, epochs=1).folder / name
     for content in odd_contents(path):
         path.write_text(content)
         assert main(["runs", str(tmp_path)]) == 0, content
@@ -258,7 +265,7 @@ def test_an_odd_file_of_a_run_hides_no_other_run_and_moves_no_cursor(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_an_odd_file_of_a_run_is_refused_or_its_report_drawn(name: str, tmp_path: Path) -> None:
+def test_a_broken_run_file_is_refused_or_its_report_written(name: str, tmp_path: Path) -> None:
     path = make_run(tmp_path / "odd", classes=3, epochs=2).folder / name
     drawn = 0
     for content in odd_contents(path):
@@ -284,7 +291,7 @@ def test_the_name_of_a_runs_folder_cannot_move_the_cursor(tmp_path: Path, capsys
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-def test_a_run_whose_process_is_gone_is_called_killed(tmp_path: Path) -> None:
+def test_a_run_whose_process_is_gone_has_status_killed(tmp_path: Path) -> None:
     make_run(tmp_path / "x")
     state = tmp_path / "x" / "state.json"
     ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
@@ -304,7 +311,7 @@ def test_mnist_report_writes_one_report_or_a_comparison(
     assert (tmp_path / "a" / "report.html").exists()
     assert (tmp_path / "a" / "confusion.png").exists()
     assert main(["report", "a", "b"]) == 0
-    assert "2 runs side by side" in Reading((tmp_path / "comparison.html").read_text()).text
+    assert "Comparison of 2 runs" in Reading((tmp_path / "comparison.html").read_text()).text
     assert main(["report", "b", "--output", "else.html"]) == 0
     assert (tmp_path / "else.html").exists()
     assert not (tmp_path / "b" / "report.html").exists()
@@ -319,7 +326,7 @@ def test_mnist_report_writes_one_report_or_a_comparison(
         (["report", "run", "--output", "/proc/nowhere/x.html"], 1, "/proc/nowhere"),
     ],
 )
-def test_what_the_mnist_command_cannot_do_it_says_in_a_line(
+def test_mnist_commands_fail_with_a_message_and_no_traceback(
     arguments: list[str], code: int, words: str, tmp_path: Path
 ) -> None:
     make_run(tmp_path / "run")
@@ -336,7 +343,7 @@ def test_what_the_mnist_command_cannot_do_it_says_in_a_line(
     assert "Traceback" not in done.stderr
 
 
-def test_items_are_taken_evenly_from_the_first_to_the_last() -> None:
+def test_evenly_spaced_items_include_the_first_and_the_last() -> None:
     assert evenly(range(100), 4) == [0, 33, 66, 99]
     assert evenly(range(3), 12) == [0, 1, 2]
     assert evenly([], 12) == []
@@ -359,14 +366,14 @@ document.getElementById("page").onload = event => {{
 
 @pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
 @pytest.mark.parametrize("width", [360, 1400])
-def test_in_a_browser_the_page_fits_a_phone_and_a_desk_and_runs_nothing(width: int, tmp_path: Path) -> None:
-    names = (HOSTILE, *(f"{HOSTILE} {number}" for number in range(9)))
-    record = make_run(tmp_path / "run", names=names)
-    LiveReport(record.folder).write()
-    (record.folder / "probe.html").write_text(PROBE.format(width=width))
+def test_in_a_browser_the_report_fits_phone_and_desktop_and_runs_nothing(
+    width: int, hostile: Record, tmp_path: Path
+) -> None:
+    shutil.copy(hostile.folder / "report.html", tmp_path)
+    (tmp_path / "probe.html").write_text(PROBE.format(width=width))
     done = subprocess.run(
         [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-        + [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", str(record.folder / "probe.html")],
+        + [f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=5000", str(tmp_path / "probe.html")],
         capture_output=True,
         text=True,
         timeout=120,
@@ -375,7 +382,7 @@ def test_in_a_browser_the_page_fits_a_phone_and_a_desk_and_runs_nothing(width: i
     found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-2000:]
     seen = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    assert seen["title"] == record.name
+    assert seen["title"] == hostile.name
     assert seen["width"] <= width
     assert seen["clipped"] == 0
     assert seen["metrics"] == 1

@@ -1,4 +1,4 @@
-"""What a person sees at the terminal."""
+"""What the terminal shows."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mnist.data.splits import ImageData
-from mnist.reporting.terminal import YELLOW, Terminal, draw_image, understands_colors
+from mnist.reporting.terminal import YELLOW, Terminal, draw_image, supports_color
 
 
 def test_a_digit_in_characters_shows_its_ink(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_a_digit_in_characters_shows_its_ink(digits: ImageData, monkeypatch: pyt
     assert draw_image(torch.zeros(28, 28, dtype=torch.uint8)) == ""
 
 
-def test_where_there_is_no_terminal_lines_come_at_intervals_and_no_bar(
+def test_without_a_terminal_lines_are_printed_at_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal(prints=True, epochs=3)
@@ -48,7 +48,7 @@ def test_only_the_process_that_prints_prints(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
-def test_an_epoch_line_shows_loss_and_accuracy_in_and_out_of_sample(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_epoch_line_shows_loss_and_accuracy_of_every_split(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(prints=True, epochs=2)
     terminal.start_epoch(2, 10)
     figures = {"train/loss": 0.1, "train/accuracy": 0.97, "test/loss": 0.2, "test/accuracy": 0.9567}
@@ -59,20 +59,20 @@ def test_an_epoch_line_shows_loss_and_accuracy_in_and_out_of_sample(capsys: pyte
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colours_are_for_terminals_that_want_them(
+def test_only_terminals_that_want_color_get_it(
     variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = pty.openpty()
-    terminal_like = os.fdopen(theirs, "w")
+    stream = os.fdopen(theirs, "w")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert understands_colors(terminal_like)
+    assert supports_color(stream)
     monkeypatch.setenv(variable, value)
-    assert not understands_colors(terminal_like)
+    assert not supports_color(stream)
     monkeypatch.undo()
     with (tmp_path / "log").open("w") as log:
-        assert not understands_colors(log)
-    terminal_like.close()
+        assert not supports_color(log)
+    stream.close()
     os.close(ours)
 
 
@@ -88,7 +88,7 @@ def test_the_result_is_a_small_table_with_all_warnings(capsys: pytest.CaptureFix
     assert not any("\033" in word for line in lines for word in line)
 
 
-def test_no_value_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_values_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(True, 1)
     terminal.row("run folder", "runs/\x1b[2J\x1b]0;x\x07")
     terminal.row("warning", "a\rb", YELLOW)

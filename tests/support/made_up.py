@@ -1,4 +1,4 @@
-"""A run's folder as training would leave it, with figures made up, as large as asked for."""
+"""A run folder with random metrics, of any size."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from mnist.training.evaluate import Mistake, Result
 
 
 def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str, ...] = ()) -> Record:
-    """Settings, state, metrics and an evaluation, whose images are twice as many as the classes."""
+    """Write settings, state, metrics and an evaluation of two images per class."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(TrainConfig(epochs=epochs, run_name="made-up").to_yaml())
     (folder / "state.json").write_text(json.dumps({"status": "finished", "commands": ["python train.py"]}))
@@ -24,16 +24,13 @@ def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str,
     evaluation = Evaluation(folder, ImageData("made-up", names, split, None, split))
     lines = []
     for epoch in range(1, epochs + 1):
-        confusion = torch.randint(3, (classes, classes), generator=generator) + 50 * torch.eye(
-            classes, dtype=torch.long
-        )
-        mistakes = tuple(Mistake(place, 0, 1, 0.9, 2, 0.1) for place in range(40))[: 2 * classes]
+        confusion = torch.randint(3, (classes, classes), generator=generator) + 50 * torch.eye(classes).long()
+        mistakes = tuple(Mistake(place, 0, 1, 0.9, 2, 0.1) for place in range(min(40, 2 * classes)))
         result = Result(1 / epoch, confusion, mistakes)
         values = {"step": 1000 * epoch, "epoch": epoch, "optim/learning_rate": 1e-3, "perf/epoch_seconds": 1.0}
         values |= {"perf/images_per_second": 1234.5, "perf/evaluation_seconds": 0.5}
-        lines += [
-            {"step": 1000 * (epoch - 1) + 10 * it, "epoch": epoch, "train/loss": 1 / epoch} for it in range(1, 20)
-        ]
+        steps = range(1000 * (epoch - 1) + 10, 1000 * (epoch - 1) + 200, 10)
+        lines += [{"step": step, "epoch": epoch, "train/loss": 1 / epoch} for step in steps]
         lines.append(values | result.values("train") | result.values("test", names))
         answers = torch.rand(len(evaluation.examples), classes, generator=generator).softmax(dim=1)
         evaluation.update({"step": 1000 * epoch, "epoch": epoch}, result, answers)
