@@ -1,1 +1,1 @@
-"""Where metrics go: metrics.jsonl, W&B and other trackers."""
+"""Logs metrics to metrics.jsonl, W&B and other trackers."""

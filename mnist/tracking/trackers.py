@@ -1,13 +1,12 @@
-"""What is logged, under which key, to which trackers.
+"""Logs metrics to metrics.jsonl and to trackers by name.
 
     with Tracking(True, run.folder, "4f2a91c0", settings, ["wandb", "tensorboard"]) as tracking:
         print(tracking.start(step=0))
         tracking.log({"step": 100, "epoch": 1, "train/loss": 0.5})
 
-Every line goes to metrics.jsonl first, flushed at once, then to the trackers under the same keys: `train/ val/ test/`
-for how well it does, `optim/` for how it learns, `perf/` for how fast and with how much memory. A tracker is a guest:
-no account, no key, no network and no server may stop a run. W&B has a module of its own, wandb_run.py; the others are
-Accelerate's, by its names.
+Every row is written and flushed to metrics.jsonl first, then sent to the trackers under the same keys: `train/ val/
+test/` for loss and accuracy, `optim/` for the optimizer, `perf/` for speed and memory. No account, key, network or
+server is needed, and a tracker that fails does not stop the run. W&B is in wandb_run.py; the others are Accelerate's.
 """
 
 import importlib.util
@@ -16,7 +15,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -24,20 +22,20 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.runs.record import Record
-from mnist.tracking.wandb_run import Made, Used, WandbRun, first_line
+from mnist.tracking.wandb_run import DatasetArtifact, ModelArtifact, WandbRun, first_line
 
-PROJECT = "mnist"  # what trackers call it, unless a variable of theirs names another
-PACKAGES = {"comet_ml": "comet-ml"}  # as pip calls them, where that is not the module's name
-UNATTENDED = {  # what keeps a tracker from asking questions, or from waiting minutes for a server
+PROJECT = "mnist"  # the trackers' default project
+PACKAGES = {"comet_ml": "comet-ml"}  # the pip name, if it is not the module's
+UNATTENDED = {  # no prompts, and no waiting minutes for a server
     "mlflow": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"},  # 247 s without (measured)
     "swanlab": {"SWANLAB_INTERACTIVE": "false", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
 }
 
 
 def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
-    """What Accelerate's class of a tracker is to be built with, for the run in `folder` that goes on after `step`.
+    """The arguments of Accelerate's tracker class, for the run in `folder` that continues after `step`.
 
-    Files go into the run's folder, but where users of a tracker expect one place for all runs.
+    Files go into the run's folder, unless the tracker has one place for all runs.
     """
     match name:
         case "tensorboard":
@@ -55,38 +53,38 @@ def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
             return {"run_name": PROJECT, "online": None if has_key else False, "experiment_config": settings}
         case "dvclive":
             return {"dir": str(folder / "dvclive"), "dvcyaml": None, "save_dvc_exp": False, "resume": step > 0}
-        case "mlflow":  # ./mlflow.db, unless MLFLOW_TRACKING_URI says otherwise
+        case "mlflow":  # ./mlflow.db, unless MLFLOW_TRACKING_URI is set
             return {"experiment_name": PROJECT, "run_name": folder.name}
         case "swanlab":
             has_key = "SWANLAB_API_KEY" in os.environ
             mode = os.environ.get("SWANLAB_MODE") or ("cloud" if has_key else "offline")
             return {"run_name": PROJECT, "name": folder.name, "mode": mode, "log_dir": str(folder / "swanlab")}
-        case _:  # trackio: a folder of its own below the user's cache
+        case _:  # trackio: its own folder in the user's cache
             return {"run_name": PROJECT, "name": folder.name}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError where the package of a tracker is missing; Accelerate would go on without a word."""
+    """Raise ConfigError if a tracker's package is missing; Accelerate would silently skip it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"--trackers {','.join(names)}: it cannot be done without {', '.join(missing)}. Either pip install"
-            f" {' '.join(PACKAGES.get(name, name) for name in missing)}, or leave it out: --trackers none."
+            f"--trackers {','.join(names)}: {', '.join(missing)} not installed. Run: pip install"
+            f" {' '.join(PACKAGES.get(name, name) for name in missing)} (or drop it from --trackers)."
         )
 
 
 def _overall(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss and accuracy of each part: W&B takes a hundred keys, and so not those of each class."""
+    """Loss and accuracy of each split, without the accuracy per class: W&B allows 100 metadata keys."""
     return {key: line[key] for key in line if key.endswith(("/loss", "/accuracy"))}
 
 
 class Tracking:
-    """The metrics of one run, written by the main process; on the others it does nothing."""
+    """The metrics of one run, written by the main process; does nothing on the others."""
 
     def __init__(
         self, writes: bool, folder: Path, run_id: str, settings: Mapping[str, Any], names: Sequence[str]
     ) -> None:
-        """`run_id` is what a run that is resumed keeps."""
+        """`run_id` stays the same when the run is resumed."""
         self.writes = writes
         self.folder = folder
         self.run_id = run_id
@@ -95,8 +93,8 @@ class Tracking:
         self.kept_bytes: int | None = 0  # of metrics.jsonl, until the first line of this process
         self.wandb: WandbRun | None = None
         self.others: dict[str, GeneralTracker] = {}
-        self.warnings: list[str] = []  # to be shown at the end
-        self.sync_command: str | None = None  # sends to the server what lies on the disk only
+        self.warnings: list[str] = []  # shown at the end of the run
+        self.sync_command: str | None = None  # uploads a W&B run that is only on disk
 
     def __enter__(self) -> "Tracking":
         if self.writes:
@@ -104,7 +102,7 @@ class Tracking:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """How much of metrics.jsonl, by now on the disk, there is."""
+        """The length of metrics.jsonl, after flushing it to disk."""
         if not self.writes:
             return {}
         self._cut()
@@ -112,29 +110,28 @@ class Tracking:
         return {"metrics_bytes": self.file.tell()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; to be called before `start`."""
+        """To be called before `start`. Raises ValueError for a negative length."""
         kept = state["metrics_bytes"]
-        found = self.file.seek(0, os.SEEK_END) if self.writes else kept
+        size = self.file.seek(0, os.SEEK_END) if self.writes else kept
         if kept < 0:
             raise ValueError(f"{kept} bytes of metrics.jsonl")
-        if found < kept:
+        if size < kept:
             self.warnings.append(
-                f"metrics.jsonl has {found:,} of the {kept:,} bytes that it had at the checkpoint: the curves lack what"
-                " is gone."
+                f"metrics.jsonl has {size:,} of the {kept:,} bytes it had at the checkpoint; the curves are incomplete."
             )
         self.kept_bytes = kept
 
     def _cut(self) -> None:
-        """Before the first line: cut off what came after the point from which the run goes on, for it comes again."""
+        """Before the first row, remove those logged after the checkpoint: they will be logged again."""
         if self.kept_bytes is not None:
             self.file.truncate(min(self.kept_bytes, self.file.seek(0, os.SEEK_END)))
             self.file.seek(0, os.SEEK_END)
             self.kept_bytes = None
 
     def start(self, step: int) -> str:
-        """Start the trackers of a run that goes on after `step`; what they are, for a person to read.
+        """Start the trackers of a run that continues after `step`; returns their description.
 
-        Raises UserError where W&B cannot read the user's variables. Others that fail are left out, with a warning.
+        Raises UserError if W&B rejects the user's variables. Other trackers that fail are dropped with a warning.
         """
         descriptions = []
         for name in self.names if self.writes else ():
@@ -142,8 +139,8 @@ class Tracking:
                 self.wandb = WandbRun(PROJECT, self.folder, self.run_id, self.settings)
                 descriptions.append(self.wandb.description)
             else:
-                self._guest(name, partial(self._start, name, step))
-                descriptions.append(name if name in self.others else f"{name}, which failed")
+                self._attempt(name, partial(self._start, name, step))
+                descriptions.append(name if name in self.others else f"{name} (failed)")
         return "; ".join(descriptions) or "none"
 
     def _start(self, name: str, step: int) -> None:
@@ -152,14 +149,14 @@ class Tracking:
         tracker = LOGGER_TYPE_TO_CLASS[name](**arguments_of(name, self.folder, step))
         tracker.start()
         self.others[name] = tracker
-        if name == "tensorboard":  # Accelerate would write the settings into an event file of their own
+        if name == "tensorboard":  # Accelerate would write the settings to a second event file
             tracker.tracker.add_text("settings", "".join(f"    {key}: {self.settings[key]}\n" for key in self.settings))
         else:
             plain = {key: "None" if value is None else value for key, value in self.settings.items()}
             tracker.store_init_configuration(plain)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Log one line of numbers, `step` and `epoch` among them. Never writes NaN or infinity: ValueError."""
+        """Log one row of numbers, including `step` and `epoch`. Raises ValueError for NaN and infinity."""
         if not self.writes:
             return
         self._cut()
@@ -168,44 +165,42 @@ class Tracking:
         if self.wandb is not None:
             self.wandb.log(values)
         for name, tracker in list(self.others.items()):
-            rest = {key: value for key, value in values.items() if key != "step"}
-            self._guest(name, partial(tracker.log, rest, step=values["step"]))
+            without_step = {key: value for key, value in values.items() if key != "step"}
+            self._attempt(name, partial(tracker.log, without_step, step=values["step"]))
 
     def log_results(self, data: ImageData) -> None:
-        """At the end of a run on `data`: what it got right and wrong, and its models, for W&B."""
+        """At the end of a run on `data`, log its last evaluation and its models to W&B."""
         if self.wandb is None:
             return
         try:
             record = Record.read(self.folder)
-        except UserError as error:  # somebody has written into its files
-            self.warnings.append(f"W&B was not sent the results: {error}")
+        except UserError as error:  # e.g. an edited file
+            self.warnings.append(f"W&B did not receive the results: {error}")
             return
         if record.evaluation is None:
             return
-        has_best = (self.folder / "best").exists()  # else there is nothing to choose by: the last one is the result
-        models = [Made(self.folder / "best", ["best"], self.settings | _overall(record.best))] if has_best else []
-        aliases = ["latest"] if has_best else ["latest", "best"]
-        models.append(Made(self.folder / "model", aliases, self.settings | _overall(record.last)))
+        has_best = (self.folder / "best").exists()  # without a validation split, the last weights count as the best
+        last = self.folder / "model", ["latest"] if has_best else ["latest", "best"], record.last
+        saved = [(self.folder / "best", ["best"], record.best), last] if has_best else [last]
+        models = [ModelArtifact(folder, aliases, self.settings | _overall(line)) for folder, aliases, line in saved]
         size = {"train_images": len(data.train), "test_images": len(data.test)}
-        used = Used(data.name, list(data.files), {"md5": data.checksum, **size})
-        self.wandb.log_results(record.evaluation, used, models)
+        dataset = DatasetArtifact(data.name, list(data.files), {"md5": data.checksum, **size})
+        self.wandb.log_results(record.evaluation, dataset, models)
 
-    def _guest(self, name: str, action: Callable[[], None]) -> None:
-        """Let a tracker do something; one that fails, with errors of many types, is done without from then on."""
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        """Call a tracker; one that raises, whatever it is, is dropped with a warning."""
         try:
             action()
         except Exception as error:
             self.others.pop(name, None)
-            self.warnings.append(f"{name} stopped ({first_line(error)}): metrics.jsonl has all of the run.")
+            self.warnings.append(f"{name} stopped ({first_line(error)}); see metrics.jsonl for the whole run.")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not self.writes:
             return
         self.file.close()
         for name, tracker in list(self.others.items()):
-            self._guest(name, tracker.finish)
+            self._attempt(name, tracker.finish)
         if self.wandb is not None:
             self.wandb.finish(error)
             self.sync_command = self.wandb.sync_command

@@ -1,6 +1,6 @@
-"""What W&B is told of a run, without a training: made-up files, three lines of metrics, results.
+"""Logs a made-up run to W&B without training: three rows of metrics and the results.
 
-python -m tests.support.track FOLDER        # prints "ready", then what became of it as JSON
+python -m tests.support.track FOLDER        # prints "ready", then the outcome as JSON
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.support.made_up import make_run
 
 
 def prepare(folder: Path, classes: int = 10, epochs: int = 3) -> ImageData:
-    """The files of a run, apart from its metrics; returns the data set that it was trained on."""
+    """Write the files of a run, without metrics; returns its dataset."""
     make_run(folder, classes, epochs)
     (folder / "metrics.jsonl").unlink()
     for name in ("model", "best"):
@@ -28,26 +28,26 @@ def prepare(folder: Path, classes: int = 10, epochs: int = 3) -> ImageData:
 
 
 def track(folder: Path, data: ImageData, error: BaseException | None = None, pause: float = 0.0) -> dict[str, Any]:
-    """Log three lines, `pause` seconds apart, then the results, or raise the error; returns what became of it."""
+    """Log three rows, `pause` seconds apart, then the results, or raise the error; returns the outcome."""
     began = time.monotonic()
     with Tracking(True, folder, "7f3e", {"learning_rate": 0.5}, ["wandb"]) as tracking:
         tracking.start(0)
         assert tracking.wandb is not None
-        told = {"seconds_to_start": time.monotonic() - began, "warning_at_start": tracking.wandb.warning}
+        outcome = {"seconds_to_start": time.monotonic() - began, "warning_at_start": tracking.wandb.warning}
         for step in range(1, 4):
             tracking.log({"step": step, "epoch": 1, "train/loss": 1 / step})
             time.sleep(pause)
         if error is not None:
             raise error
-        told["ending_since"] = time.monotonic()
+        outcome["ending_since"] = time.monotonic()
         tracking.log_results(data)
-    return told | {"warnings": tracking.warnings, "sync": tracking.sync_command}
+    return outcome | {"warnings": tracking.warnings, "sync": tracking.sync_command}
 
 
 if __name__ == "__main__":
-    import wandb  # noqa: F401  # which takes long, and is not to count
+    import wandb  # noqa: F401  # slow, and not to be timed
 
     run_folder = Path(sys.argv[1])
-    made_up = prepare(run_folder)
+    dataset = prepare(run_folder)
     print("ready", flush=True)
-    print(json.dumps(track(run_folder, made_up, pause=0.7)))
+    print(json.dumps(track(run_folder, dataset, pause=0.7)))

@@ -16,14 +16,14 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield every complete record; a torn tail (a run still going, or killed) ends the file."""
+    """Yield every complete record; an incomplete one (the run is active or was killed) ends the file."""
     data = Path(path).read_bytes()
     if not data.startswith(HEADER):
         raise ValueError(f"{path}: not a W&B log")
     offset, record = len(HEADER), b""
     while offset + PREFIX.size <= len(data):
         left = BLOCK - offset % BLOCK
-        if left < PREFIX.size:  # a block's end too short for a prefix is padding
+        if left < PREFIX.size:  # padding
             offset += left
             continue
         checksum, length, kind = PREFIX.unpack_from(data, offset)
@@ -40,7 +40,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def _merge(items: Iterable[Any]) -> dict[str, Any]:
-    """Fold history, config or summary items; `nested_key`, where used, is the path to the value."""
+    """Fold history, config or summary items; `nested_key`, if set, is the path to the value."""
     merged: dict[str, Any] = {}
     for item in items:
         *parents, last = item.nested_key or [item.key]
@@ -57,23 +57,23 @@ def history(path: str | Path) -> list[dict[str, Any]]:
 
 
 def config(path: str | Path) -> dict[str, Any]:
-    """The settings of the run: its first record carries wandb.init's, later updates follow."""
+    """The settings of the run: those of wandb.init and later updates."""
     records = (r.run.config if r.HasField("run") else r.config for r in read_records(path))
     return _merge(item for record in records for item in record.update)
 
 
 def summary(path: str | Path) -> dict[str, Any]:
-    """The figures that stand for the whole run."""
+    """The summary metrics of the run."""
     return _merge(item for r in read_records(path) for item in r.summary.update)
 
 
 def metrics(path: str | Path) -> dict[str, MetricRecord]:
-    """What define_metric was told, by name or pattern."""
-    found = (r.metric for r in read_records(path) if r.HasField("metric"))
-    return {m.name or m.glob_name: m for m in found}
+    """The metric definitions, by name or pattern."""
+    defined = (r.metric for r in read_records(path) if r.HasField("metric"))
+    return {m.name or m.glob_name: m for m in defined}
 
 
 def exit_code(path: str | Path) -> int | None:
-    """The exit code that finish noted; None where it did not come to that."""
+    """The exit code of the run; None if it did not finish."""
     codes = [r.exit.exit_code for r in read_records(path) if r.HasField("exit")]
     return codes[-1] if codes else None

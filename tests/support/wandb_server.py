@@ -1,4 +1,4 @@
-"""W&B servers on loopback that do what servers should not: each a context manager that gives its URL."""
+"""Misbehaving W&B servers on loopback: each is a context manager that yields its URL."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 @contextmanager
 def silent_server() -> Iterator[str]:
     """Accepts every connection and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:  # the kernel accepts for us
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:  # the kernel accepts
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextmanager
 def refusing_server() -> Iterator[str]:
-    """A port where nothing listens: it is ours, but refuses."""
+    """A reserved port that refuses connections."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{reserved.getsockname()[1]}"
@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing on the test's output."""
+        """No output."""
 
     def read(self) -> str:
         return self.rfile.read(int(self.headers.get("content-length") or 0)).decode(errors="replace")
@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def answering(status: int) -> type[BaseHTTPRequestHandler]:
-    """A handler whose every answer is an error."""
+    """A handler that always answers with an error."""
 
     class Answering(_Handler):
         def do_POST(self) -> None:
@@ -70,9 +70,9 @@ def answering(status: int) -> type[BaseHTTPRequestHandler]:
 
 
 class Accepting(_Handler):
-    """Takes a new run as W&B does, and then answers all but what is `ignored`."""
+    """Accepts a new run like W&B, then answers every request that is not `ignored`."""
 
-    taken_at = float("inf")  # when the run was
+    accepted_at = float("inf")
 
     def ignored(self, request: str) -> bool:
         return False
@@ -85,18 +85,11 @@ class Accepting(_Handler):
         operation = re.search(r'"operationName":\s*"(\w+)"|(?:query|mutation) (\w+)', request)
         name = (operation[1] or operation[2]) if operation else ""
         if name == "UpsertBucket":
-            type(self).taken_at = time.monotonic()
+            type(self).accepted_at = time.monotonic()
             run = json.loads(request)["variables"]["name"]
             project = {"id": "cA==", "name": "mnist", "entity": {"id": "ZQ==", "name": "someone"}}
-            bucket = {
-                "id": "aWQ=",
-                "name": run,
-                "displayName": run,
-                "description": "",
-                "config": "{}",
-                "sweepName": None,
-            }
-            bucket |= {"project": project, "historyLineCount": 0}
+            bucket = {"id": "aWQ=", "name": run, "displayName": run, "description": "", "config": "{}"}
+            bucket |= {"sweepName": None, "project": project, "historyLineCount": 0}
             self.answer({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}})
         elif name == "Viewer":
             viewer = {"id": "dg==", "entity": "someone", "username": "someone", "email": "a@b", "admin": False}
@@ -112,14 +105,14 @@ class Accepting(_Handler):
 
 
 class Vanishing(Accepting):
-    """A second after it has taken the run it never answers again."""
+    """Stops answering a second after it has accepted the run."""
 
     def ignored(self, request: str) -> bool:
-        return time.monotonic() > self.taken_at + 1
+        return time.monotonic() > self.accepted_at + 1
 
 
 class Stalling(Accepting):
-    """Answers everything but what asks it to take an artifact, as where its storage cannot be reached."""
+    """Does not answer requests to create artifacts, as if its storage were down."""
 
     def ignored(self, request: str) -> bool:
         return "createArtifact" in request

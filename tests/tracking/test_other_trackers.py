@@ -1,6 +1,6 @@
-"""The trackers that Accelerate knows besides W&B and TensorBoard, offline, read back by their own means.
+"""Accelerate's trackers besides W&B and TensorBoard, offline, read back with their own tools.
 
-Their packages are many and large: `pip install -e '.[test,trackers]'` before `make test-slow`.
+Needs large packages: `pip install -e '.[test,trackers]'` before `make test-slow`.
 """
 
 import csv
@@ -34,7 +34,7 @@ with Tracking(True, folder, "7f3e", settings, [sys.argv[1]]) as tracking:
     for step in (100, 200, 300):
         values = {"train/loss": 50 / step, "test/accuracy": 0.5, "test/class_accuracy/T-shirt/top": 0.25}
         tracking.log({"step": step, "epoch": 1, **values})
-print("told", json.dumps([described, tracking.warnings]))
+print("outcome", json.dumps([described, tracking.warnings]))
 """
 EXPECTED: Points = {
     "epoch": [(100, 1), (200, 1), (300, 1)],
@@ -81,7 +81,7 @@ def of_comet(place: Path) -> Points:
         if message["type"] == "metric_msg":
             metric = message["payload"]["metric"]
             found.setdefault(metric["metricName"], []).append((metric["step"], metric["metricValue"]))
-    return {key: points for key, points in found.items() if key in EXPECTED}  # the others are Comet's own
+    return {key: points for key, points in found.items() if key in EXPECTED}  # without Comet's own
 
 
 def of_clearml(place: Path) -> Points:
@@ -141,7 +141,7 @@ def environment(place: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_every_tracker_has_the_same_numbers_under_the_same_keys_and_asks_nothing(name: str, tmp_path: Path) -> None:
+def test_every_tracker_logs_the_same_values_under_the_same_keys_without_prompts(name: str, tmp_path: Path) -> None:
     assert importlib.util.find_spec(name), "pip install -e '.[trackers]'"
     (tmp_path / "home").mkdir()
     done = subprocess.run(
@@ -154,6 +154,6 @@ def test_every_tracker_has_the_same_numbers_under_the_same_keys_and_asks_nothing
         timeout=120,
         check=True,
     )
-    (told,) = (line.removeprefix("told ") for line in done.stdout.splitlines() if line.startswith("told "))
-    assert json.loads(told) == [name, []]
+    (outcome,) = (line.removeprefix("outcome ") for line in done.stdout.splitlines() if line.startswith("outcome "))
+    assert json.loads(outcome) == [name, []]
     assert READERS[name](tmp_path) == EXPECTED

@@ -1,4 +1,4 @@
-"""metrics.jsonl and W&B, the latter as its own log file tells it and against servers on loopback that misbehave."""
+"""metrics.jsonl and W&B: its log file, and misbehaving servers on loopback."""
 
 import dataclasses
 import hashlib
@@ -39,20 +39,18 @@ SMALL = ("--limit-train-images=2000", "--limit-test-images=500", "--epochs=2", "
 
 
 def log_of(folder: Path) -> Path:
-    """The one W&B log of a run that holds its history."""
+    """The W&B log with the history of a run."""
     logs = [path for path in folder.glob("wandb/*run-*/run-*.wandb") if wandb_log.history(path)]
     assert len(logs) == 1
     return logs[0]
 
 
 def logged_by_wandb(path: Path) -> list[dict[str, Any]]:
-    """The rows of W&B's history without what W&B adds of its own."""
+    """The rows of W&B's history, without W&B's own keys."""
     return [{key: value for key, value in row.items() if key[0] != "_"} for row in wandb_log.history(path)]
 
 
-def test_a_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds(
-    main_here: MainHere, tmp_path: Path
-) -> None:
+def test_without_an_account_wandb_logs_offline_what_metrics_jsonl_holds(main_here: MainHere, tmp_path: Path) -> None:
     done = main_here(*SMALL, f"--output-dir={tmp_path}", "--run-name=x")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "x"
@@ -61,11 +59,10 @@ def test_a_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds
     assert logged_by_wandb(log)[: len(lines)] == lines
 
     config = wandb_log.config(log)
-    settings = dataclasses.asdict(TrainConfig.load(folder / "config.yaml"))
-    assert {name: config[name] for name in settings} == settings
-    assert (config["num_processes"], config["global_batch_size"], config["parameters"]) == (1, 10, 59_210)
     environment = json.loads((folder / "environment.json").read_text())
-    assert {name: config[name] for name in environment} == environment
+    logged = dataclasses.asdict(TrainConfig.load(folder / "config.yaml")) | environment
+    assert {name: config[name] for name in logged} == logged
+    assert (config["num_processes"], config["global_batch_size"], config["parameters"]) == (1, 10, 59_210)
     assert {"torch", "accelerate", "cuda", "device", "git_commit", "git_dirty", "dataset_md5"} <= environment.keys()
 
     axes, summary = wandb_log.metrics(log), wandb_log.summary(log)
@@ -82,14 +79,14 @@ def test_a_run_without_an_account_logs_to_wandb_offline_what_metrics_jsonl_holds
     assert Path(sync.split("wandb sync ")[1].split()[0]).resolve() == log.parent
 
 
-def test_a_run_without_trackers_leaves_nothing_of_wandbs(run_here: RunHere) -> None:
+def test_a_run_without_trackers_writes_nothing_for_wandb(run_here: RunHere) -> None:
     folder = run_here("x", trackers="none")
     assert not (folder / "wandb").exists()
     assert metrics_of(folder)[-1]["epoch"] == 1
 
 
 @pytest.mark.slow
-def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_with_wandb_disabled_writes_nothing_for_wandb(launch: Launch, tmp_path: Path) -> None:
     small = ("--limit-train-images=200", "--limit-test-images=100", "--epochs=1")
     done = launch(*small, f"--output-dir={tmp_path}", "--run-name=x", command=("train.py",), WANDB_MODE="disabled")
     assert done.returncode == 0, done.stderr
@@ -100,10 +97,7 @@ def test_a_run_with_wandb_disabled_leaves_nothing_of_wandbs(launch: Launch, tmp_
 
 
 def track_in_process(folder: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start a process that logs three lines with Tracking alone and tells how that went.
-
-    Returns when it has imported what it needs: several at once would wait for the processors, not for W&B.
-    """
+    """Start a process that logs three rows with Tracking and prints the outcome; returns after its imports."""
     job = subprocess.Popen(
         [sys.executable, "-m", "tests.support.track", str(folder)],
         cwd=PROJECT_FOLDER,
@@ -118,7 +112,7 @@ def track_in_process(folder: Path, **environment: str) -> "subprocess.Popen[str]
 
 
 def wait_for(job: "subprocess.Popen[str]") -> tuple[str, str, float]:
-    """What a job that succeeds wrote to stdout and stderr, and when it was gone: Python's exit is part of the wait."""
+    """The stdout and stderr of a successful job, and when it had exited."""
     stdout, stderr = job.communicate(timeout=120)
     gone = time.monotonic()
     assert job.returncode == 0, stderr
@@ -126,7 +120,7 @@ def wait_for(job: "subprocess.Popen[str]") -> tuple[str, str, float]:
 
 
 @pytest.mark.slow
-def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warning(tmp_path: Path) -> None:
+def test_a_misbehaving_server_costs_ten_seconds_at_start_and_end_and_one_warning(tmp_path: Path) -> None:
     servers: dict[str, AbstractContextManager[str]] = {
         "refuses": refusing_server(),
         "never answers": silent_server(),
@@ -139,26 +133,26 @@ def test_a_server_that_misbehaves_costs_ten_seconds_at_either_end_and_one_warnin
         waits = {}
         for name, server in servers.items():
             job = track_in_process(tmp_path / name, WANDB_BASE_URL=stack.enter_context(server), WANDB_API_KEY=KEY)
-            waits[name] = pool.submit(wait_for, job)  # at once, to see when it is gone
+            waits[name] = pool.submit(wait_for, job)  # at once, to time its exit
         outputs = {name: wait.result() for name, wait in waits.items()}
     for name, (stdout, stderr, gone) in outputs.items():
         assert stderr == "", name
-        told = json.loads(stdout)
-        assert told["seconds_to_start"] < 10, name
-        assert gone - told["ending_since"] < 10, name  # the clock is the machine's, the same for all processes
-        assert len(told["warnings"]) == 1, name
-        assert told["warning_at_start"] == (None if name in ("vanishes", "stalls") else told["warnings"][0]), name
+        outcome = json.loads(stdout)
+        assert outcome["seconds_to_start"] < 10, name
+        assert gone - outcome["ending_since"] < 10, name  # all processes share the clock
+        assert len(outcome["warnings"]) == 1, name
+        assert outcome["warning_at_start"] == (None if name in ("vanishes", "stalls") else outcome["warnings"][0]), name
 
         log = log_of(tmp_path / name)
         assert log.parent.name.startswith("run-" if name in ("vanishes", "stalls") else "offline-run-")
         assert logged_by_wandb(log)[:3] == metrics_of(tmp_path / name)
         assert len(metrics_of(tmp_path / name)) == 3
-        *command, synced = shlex.split(told["sync"])
+        *command, synced = shlex.split(outcome["sync"])
         assert (command, Path(synced)) == (["wandb", "sync"], log.parent)
 
 
 @pytest.mark.slow
-def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_with_a_server_that_never_answers_succeeds_with_one_warning(launch: Launch, tmp_path: Path) -> None:
     with silent_server() as url:
         done = launch(*SMALL, f"--output-dir={tmp_path}", "--run-name=x", WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
     assert done.returncode == 0, done.stderr
@@ -168,7 +162,7 @@ def test_a_whole_run_with_a_server_that_never_answers_succeeds_with_one_warning(
     assert logged_by_wandb(log_of(tmp_path / "x"))[: len(lines)] == lines
 
 
-def test_a_run_goes_on_when_wandbs_own_process_is_killed(tmp_path: Path) -> None:
+def test_a_run_continues_if_wandbs_process_is_killed(tmp_path: Path) -> None:
     job = track_in_process(tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text()):  # until the first line is logged
@@ -196,19 +190,10 @@ def track_here(clean_environment: SetEnvironment) -> TrackHere:
     return run
 
 
-def test_what_wandbs_variables_say_is_honoured(track_here: TrackHere, tmp_path: Path) -> None:
-    track_here(
-        tmp_path / "run",
-        WANDB_PROJECT="ours",
-        WANDB_ENTITY="team",
-        WANDB_NAME="nice name",
-        WANDB_TAGS="a,b",
-        WANDB_RUN_GROUP="folds",
-        WANDB_JOB_TYPE="train",
-        WANDB_NOTES="a note",
-        WANDB_RUN_ID="chosen1",
-        WANDB_MODE="offline",
-    )
+def test_wandbs_environment_variables_apply(track_here: TrackHere, tmp_path: Path) -> None:
+    variables = {"PROJECT": "ours", "ENTITY": "team", "NAME": "nice name", "TAGS": "a,b", "RUN_GROUP": "folds"}
+    variables |= {"JOB_TYPE": "train", "NOTES": "a note", "RUN_ID": "chosen1", "MODE": "offline"}
+    track_here(tmp_path / "run", **{f"WANDB_{name}": value for name, value in variables.items()})
     (run,) = (record.run for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("run"))
     assert (run.project, run.entity, run.display_name, run.run_id) == ("ours", "team", "nice name", "chosen1")
     assert sorted(run.tags) == ["a", "b"]
@@ -223,7 +208,7 @@ def test_what_wandbs_variables_say_is_honoured(track_here: TrackHere, tmp_path: 
         (DivergedError("test/loss is nan at step 7"), 1, False, ["test/loss is nan at step 7"]),
     ],
 )
-def test_a_run_that_ends_early_is_marked_as_what_became_of_it(
+def test_a_run_that_ends_early_is_marked_as_failed_or_preempted(
     error: BaseException, exit_code: int, preempting: bool, alerts: list[str], track_here: TrackHere, tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)):
@@ -235,36 +220,35 @@ def test_a_run_that_ends_early_is_marked_as_what_became_of_it(
     assert [record.alert.text for record in records if record.HasField("alert")] == alerts
 
 
-def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_is_small(
+def test_models_and_dataset_are_small_artifacts_with_metadata(
     track_here: TrackHere, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     track_here(tmp_path / "run", classes=1000, epochs=20)
     assert capfd.readouterr().err == ""
-    found = [
-        record.artifact for record in wandb_log.read_records(log_of(tmp_path / "run")) if record.HasField("artifact")
-    ]
-    best, last, data = (it for it in found if it.type != "run_table")  # those are W&B's own doing
+    records = wandb_log.read_records(log_of(tmp_path / "run"))
+    artifacts = [record.artifact for record in records if record.HasField("artifact")]
+    best, last, data = (it for it in artifacts if it.type != "run_table")  # which W&B adds
     assert (data.type, data.name, data.use_after_commit) == ("dataset", "made-up", True)
     assert json.loads(data.metadata) == {"md5": hashlib.md5(b"0123").hexdigest(), "train_images": 5, "test_images": 5}
     (reference,) = data.manifest.contents
     assert reference.ref == (tmp_path / "run" / "config.yaml").as_uri()
     assert (best.type, last.type) == ("model", "model")
     assert "best" in best.aliases
-    assert list(last.aliases) == ["latest"]  # it comes last, and so W&B takes the alias from the other
+    assert list(last.aliases) == ["latest"]  # logged last, so W&B moves the alias to it
     assert best.name == last.name == "model-7f3e"
     assert json.loads(last.metadata)["learning_rate"] == 0.5
     assert [it.path for it in last.manifest.contents] == ["model.safetensors"]
 
     files = [path.stat().st_size for path in (tmp_path / "run" / "wandb").rglob("media/**/*") if path.is_file()]
     assert len(files) == 3  # tables: the chart's, mistakes, examples
-    tables = [it for it in found if it.type == "run_table"]
+    tables = [it for it in artifacts if it.type == "run_table"]
     images = [it.size for table in tables for it in table.manifest.contents if it.path.endswith(".png")]
     assert len(images) == 40 + 10  # mistakes and examples
     assert sum(files) + sum(it.size for table in tables for it in table.manifest.contents) < 1_000_000
 
 
 @pytest.mark.parametrize(
-    ("name", "taken"),
+    ("name", "artifact"),
     [
         ("my pets", "my-pets"),
         ("Übung v1.2", "Ubung-v1.2"),
@@ -273,9 +257,9 @@ def test_models_and_data_set_are_artifacts_with_their_metadata_and_what_is_sent_
         ("x" * 200, "x" * 128),
     ],
 )
-def test_a_data_set_of_any_name_becomes_an_artifact(name: str, taken: str) -> None:
-    assert artifact_name(name) == taken
-    wandb.Artifact(taken, type="dataset")
+def test_a_dataset_with_any_name_becomes_an_artifact(name: str, artifact: str) -> None:
+    assert artifact_name(name) == artifact
+    wandb.Artifact(artifact, type="dataset")
 
 
 def test_models_are_sent_whatever_the_runs_id_and_whatever_else_fails(
@@ -292,10 +276,10 @@ def test_models_are_sent_whatever_the_runs_id_and_whatever_else_fails(
     wandb.teardown()
     sent = [it.artifact.name for it in wandb_log.read_records(log_of(tmp_path / "run")) if it.HasField("artifact")]
     assert sent == ["model-my-pets", "model-my-pets", "made-up"]  # the best and the last, the data set
-    assert told["warnings"] == ["W&B did not take all of the results (no table): they are kept on disk."]
+    assert told["warnings"] == ["W&B did not receive all results (no table); they are on disk."]
 
 
-def test_a_class_with_a_dot_in_its_name_has_an_axis_and_its_best_value(
+def test_a_class_with_a_dot_in_its_name_has_an_axis_and_a_best_value(
     clean_environment: SetEnvironment, tmp_path: Path
 ) -> None:
     clean_environment(WANDB_MODE="offline")
@@ -308,7 +292,7 @@ def test_a_class_with_a_dot_in_its_name_has_an_axis_and_its_best_value(
     assert wandb_log.summary(log_of(tmp_path))[key] == {"max": 0.9, "last": 0.7}
 
 
-def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
+def test_a_foreign_line_in_the_metrics_does_not_fail_a_finished_run(
     run_here: RunHere,
     resume_here: ResumeHere,
     clean_environment: SetEnvironment,
@@ -323,35 +307,33 @@ def test_a_foreign_line_in_the_metrics_ends_no_run_that_is_trained_to_its_end(
     (run / "metrics.jsonl").write_text("\n".join(["a note", *lines[:-1]]) + "\n")
     resume_here(run, epochs=2)
     assert state_of(run)["status"] == "finished"
-    assert "W&B was not sent the results: " in capsys.readouterr().out
+    assert "W&B did not receive the results: " in capsys.readouterr().out
     assert (run / "model" / "model.safetensors").is_file()
     wandb.teardown()
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
+def test_a_tracker_that_is_not_installed_is_an_error_before_the_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, missing = importlib.util.find_spec, ("aim", "comet_ml")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
-    )
-    with pytest.raises(ConfigError, match=r"without aim, comet_ml.*pip install aim comet-ml"):
+    find, missing = importlib.util.find_spec, ("aim", "comet_ml")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+    with pytest.raises(ConfigError, match=r"aim, comet_ml not installed. Run: pip install aim comet-ml \(or"):
         train(TrainConfig(trackers="wandb,aim,comet_ml", output_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_tracker_that_fails_is_left_out_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_is_dropped_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = Tracking(True, tmp_path, "7f3e", {}, ["tensorboard"])
     (tmp_path / "tensorboard").write_text("no folder")
     with tracking:
-        assert tracking.start(0) == "tensorboard, which failed"
+        assert tracking.start(0) == "tensorboard (failed)"
         tracking.log({"step": 1, "epoch": 1, "train/loss": 0.5})
     assert len(tracking.warnings) == 1
     assert "tensorboard stopped (" in tracking.warnings[0]
     assert len(metrics_of(tmp_path)) == 1
 
 
-def test_a_run_that_is_resumed_shows_each_step_once_in_tensorboard(run_here: RunHere, resume_here: ResumeHere) -> None:
+def test_a_resumed_run_has_each_step_once_in_tensorboard(run_here: RunHere, resume_here: ResumeHere) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run_here("x", trackers="tensorboard", log_every=5, checkpoint_every=10, max_steps=18)
@@ -363,7 +345,7 @@ def test_a_run_that_is_resumed_shows_each_step_once_in_tensorboard(run_here: Run
 
 
 @pytest.mark.slow
-def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path: Path) -> None:
+def test_with_a_read_only_home_wandbs_folders_are_in_the_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="/proc/nowhere"):  # root cannot write there either
         Path("/proc/nowhere").mkdir()
     job = track_in_process(tmp_path / "run", HOME="/proc/nowhere")
@@ -381,7 +363,7 @@ def test_where_home_cannot_be_written_wandbs_own_folders_lie_in_the_run(tmp_path
         ("WANDB_PROJECT", "a/b", "project name 'a/b'"),
     ],
 )
-def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
+def test_an_invalid_wandb_variable_is_an_error_before_training(
     variable: str, value: str, words: str, main_here: MainHere, tmp_path: Path
 ) -> None:
     done = main_here(f"--output-dir={tmp_path}", "--run-name=x", **{variable: value})
@@ -392,10 +374,10 @@ def test_a_variable_that_wandb_cannot_use_is_an_error_before_training(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_metrics_jsonl_takes_nothing_that_is_not_finite(value: float, tmp_path: Path) -> None:
+def test_metrics_jsonl_refuses_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
     with Tracking(True, tmp_path, "7f3e", {}, []) as tracking:
         tracking.log({"step": 1, "train/loss": 0.5})
         with pytest.raises(ValueError, match="not JSON compliant"):
             tracking.log({"step": 2, "train/loss": value})
-        # flushed as it goes, and whole: nobody has to wait for the end
+        # flushed row by row
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 0.5}
