@@ -1,4 +1,4 @@
-"""The wiring of a training run behind one object: its folder, trackers, terminal, checkpoints, signals and report.
+"""Connects a training run to its folder, trackers, terminal, checkpoints, signals and report.
 
 config, accelerator = start(config)
 with Session(accelerator, config, data, model, optimizer, scheduler) as run:
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Collection, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
@@ -36,7 +35,7 @@ from mnist.reporting.snapshots import Evaluation
 from mnist.reporting.terminal import Terminal
 from mnist.runs.folder import Run, find_run, find_run_here
 from mnist.tracking.trackers import Tracking, check_trackers
-from mnist.training.checkpoint import SAME_TO_THE_BIT, Checkpoints, Stateful
+from mnist.training.checkpoint import BIT_IDENTITY_KEYS, Checkpoints, Stateful
 from mnist.training.evaluate import Result
 from mnist.training.lean import LeanAccelerator
 from mnist.training.optimizers import clip_gradients
@@ -45,25 +44,25 @@ from mnist.training.progress import Progress
 
 
 def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset()) -> tuple[TrainConfig, LeanAccelerator]:
-    """Join the processes of the job, on their devices; the settings to train with, and the Accelerator.
+    """Join the processes of the job; returns the settings to train with, and the Accelerator.
 
-    The settings are those of `config`, or of the run to be resumed except for `explicit_settings`. Raises ConfigError
-    for a launch or for settings that would quietly do something else than they say.
+    The settings are those of `config`, or those of the resumed run except for `explicit_settings`. Raises ConfigError
+    for a launch or settings that would not do what they say.
     """
-    here = find_run_here(config, explicit_settings)
-    decode_folder(here.dataset, here.data_dir, here.image_size)  # may take longer than processes wait for each other
+    local = find_run_here(config, explicit_settings)
+    decode_folder(local.dataset, local.data_dir, local.image_size)  # before joining, which has a timeout
     state = join_processes(config.timeout_seconds)
-    asked, config = config, find_run(config, explicit_settings).with_place(config)
+    requested, config = config, find_run(config, explicit_settings).with_place(config)
     config.batch_sizes(state.num_processes)
     check_trackers(config.tracker_names)
     precision = resolve_precision(config.mixed_precision, state.device.type)
-    check_alike(asked.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
+    check_alike(requested.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=state.device.type == "cpu",
         mixed_precision=config.mixed_precision,
-        # as a plugin, for the number alone would give way to an environment variable
+        # as a plugin, because an environment variable overrides the plain number
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        # a DataLoader's batch is the global one: each process takes its slice, and the schedule steps once per step
+        # the DataLoader yields global batches: each process takes a slice, and the schedule steps once per step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=accelerate_settings(config.gradient_accumulation_steps),
     )
@@ -73,9 +72,9 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
 
 
 class Session:
-    """A training run, from its folder to its report. All processes have one; only the main process writes and prints.
+    """A training run, a context manager that records in the folder how the run ended: finished, failed or interrupted.
 
-    As a context manager it leaves the folder in order however the run ends: finished, failed or interrupted.
+    All processes have one; only the main process writes and prints.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Session:
         optimizer: Any,
         scheduler: Any,
     ) -> None:
-        """`model`, `optimizer` and `scheduler` are what `accelerator` has prepared."""
+        """`model`, `optimizer` and `scheduler` are prepared by `accelerator`."""
         self.accelerator = accelerator
         self.config = config
         self.data = data
@@ -101,7 +100,7 @@ class Session:
         self.progress = Progress(accelerator, len(data.train), self.global_batch_size, config.total_steps(batches))
         self.log_every = config.log_every or min(100, -(-self.progress.steps_per_epoch // 10))
         self.terminal = Terminal(self.is_main, config.epochs)
-        self.gradient_norm: Tensor | None = None  # of the last step that is logged or clipped
+        self.gradient_norm: Tensor | None = None  # of the last step logged or clipped
 
     def __enter__(self) -> "Session":
         config, progress, is_main = self.config, self.progress, self.is_main
@@ -127,16 +126,14 @@ class Session:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self.stack.__exit__(kind, error, traceback)
         if error is None:
             warnings = self.run.warnings + self.tracking.warnings + self.report.warnings
             self.terminal.result(self.run.folder, self.progress.results, warnings, self.tracking.sync_command)
 
     def _describe(self) -> dict[str, Any]:
-        """What environment.json holds; all processes must call it."""
+        """The content of environment.json; all processes must call it."""
         return {
             **describe_environment(self.accelerator, self.accelerator.captured is not None),
             "not_compiled": self.accelerator.why_not_captured,
@@ -151,7 +148,7 @@ class Session:
     def _checkpoints(self, environment: Mapping[str, Any]) -> Checkpoints:
         made_with = {
             "essence": self.config.fingerprint | {"global_batch_size": self.global_batch_size},
-            "launch": {name: environment[name] for name in SAME_TO_THE_BIT},
+            "launch": {name: environment[name] for name in BIT_IDENTITY_KEYS},
         }
         others: dict[str, Stateful] = {
             "scheduler": self.scheduler,
@@ -165,7 +162,7 @@ class Session:
     def _profile(self) -> Profile:
         parts = {
             "zero_grad": (self.optimizer, "zero_grad"),
-            "forward": (self.accelerator.captured or self.model, "forward"),  # captured: with the gradients
+            "forward": (self.accelerator.captured or self.model, "forward"),  # captured: includes the gradients
             "backward": (self.accelerator, "backward"),
             "optimizer": (self.optimizer, "step"),
             "schedule": (self.scheduler, "step"),
@@ -177,11 +174,11 @@ class Session:
     # --- the loop
 
     def epochs(self) -> Iterator[int]:
-        """The epochs to go, counted from 1; the first of a resumed run may be half done."""
+        """The remaining epochs, counted from 1; the first of a resumed run may be partly done."""
         return self.progress.epochs()
 
     def batches(self, train_loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of this epoch to go: X, y, sample_weight. Timed, and shown by a progress bar."""
+        """The remaining batches (X, y, sample_weight) of this epoch, with a progress bar."""
         self.terminal.start_epoch(self.progress.epoch, self.progress.steps_left)
         remaining = self.progress.remaining(train_loader)
         if self.profile is not None:  # the first epoch of this process
@@ -191,14 +188,14 @@ class Session:
         self.evaluating_since = time.perf_counter()
 
     def clip_gradients(self) -> None:
-        """Scale the gradients of an optimizer step down to --max-grad-norm, if that is given; note their norm."""
+        """Clip the gradients of an optimizer step to --max-grad-norm, if set; store their norm."""
         is_logged = (self.progress.step + 1) % self.log_every == 0
         self.gradient_norm = clip_gradients(self.model, self.accelerator, self.config.max_grad_norm, measure=is_logged)
 
     def after_step(self, loss: Tensor) -> None:
-        """After each batch: count it, and after an optimizer step log, save and act on signals when it is time to.
+        """Count a batch; after an optimizer step, log and save a checkpoint if due, and handle signals.
 
-        The loss is fetched from the device every --log-every optimizer steps only. Raises Interrupted after a signal,
+        Fetches the loss from the device only every --log-every optimizer steps. Raises Interrupted after a signal,
         DivergedError for a loss that is not finite.
         """
         self._count(loss)
@@ -220,7 +217,7 @@ class Session:
                 self.terminal.report(values["train/loss"], progress.images_done / progress.elapsed())
 
     def _learning_rate(self) -> float:
-        """That of the next optimizer step."""
+        """The learning rate of the next optimizer step."""
         return float(self.scheduler.get_last_lr()[0])
 
     def _save_or_stop(self) -> None:
@@ -231,17 +228,17 @@ class Session:
         self._beat()
 
     def _beat(self) -> None:
-        """Let whoever watches state.json know that the run still moves."""
+        """Update state.json from time to time, to show that the run is alive."""
         if self.run.is_quiet:
             self.run.note(**self.progress.position)
 
     def before_batch(self) -> None:
-        """Before each batch of an evaluation: raise Interrupted after a signal."""
+        """Before each batch of an evaluation. Raises Interrupted after a signal."""
         self.interruption.check()
         self._beat()
 
     def after_epoch(self, results: Mapping[str, Result]) -> None:
-        """Log and show the results of each split, keep the best weights, save a checkpoint when it is time to."""
+        """Log and print the results of each split, save the best weights, and save a checkpoint if due."""
         progress = self.progress
         values: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch}
         values |= {"optim/learning_rate": self._learning_rate(), **progress.performance()}
@@ -264,7 +261,7 @@ class Session:
             self.report.after_epoch()
 
     def finish(self) -> None:
-        """At the end of training: save the model, write the report, send the results to W&B."""
+        """At the end of training, save the model, write the report and log the results to W&B."""
         if self.is_main:
             self._save_model("model")
             self.report.write(status="finished")

@@ -1,1 +1,1 @@
-"""What a training step is made of, and what goes on around it: losses to checkpoints."""
+"""Losses, optimizers, evaluation, progress, checkpoints and profiling."""

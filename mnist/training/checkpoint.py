@@ -1,11 +1,11 @@
-"""The checkpoints from which a run goes on.
+"""Checkpoints, from which a run resumes.
 
 with Checkpoints(run, ...) as checkpoints:
-    notes = checkpoints.resume()               # the newest whole one, if there is any
-    checkpoints.save()                         # also when Interrupted, after a signal, passes through
+    notes = checkpoints.resume()               # from the newest intact one, if any
+    checkpoints.save()                         # also if the block ends with Interrupted, after a signal
 
-A checkpoint is a folder of safetensors and JSON, so that no file of it can hold code. It is written under another name,
-flushed and renamed, and only then is an older one removed; its manifest tells a whole one from one that is damaged.
+A checkpoint is a folder of safetensors and JSON, so it cannot contain code. It is written under a temporary name,
+flushed and renamed, and only then is an older one removed. A manifest of checksums detects damage.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, read_text, remove_folder, remove_leftovers
 from mnist.launch.processes import on_main_process
@@ -31,34 +29,25 @@ from mnist.models.saved import check_finite, save_json, save_tensors, weights_of
 from mnist.runs.folder import Run
 from mnist.training.progress import Progress
 
-SAME_TO_THE_BIT = ("torch", "device", "num_processes", "threads", "precision", "compiler")
-"""What of a run's environment must stay the same for a resumed run to continue to the bit."""
-
-
-def has_checkpoint(config: TrainConfig) -> bool:
-    """Whether the run that goes on has a checkpoint, from which its weights come; all processes must call it.
-
-    One that was ended before its first checkpoint starts as it did before.
-    """
-    folder = Path(config.resume or "") / "checkpoints"
-    return config.resume is not None and on_main_process(lambda: any(folder.glob("step-*")))
+BIT_IDENTITY_KEYS = ("torch", "device", "num_processes", "threads", "precision", "compiler")
+"""The parts of the environment that must stay the same for a resumed run to be bit-identical."""
 
 
 class Stateful(Protocol):
-    """What says in a dict of plain values where it is, and goes on from there."""
+    """An object whose state is a dict of plain values."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 class RandomState:
-    """All random generators of a process that training may draw from."""
+    """The random number generators of a process: Python's, NumPy's, torch's and the device's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values; torch's states, bytes, in hexadecimal."""
+        """Plain values; torch's states are bytes in hexadecimal."""
         kind, keys, *rest = np.random.get_state(legacy=True)
         state: dict[str, Any] = {
             "python": random.getstate(),
@@ -71,7 +60,7 @@ class RandomState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set all of them; that of a device only where the state is from such a device."""
+        """Set all of them; the device's only if the state is from the same type of device."""
         version, keys, gauss = state["python"]
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(state["numpy"]))
@@ -85,14 +74,14 @@ def _bytes_tensor(hexadecimal: str) -> Tensor:
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was written; says in which way."""
+    """A checkpoint differs from what was written."""
 
 
 class Checkpoints:
-    """The last three states of a run; resumed from any of them, it continues as if nothing had happened."""
+    """The last three checkpoints of a run; resumed from any of them, training continues bit-identically."""
 
     KEPT = 3
-    SHARE_OF_TIME = 0.05  # that they may cost, where the user has not said how often
+    SHARE_OF_TIME = 0.05  # of the run, without --checkpoint-every
 
     def __init__(
         self,
@@ -103,10 +92,10 @@ class Checkpoints:
         optimizer: Stateful,
         others: Mapping[str, Stateful],
     ) -> None:
-        """`net` is the model as it was built; `others` have a state that is the same on all processes.
+        """`net` is the unwrapped model; the state of `others` is the same on all processes.
 
-        `made_with` has the settings of the run under "essence" and what it runs on under "launch", with the keys of
-        state.json. A checkpoint of other settings is refused; on other hardware the last digits of results differ.
+        `made_with` becomes part of state.json: the settings under "essence", which must match to resume, and hardware
+        and versions under "launch", which may differ at the cost of the last digits.
         """
         self.run = run
         self.folder = run.folder / "checkpoints"
@@ -115,29 +104,27 @@ class Checkpoints:
         self.net = net
         self.optimizer = optimizer
         self.parts: dict[str, Stateful] = {"progress": progress, **others}
-        # what each process has for itself
+        # different on each process
         self.own: dict[str, Stateful] = {"loss": progress.loss, "random": RandomState(progress.accelerator.device)}
-        self.cost = 0.0  # seconds that the last one took
+        self.cost = 0.0  # seconds, of the last one
         self.saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Interrupted):  # on all processes at the same step
             self.save()
 
     def is_due(self) -> bool:
-        """Whether one more costs so little that it can be saved now; all processes must call it."""
+        """Whether saving now stays within SHARE_OF_TIME; all processes must call it."""
         waited = time.monotonic() - self.saved_at
         return on_main_process(lambda: self.cost <= self.SHARE_OF_TIME * (waited + self.cost))
 
     # --- writing
 
     def save(self) -> None:
-        """Write a checkpoint of this moment; all processes must call it, between two optimizer steps."""
+        """Write a checkpoint; all processes must call it, between two optimizer steps."""
         started = time.monotonic()
         ranks = gather_object([{name: part.state_dict() for name, part in self.own.items()}])
         if self.run.writes:
@@ -168,54 +155,50 @@ class Checkpoints:
             save_json({name: checksum(content) for name, content in files.items()}, temporary / "manifest.json")
 
     def _folders(self) -> list[Path]:
-        """Those that are there, the newest first."""
+        """All checkpoints, newest first."""
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     # --- reading
 
     def resume(self) -> list[str]:
-        """Load the newest whole checkpoint, if there is one; all processes must call it. Returns what to tell.
+        """Load the newest intact checkpoint, if any; all processes must call it. Returns notes for the user.
 
-        Raises UserError where there are checkpoints, but none is whole; ConfigError for one of another run's.
+        Raises UserError if there are checkpoints but none is intact, ConfigError if it is of another run.
         """
-        found = on_main_process(self._newest_whole)
-        if found is None:
+        newest = on_main_process(self._newest_intact)
+        if newest is None:
             return []
-        name, files, notes = found
+        name, files, notes = newest
         return [*notes, *self._load(name, files)]
 
-    def _newest_whole(self) -> tuple[str, dict[str, bytes], list[str]] | None:
+    def _newest_intact(self) -> tuple[str, dict[str, bytes], list[str]] | None:
         remove_leftovers(self.folder)
         notes: list[str] = []
         for folder in self._folders():
             try:
                 return folder.name, read_whole(folder), notes
             except DamagedError as error:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                notes.append(f"{folder} is damaged ({error}): set aside as {aside.name}")
-                remove_folder(aside)
-                folder.rename(aside)
+                damaged = folder.with_name(f"damaged-{folder.name}")
+                notes.append(f"{folder} is damaged ({error}); renamed to {damaged.name}")
+                remove_folder(damaged)
+                folder.rename(damaged)
         last = self.run.state.get("checkpoint")
         if last is not None or any(self.folder.glob("damaged-*")):
-            written = "" if last is None else f" One of step {last} was written."
-            raise UserError(
-                "\n".join(
-                    [*notes, f"{self.folder}: none of the checkpoints is whole, so this run cannot go on.{written}"]
-                )
-                + " Restore it from a backup, or start again under another --run-name."
-            )
+            missing = f"{self.folder}: no intact checkpoint{'' if last is None else f' (the last was of step {last})'}."
+            todo = "Restore one from a backup, or start over under another --run-name."
+            raise UserError("\n".join([*notes, f"{missing} {todo}"]))
         return None
 
     def _load(self, name: str, files: Mapping[str, bytes]) -> list[str]:
         from safetensors.torch import load
 
         state = json.loads(files["state.json"])
-        for setting, there in state["essence"].items():
-            here = self.made_with["essence"].get(setting)
-            if here != there:
+        for setting, saved in state["essence"].items():
+            current = self.made_with["essence"].get(setting)
+            if current != saved:
                 raise ConfigError(
-                    f"{self.folder / name}: was saved with {setting} {there}, but this run has {here}."
-                    " It can only go on with what it began with."
+                    f"{self.folder / name}: saved with {setting} {saved}, but this run has {current}. A run resumes"
+                    " only with the settings it started with."
                 )
         weights, moments = load(files["model.safetensors"]), load(files["optimizer.safetensors"])
         try:
@@ -230,21 +213,23 @@ class Checkpoints:
                 own.load_state_dict(ranks[rank % len(ranks)][key])
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise UserError(
-                f"{self.folder / name}: is whole, but cannot be a state of this run: {error}. Remove it to resume from"
-                " the one before it."
+                f"{self.folder / name}: intact, but not a possible state of this run: {error}. Remove it to resume from"
+                " the previous checkpoint."
             ) from error
-        here = self.made_with["launch"]
+        current = self.made_with["launch"]
         changed = [
-            f"{key} was {there}, is {here.get(key)}" for key, there in state["launch"].items() if there != here.get(key)
+            f"{key} was {saved}, is {current.get(key)}"
+            for key, saved in state["launch"].items()
+            if saved != current.get(key)
         ]
-        notes = [f"goes on from {name}, epoch {self.progress.epoch}, batch {self.progress.batch:,}"]
+        notes = [f"from {name}, epoch {self.progress.epoch}, batch {self.progress.batch:,}"]
         if changed:
-            notes.append(f"no longer the same to the bit: {'; '.join(changed)}")
+            notes.append(f"no longer bit-identical: {'; '.join(changed)}")
         return notes
 
 
 def read_whole(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, if each has the length and the checksum of the manifest; otherwise DamagedError."""
+    """The files of a checkpoint. Raises DamagedError if one differs from the manifest's length or checksum."""
     from safetensors.torch import load
 
     try:
@@ -257,15 +242,15 @@ def read_whole(folder: Path) -> dict[str, bytes]:
             files[name] = path.read_bytes()
         for name, content in files.items():
             if checksum(content) != manifest[name]:
-                raise DamagedError(f"{name} is not what was written")
+                raise DamagedError(f"{name} does not match its checksum")
         json.loads(files["state.json"])
         for name in ("model.safetensors", "optimizer.safetensors"):
             load(files[name])
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DamagedError(f"{Path(error.filename).name} is missing") from error
-    except (DamagedError, OSError, MemoryError):  # the latter two say nothing of the file
+    except (DamagedError, OSError, MemoryError):  # the latter two do not mean damage
         raise
-    except Exception as error:  # whatever a parser says of what is not its format
+    except Exception as error:  # whatever a parser raises
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return files
 
@@ -279,7 +264,7 @@ def _file_of(folder: Path, name: str) -> Path:
 
 
 def check_plausible(state: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for numbers that no training comes to: NaN, infinity, steps below zero."""
+    """Raise ValueError for NaN, infinity and negative step counts."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} in state.json")
@@ -297,7 +282,7 @@ def checksum(content: bytes) -> dict[str, Any]:
 
 
 def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of an optimizer as tensors by name ("3.exp_avg" of the parameter 3) and the rest as plain values."""
+    """The state of an optimizer as named tensors ("3.exp_avg" belongs to parameter 3) and plain values."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for index, values in state["state"].items():
@@ -310,7 +295,7 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unflatten(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """What `flatten` was given."""
+    """The inverse of `flatten`."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["state"]}.items():
         index, _, name = key.partition(".")

@@ -1,4 +1,4 @@
-"""Sums and counts over batches, reduced over the processes before they are divided; padding never counts.
+"""Loss, accuracy and confusion matrix: sums and counts, reduced over processes before dividing; padding never counts.
 
 results = evaluate(model, eval_loaders, loss_function, accelerator)
 results["test"].loss, results["test"].accuracy, results["test"].confusion
@@ -13,28 +13,28 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-MISTAKES = 40  # of the test split that are kept
-MOST_CLASSES_LOGGED = 20  # with an accuracy of their own: more would flood every tracker
+MISTAKES = 40  # kept of the test split
+MOST_CLASSES_LOGGED = 20  # with their own accuracy: more would flood the trackers
 
 
 class Mistake(NamedTuple):
-    """An image that was taken for another class than its own."""
+    """A misclassified image."""
 
     place: int  # of the image in its split
     truth: int
     prediction: int
     probability: float  # of the prediction
-    second: int  # the class that the network holds for the next likely
+    second: int  # the second most likely class
     second_probability: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one set of weights makes of a set of images."""
+    """The evaluation of one split."""
 
     loss: float  # mean over the images
-    confusion: Tensor  # int64 [classes, classes]: images of a class (row) by the class they were taken for (column)
-    mistakes: tuple[Mistake, ...]  # the most confident ones, the most confident first
+    confusion: Tensor  # int64 [classes, classes]: count of images by true class (row) and prediction (column)
+    mistakes: tuple[Mistake, ...]  # the most confident ones, in order
 
     @property
     def images(self) -> int:
@@ -46,13 +46,13 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """Share of the images whose likeliest class is the true one, from 0 to 1."""
+        """Fraction of images classified correctly, 0 to 1."""
         return self.correct / self.images
 
     def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """The figures as they are logged: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
+        """The logged metrics: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
 
-        The classes are told apart out of sample only, where there are at most 20 and as far as they have images.
+        Accuracy per class is only of val and test, with at most 20 classes, and of classes that have images.
         """
         values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
         if split != "train" and len(class_names) <= MOST_CLASSES_LOGGED:
@@ -72,7 +72,7 @@ def evaluate(
 ) -> dict[str, Result]:
     """Measure each split over all batches of all processes; real images count 1, padding 0.
 
-    Of the test split the most confident mistakes are kept. `before_batch` may raise to cut the evaluation short.
+    Keeps the most confident mistakes of the test split. `before_batch` may raise to stop the evaluation.
     """
     return {
         split: evaluate_split(model, loader, loss_function, accelerator, before_batch, MISTAKES * (split == "test"))
@@ -89,7 +89,7 @@ def evaluate_split(
     before_batch: Callable[[], Any] = lambda: None,
     mistakes: int = 0,
 ) -> Result:
-    """Measure one split, whose batches come in its order; keeps so many mistakes at most."""
+    """Measure one split, whose batches come in order; keeps at most `mistakes` mistakes."""
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     loss = torch.zeros(1, dtype=exact, device=accelerator.device)
     confusion: Tensor | None = None  # [classes * classes]
@@ -104,7 +104,7 @@ def evaluate_split(
         loss += loss_function(output, y, sample_weight)
         confusion.index_add_(0, y * output.shape[1] + prediction, sample_weight.to(exact))
         if mistakes:
-            # data/loader.py: a batch of all processes is a range of the split, and each process has its slice of it
+            # data/loader.py: a global batch is a range of the split, and each process has a slice of it
             first = (number * accelerator.num_processes + accelerator.process_index) * len(y)
             index = torch.arange(first, first + len(y), device=y.device)
             wrong = (prediction != y) & (sample_weight > 0)
@@ -114,26 +114,25 @@ def evaluate_split(
     total, *counts = accelerator.reduce(torch.cat([loss, confusion])).tolist()
     table = torch.tensor(counts).round().long()
     classes = round(len(table) ** 0.5)
-    found = gather_object(most_confident.list()) if mistakes else []
-    found.sort(key=lambda mistake: (-mistake.probability, mistake.place))
-    return Result(total / int(table.sum()), table.view(classes, classes), tuple(found[:mistakes]))
+    gathered = gather_object(most_confident.list()) if mistakes else []
+    gathered.sort(key=lambda mistake: (-mistake.probability, mistake.place))
+    return Result(total / int(table.sum()), table.view(classes, classes), tuple(gathered[:mistakes]))
 
 
 class MostConfident:
-    """The most confident mistakes of one process, kept on the device until they are asked for."""
+    """The most confident mistakes of one process, kept on the device."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.kept: tuple[Tensor, ...] = ()  # index [N], truth [N], output [N, classes], log-probability [N]
 
     def add(self, *batch: Tensor) -> None:
-        """Index, truth, output and log-probability of the prediction of images; minus infinity where it is right."""
-        joined = [torch.cat(parts) for parts in zip(self.kept, batch, strict=True)] if self.kept else list(batch)
-        best = joined[-1].topk(min(self.count, len(joined[-1]))).indices
-        self.kept = tuple(values[best] for values in joined)
+        """Index, true class, output and log-probability of the prediction; minus infinity if it is correct."""
+        merged = [torch.cat(parts) for parts in zip(self.kept, batch, strict=True)] if self.kept else list(batch)
+        best = merged[-1].topk(min(self.count, len(merged[-1]))).indices
+        self.kept = tuple(values[best] for values in merged)
 
     def list(self) -> "list[Mistake]":
-        """All that are mistakes; `second` is the likeliest class but for the prediction."""
         if not self.kept:
             return []
         index, truth, output, confidence = (values.cpu() for values in self.kept)
@@ -141,19 +140,17 @@ class MostConfident:
         prediction = output.argmax(dim=1)
         second = output.scatter(1, prediction[:, None], -torch.inf).argmax(dim=1)
         rows = torch.arange(len(index))
-        columns = (
-            *(index, truth, prediction, probabilities[rows, prediction]),
-            *(second, probabilities[rows, second]),
-        )
-        found = zip(confidence.tolist(), *(column.tolist() for column in columns), strict=True)
-        return [Mistake(*mistake) for confidence, *mistake in found if confidence > -torch.inf]
+        first = (index, truth, prediction, probabilities[rows, prediction])
+        columns = (confidence, *first, second, probabilities[rows, second])
+        mistakes = zip(*(column.tolist() for column in columns), strict=True)
+        return [Mistake(*mistake) for confidence, *mistake in mistakes if confidence > -torch.inf]
 
 
 class TrainingLoss:
-    """The mean loss of the optimizer steps since it was last read, summed on the device and read seldom.
+    """The mean loss of the optimizer steps since it was last read, summed on the device.
 
-    `loss` is what `backward` is given, so its mean over the processes and over the batches of a window is the mean over
-    the images of that optimizer step (data/loader.py says how sample_weight sees to that).
+    sample_weight (data/loader.py) makes the mean of `loss` over processes and accumulated batches the mean over the
+    images of an optimizer step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -162,23 +159,22 @@ class TrainingLoss:
         self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this process: the others have sums of their own."""
+        """The state of this process; the others have their own sums."""
         return {"sum": float(self.sum), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken. Raises ValueError for a negative count of steps."""
+        """Raises ValueError for a negative number of steps."""
         if state["steps"] < 0:
             raise ValueError(f"a loss of {state['steps']} steps")
         self.sum.fill_(state["sum"])
         self.steps = state["steps"]
 
     def add(self, loss: Tensor) -> None:
-        """Add the loss of one batch."""
         self.sum += loss.detach()
         self.steps += self.accelerator.sync_gradients
 
     def read(self) -> float:
-        """The mean over all processes since the last reading: the one place where training waits for the device."""
+        """The mean over all processes since the last call; the one place where training waits for the device."""
         mean = self.accelerator.reduce(self.sum, "mean") / self.accelerator.gradient_accumulation_steps
         value = float(mean) / max(1, self.steps)
         self.sum.zero_()

@@ -13,16 +13,16 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def nll_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
-    """Negative log-likelihood: cross-entropy, as `output` holds log-probabilities.
+    """Negative log-likelihood: cross-entropy, because `output` holds log-probabilities.
 
-    output [batch, classes], y [batch] class numbers, sample_weight [batch] what each image counts -> scalar
+    output [batch, classes], y [batch] class indices, sample_weight [batch] weight of each image -> scalar
     """
     return torch.dot(F.nll_loss(output, y, reduction="none"), sample_weight)
 
 
 def mse_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
-    """Mean squared error of the probabilities to one-hot targets, averaged over the classes; shapes as in nll_loss."""
-    one_hot = torch.zeros_like(output).scatter(1, y[:, None], 1)  # F.one_hot looks at y, and so waits for a GPU
+    """Mean squared error between probabilities and one-hot targets, averaged over classes; shapes as in nll_loss."""
+    one_hot = torch.zeros_like(output).scatter(1, y[:, None], 1)  # F.one_hot would wait for the GPU
     return torch.dot((output.exp() - one_hot).square().mean(dim=1), sample_weight)
 
 

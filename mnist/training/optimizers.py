@@ -33,9 +33,9 @@ def build_optimizer(
 def clip_gradients(
     model: nn.Module, accelerator: Accelerator, max_norm: float | None, measure: bool = False
 ) -> Tensor | None:
-    """Scale the gradient of an optimizer step down to the length `max_norm`; returns the length that it had.
+    """Clip the gradient norm of an optimizer step to `max_norm`; returns the norm before clipping.
 
-    None inside a window of accumulated batches, and where there is no `max_norm` unless it is to be measured.
+    None while gradients accumulate, and without `max_norm` unless `measure` is set.
     """
     if accelerator.sync_gradients and (max_norm is not None or measure):
         return accelerator.clip_grad_norm_(model.parameters(), max_norm or math.inf)  # type: ignore[no-any-return]
@@ -43,11 +43,11 @@ def clip_gradients(
 
 
 def schedule_factor(name: str, step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """What the learning rate is multiplied by at optimizer step `step`, counted from 0.
+    """The factor of the learning rate at optimizer step `step`, counted from 0.
 
-    The warm-up is linear and reaches 1 at `step == warmup_steps`; linear and cosine then fall towards 0, which they
-    would reach at `step == total_steps`. one-cycle (Smith and Topin, 2017) starts at 1/25, takes 30 % of all steps to
-    rise unless told otherwise, and falls towards 1/250,000, both along a cosine.
+    Warmup is linear and reaches 1 at `step == warmup_steps`; linear and cosine then decay toward 0 at `total_steps`.
+    one-cycle (Smith and Topin, 2017) rises from 1/25 over `warmup_steps` (default: 30 % of all steps) and decays toward
+    1/250,000, both along a cosine.
     """
     one_cycle = name == "one-cycle"
     if one_cycle and warmup_steps == 0:
@@ -72,6 +72,6 @@ def _along_cosine(start: float, end: float, progress: float) -> float:
 
 
 def build_schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """A scheduler to be stepped once after each optimizer step of the whole job."""
+    """A scheduler to step once per optimizer step of the whole job."""
     settings: dict[str, Any] = {"warmup_steps": warmup_steps, "total_steps": total_steps}
     return LambdaLR(optimizer, lambda step: schedule_factor(name, step, **settings))

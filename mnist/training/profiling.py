@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: `--profile`.
+"""Measures where the time of a training step goes: `--profile`.
 
     profile = Profile(run.folder, accelerator, print, {"optimizer": (optimizer, "step")})
     for batch in profile.watch(train_loader): ...
 
-After a warm-up, TIMED batches are timed part by part; then TRACED batches are recorded by torch's profiler, operation
-by operation, in `profile/trace-0.json`, a file for https://ui.perfetto.dev or chrome://tracing.
+After WARM_UP batches, TIMED batches are timed part by part. Then torch's profiler records TRACED batches in
+`profile/trace-0.json`, for https://ui.perfetto.dev or chrome://tracing.
 """
 
 import contextlib
@@ -24,34 +24,33 @@ WARM_UP, TIMED, TRACED = 50, 200, 20  # batches
 
 
 class Profile:
-    """Adds up the seconds of the parts of a step; a part inside of another counts for itself only.
+    """Adds up the seconds of each part of a step, excluding the parts nested in it.
 
-    On an accelerator each part is waited for, for otherwise the last one would be charged with all: such steps are
-    slower than those that nobody watches.
+    On a GPU, each part is synchronized, which makes profiled steps slower: otherwise the last part would get all time.
     """
 
     def __init__(
         self,
         folder: Path,
         accelerator: Accelerator,
-        say: Callable[[str], None],
+        output: Callable[[str], None],
         parts: Mapping[str, tuple[Any, str]],
     ) -> None:
-        """`parts` are what the loop calls for each batch: an object and the name of its method.
+        """`parts` are the calls of the training loop per batch: an object and the name of its method.
 
-        The main process says the table and writes it to `folder`/profile/; all processes write their traces there.
+        The main process passes the table to `output` and writes it to `folder`/profile/, like each process its trace.
         """
         self.folder = folder / "profile"
         self.accelerator = accelerator
-        self.say = say
-        self.methods = {name: (place, method, getattr(place, method)) for name, (place, method) in parts.items()}
+        self.output = output
+        self.methods = {name: (owner, method, getattr(owner, method)) for name, (owner, method) in parts.items()}
         self.waits = accelerator.device.type != "cpu"
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = [0.0]  # seconds of what was watched inside each part that is running
+        self.inner = [0.0]  # seconds of the parts nested in each running part
         self.batches, self.traced, self.whole = 0, 0, 0.0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches themselves; the first of them are timed, and what the loop calls for each."""
+        """Yield the batches and profile the first of them."""
         iterator, started = iter(batches), time.perf_counter()
         try:
             yield from self._take(iterator, WARM_UP)
@@ -66,15 +65,15 @@ class Profile:
                 for batch in self._take(iterator, TRACED):
                     self.traced += 1
                     yield batch
-        finally:  # also where the epoch or the run is over before
+        finally:  # also if the epoch or the run ends early
             self._patch(watched=False)
             self.whole = self.whole or time.perf_counter() - started
             self._report(["data", *self.methods])
         yield from iterator
 
     def _patch(self, watched: bool) -> None:
-        for name, (place, method, function) in self.methods.items():
-            setattr(place, method, self._around(name, function) if watched else function)
+        for name, (owner, method, function) in self.methods.items():
+            setattr(owner, method, self._timed(name, function) if watched else function)
 
     def _take(self, iterator: Iterator[Any], count: int) -> Iterator[Any]:
         for _ in range(count):
@@ -96,7 +95,7 @@ class Profile:
         self.seconds[name] += taken - self.inner.pop()
         self.inner[-1] += taken
 
-    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def watched(*arguments: Any, **keywords: Any) -> Any:
             with self._part(name):
@@ -106,14 +105,14 @@ class Profile:
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        timed = dict(self.seconds)  # what is traced is slower, and does not count
+        timed = dict(self.seconds)  # traced batches are slower and do not count
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.accelerator.device.type == "cuda" else [])]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else its library tells when it starts, and of a missing GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it logs its start and a missing GPU
         recorder = profile(activities=kinds)
         try:
             with recorder:
                 yield
-        finally:  # also where the run is over before
+        finally:  # also if the run ends early
             self.seconds = defaultdict(float, timed)
             if self.traced:
                 self.folder.mkdir(exist_ok=True)
@@ -123,16 +122,14 @@ class Profile:
         if not self.accelerator.is_main_process:
             return
         if self.batches == 0:
-            self.say(f"--profile: nothing was timed, for that begins after {WARM_UP} batches of the first epoch.")
+            self.output(f"--profile: no timings, the first epoch ended within the {WARM_UP} warm-up batches.")
             return
-        each = {name: 1e6 * self.seconds[name] / self.batches for name in names}  # microseconds
-        whole = 1e6 * self.whole / self.batches
-        each["the rest"] = whole - sum(each.values())
-        rows = [f"  {name:<11} {value:>9,.0f} us {100 * value / whole:>6.1f} %" for name, value in each.items()]
-        table = "\n".join(
-            [f"Where a step's time goes ({self.batches} batches)", *rows, f"  {'a step':<11} {whole:>9,.0f} us"]
-        )
+        microseconds = {name: 1e6 * self.seconds[name] / self.batches for name in names}
+        step = 1e6 * self.whole / self.batches
+        microseconds["other"] = step - sum(microseconds.values())
+        rows = [f"  {name:<11} {value:>9,.0f} us {100 * value / step:>6.1f} %" for name, value in microseconds.items()]
+        table = "\n".join([f"Time per step ({self.batches} batches)", *rows, f"  {'step':<11} {step:>9,.0f} us"])
         self.folder.mkdir(exist_ok=True)
         (self.folder / "steps.txt").write_text(f"{table}\n", encoding="utf-8")
-        trace = ", and a trace of some more for https://ui.perfetto.dev" if self.traced else ""
-        self.say(f"{table}\n  {self.folder}/ has it{trace}")
+        trace = " and a trace for https://ui.perfetto.dev" if self.traced else ""
+        self.output(f"{table}\n  saved in {self.folder}/: steps.txt{trace}")

@@ -596,7 +596,7 @@ def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_o
     again = start_batch(tmp_path, nodes, f"--max-steps={state['step'] + 5}")
     assert again.wait(timeout=120) == 0, output.read_text()
     assert (state_of(run)["status"], state_of(run)["step"]) == ("finished", state["step"] + 5)
-    assert "goes on from step-" in output.read_text()
+    assert "resumed     from step-" in output.read_text()
     assert len(calls.read_text().splitlines()) == 1  # a finished run is not put back
 
 

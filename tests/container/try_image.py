@@ -259,7 +259,7 @@ def check_stop_in_mid_training_saves_and_the_next_container_goes_on() -> str:
             more = f"--max-steps={state['step'] + 5}", "--resume=auto"
             with Container(runs, *ENDLESS, *more, options=options) as it:
                 expect(it.wait(), 0, f"exit code, with\n{it.logs()}\n")
-                require(f"goes on from step-{state['step']:010}" in it.logs(), it.logs())
+                require(f"resumed     from step-{state['step']:010}" in it.logs(), it.logs())
             expect(read(runs / "x" / "state.json")["step"], state["step"] + 5, "last step")
         seen.append(
             f"{processes} process(es): {first[0]} is the first, 143 after {seconds:.1f} s, went on from {state['step']}"

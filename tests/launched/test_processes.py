@@ -1,4 +1,4 @@
-"""Several processes give what one gives; what would quietly be something else is refused; what breaks says so."""
+"""Several processes train like one, launches that would silently differ are refused, and failures are reported."""
 
 import contextlib
 import functools
@@ -29,15 +29,8 @@ from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.datasets import FILES
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
-from mnist.launch.processes import (
-    FLAGS,
-    check_environment,
-    check_values,
-    interface_towards,
-    launch_command,
-    resolve_precision,
-    waiting_for_others,
-)
+from mnist.launch import processes
+from mnist.launch.processes import FLAGS, check_environment, check_values, resolve_precision, waiting_for_others
 from mnist.runs.record import Record, pixels
 from tests.conftest import (
     Launch,
@@ -62,25 +55,23 @@ TOLERANCE = {"float64": 1e-10, "float32": 2e-4}
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """A user's without an account, with a mark by which his processes are found."""
+    """The environment of a user without an account, marked to find the processes."""
     return user_environment(folder, TEST_MARK=str(folder), **variables)
 
 
 def marked_processes(folder: Path) -> list[int]:
-    """The processes that carry the mark and are alive."""
-    found = []
+    """The running processes with the mark."""
+    pids = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TEST_MARK") == str(folder):
-                found.append(process.pid)
-    return found
+                pids.append(process.pid)
+    return pids
 
 
 def run(command: tuple[str, ...], folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-    clean = environment(folder, **variables)
-    return subprocess.run(
-        command, cwd=PROJECT_FOLDER, env=clean, capture_output=True, text=True, timeout=240, check=False
-    )
+    options: dict[str, Any] = {"cwd": PROJECT_FOLDER, "env": environment(folder, **variables), "timeout": 240}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -94,7 +85,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 @contextlib.contextmanager
 def mirror() -> Iterator[tuple[str, list[str]]]:
-    """A web server with MNIST's files; its address, and what it was asked for."""
+    """A web server with MNIST's files; its address and the paths requested."""
     requests: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -110,10 +101,10 @@ def mirror() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What this process alone gets."""
+    """The results of this process alone."""
     folder, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
     with worker.quick(), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # its threads are those of one of the two
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the same number of threads as one of two
         worker.train_most(folder)
         worker.evaluate_all(folder)
         worker.begin_run(folder)
@@ -124,7 +115,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes get that `accelerate launch` started; their output lies in `output`."""
+    """The results of two processes under `accelerate launch`, and their `output`."""
     folder = tmp_path_factory.mktemp("two")
     config = str(CONFIGS / "multi_cpu.yaml")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
@@ -137,18 +128,17 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def four_processes_with_every_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four processes get in all trainings, which takes half a minute on two cores."""
+    """The results of four processes in all cases, which take half a minute on two cores."""
     folder = tmp_path_factory.mktemp("four")
-    done = run(
-        (*TORCHRUN, "4", "tests/support/worker.py", str(folder), "train_most", "train_deep", "evaluate_all"), folder
-    )
+    tasks = ("train_most", "train_deep", "evaluate_all")
+    done = run((*TORCHRUN, "4", "tests/support/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What three processes get before one of them fails; `output`, `errors` and `seconds` are how that ends."""
+    """The results of three processes before one fails; `output`, `errors` and `seconds` show how that ends."""
     folder = tmp_path_factory.mktemp("three")
     shutil.copytree(one_process / "runs" / "begun-by-1", folder / "runs" / "begun-by-1")
     tasks = ("download", "train_few", "evaluate_all", "log_to_wandb", "resume_run", "fail_on_rank_1")
@@ -181,10 +171,10 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
     difference = largest_difference(weights(one_process, name), weights(folder, name))
     assert difference < TOLERANCE[name.rpartition("-")[2]]
     lines = zip(metrics_of(one_process / "runs" / name), metrics_of(folder / "runs" / name), strict=True)
-    for alone, together in lines:  # the figures and the learning rate too
+    for alone, together in lines:
         assert alone.keys() == together.keys()
         for key in (key for key in alone if not key.startswith("perf/")):
-            # in float32 an image that is all but undecided may change its class
+            # in float32 a prediction near a tie may change
             if "accuracy" not in key or name.endswith("float64"):
                 assert together[key] == pytest.approx(alone[key], rel=1e-3), key
 
@@ -198,14 +188,14 @@ def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
     for rank in range(count):
         results = json.loads((folder / f"evaluate-{count}-{rank}.json").read_text())
         for size in map(str, worker.SIZES):
-            assert results[size][1:] == alone[size][1:]  # the confusion matrix and the surest mistakes too
+            assert results[size][1:] == alone[size][1:]  # includes the confusion matrix and the most confident mistakes
             _, correct, images, confusion, _ = results[size]
             assert images == sum(map(sum, confusion)) == int(size)
             assert correct == sum(confusion[number][number] for number in range(10))
             assert results[size][0] == pytest.approx(alone[size][0], rel=1e-6)
 
 
-def test_another_number_of_processes_goes_on_says_that_it_does_and_neither_repeats_nor_skips_images(
+def test_resuming_with_another_number_of_processes_repeats_and_skips_no_images(
     two_processes: Path,
     three_processes: Path,
     run_here: RunHere,
@@ -215,45 +205,44 @@ def test_another_number_of_processes_goes_on_says_that_it_does_and_neither_repea
     whole = run_here("whole", **worker.OTHER_NUMBER)
     capsys.readouterr()
     resume_here(two_processes / "runs" / "begun-by-2", max_steps=52)
-    here = capsys.readouterr().out
-    there = [(folder / "output").read_text() for folder in (two_processes, three_processes)]
-    for was, now, share, output, folder in (
-        (2, 1, 20, here, two_processes),
-        (1, 2, 10, there[0], two_processes),
-        (1, 3, 7, there[1], three_processes),  # 20 does not divide by 3
+    outputs = capsys.readouterr().out, *((it / "output").read_text() for it in (two_processes, three_processes))
+    for was, now, per_process, output, folder in (
+        (2, 1, 20, outputs[0], two_processes),
+        (1, 2, 10, outputs[1], two_processes),
+        (1, 3, 7, outputs[2], three_processes),  # 20 is not divisible by 3
     ):
-        assert f"no longer the same to the bit: num_processes was {was}, is {now}" in output
-        assert f"batch       20 images ({share} a process)" in output
-        # had an image been repeated or left out, the weights would be other ones
+        assert f"no longer bit-identical: num_processes was {was}, is {now}" in output
+        assert f"batch       20 images ({per_process} per process)" in output
+        # a repeated or skipped image would change the weights
         run = folder / "runs" / f"begun-by-{was}"
         assert largest_difference(weights(whole.parent.parent, "whole"), weights(folder, run.name)) < 2e-4
         newest = max((run / "checkpoints").glob("step-*"))
         assert json.loads((newest / "state.json").read_text())["progress"]["images_seen"] == 2 * 507
 
 
-def test_three_processes_leave_one_run_one_line_an_event_and_one_wandb_run(three_processes: Path) -> None:
+def test_three_processes_write_one_run_one_row_per_event_and_one_wandb_run(three_processes: Path) -> None:
     folders = [path for path in (three_processes / "whole").iterdir() if not path.is_symlink()]
     assert len(folders) == 1
     assert [line["step"] for line in metrics_of(folders[0])] == [5, 9, 10, 15, 18]
     assert len(list(folders[0].glob("wandb/offline-run-*/run-*.wandb"))) == 1
-    config = TrainConfig.load(folders[0] / "config.yaml")
-    assert (config.batch_size, config.global_batch_size) == (8, 24)
+    environment = json.loads((folders[0] / "environment.json").read_text())
+    assert (environment["batch_size"], environment["global_batch_size"]) == (8, 24)
 
 
 def test_only_the_main_process_prints(three_processes: Path) -> None:
     output = (three_processes / "output").read_text()
-    runs = len(worker.FEW) + 3  # one with a download, one with W&B, one that is resumed; another fails
+    runs = len(worker.FEW) + 3  # a download, W&B and a resumed run; another one fails
     assert output.count("Test accuracy") == runs
     assert output.count("Recipe tutorial\n") == runs + 1
     assert output.count("launched    3 processes, each with 1 CPU thread\n") == runs + 1
-    assert "24 images (8 a process)" in output
+    assert "24 images (8 per process)" in output
 
 
-def test_data_is_prepared_once_by_the_first_process_of_the_machine(three_processes: Path) -> None:
+def test_one_process_per_machine_downloads_the_data(three_processes: Path) -> None:
     assert (three_processes / "output").read_text().count("Downloading mnist into") == 1
     requests = Counter((three_processes / "requests").read_text().split())
     assert requests.keys() == {f"/{file}.gz" for file in FILES}
-    assert max(requests.values()) <= 2  # torchvision looks for redirections, then fetches
+    assert max(requests.values()) <= 2  # torchvision checks for redirects first
     assert state_of(three_processes / "downloaded" / "latest")["status"] == "finished"
 
 
@@ -268,7 +257,7 @@ def test_a_process_that_raises_ends_the_job_within_ten_seconds_with_its_error(th
     assert marked_processes(three_processes) == []
 
 
-# --- all who are told a number are told the same one
+# --- metrics.jsonl, report, TensorBoard and W&B agree
 
 
 @pytest.fixture
@@ -277,42 +266,37 @@ def seen(two_processes: Path) -> Path:
     return two_processes / "runs" / "seen"
 
 
-def test_two_processes_leave_one_wandb_run_one_event_file_and_one_report(seen: Path) -> None:
-    assert len(list(seen.rglob("run-*.wandb"))) == 1
-    assert len(list(seen.rglob("events.out.tfevents.*"))) == 1
-    assert len(list(seen.rglob("report.html"))) == 1
-    assert Record.read(seen).status == "finished"
-    assert " finished" in Reading((seen / "report.html").read_text()).text
-
-
-def test_every_number_is_the_same_in_metrics_jsonl_report_tensorboard_and_wandb(seen: Path) -> None:
+def test_metrics_are_the_same_in_metrics_jsonl_report_tensorboard_and_wandb(seen: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = metrics_of(seen)
     assert len(lines) == 5 * 2 + 2
     assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert len(list(seen.rglob("events.out.tfevents.*"))) == len(list(seen.rglob("report.html"))) == 1
+    assert Record.read(seen).status == "finished"
 
     events = EventAccumulator(str(seen / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     keys = {key for line in lines for key in line} - {"step"}
     assert set(events.Tags()["scalars"]) == keys
     for key in keys:
         expected = [(line["step"], struct.unpack("f", struct.pack("f", line[key]))[0]) for line in lines if key in line]
-        assert [(it.step, it.value) for it in events.Scalars(key)] == expected, key  # it keeps single precision
+        assert [(it.step, it.value) for it in events.Scalars(key)] == expected, key  # stored in single precision
 
     (log,) = seen.rglob("run-*.wandb")
     rows = [{key: row[key] for key in row if key[0] != "_"} for row in wandb_log.history(log)]
     assert rows[: len(lines)] == lines
-    assert len(rows) == len(lines) + 1  # with what is shown at the end
+    assert len(rows) == len(lines) + 1  # and the final tables
 
     page = (seen / "report.html").read_text()
     (numbers,) = numbers_in(page)
     assert numbers["evaluations"] == [line for line in lines if "test/loss" in line]
     assert numbers["losses"] == [line for line in lines if "test/loss" not in line]
     text = Reading(page).text
+    assert " finished" in text
     for line in numbers["evaluations"]:
-        for part in ("train", "val", "test"):
-            assert f"{line[f'{part}/loss']:.4f}" in text
-            assert f"{100 * line[f'{part}/accuracy']:.2f} %" in text
+        for split in ("train", "val", "test"):
+            assert f"{line[f'{split}/loss']:.4f}" in text
+            assert f"{100 * line[f'{split}/accuracy']:.2f} %" in text
 
 
 def test_the_confusion_matrix_is_the_same_everywhere_and_adds_up(seen: Path) -> None:
@@ -331,16 +315,16 @@ def test_the_confusion_matrix_is_the_same_everywhere_and_adds_up(seen: Path) -> 
     assert sum(row[2] for row in chart["data"]) == 1003
     assert sum(row[2] for row in chart["data"] if row[0] == row[1]) == correct
     assert len(mistakes["data"]) == min(40, 1003 - correct)
-    sure = [row[3] for row in mistakes["data"]]
-    assert sure == sorted(sure, reverse=True)
+    confidences = [row[3] for row in mistakes["data"]]
+    assert confidences == sorted(confidences, reverse=True)
     assert all(row[1] != row[2] != row[4] for row in mistakes["data"])
     assert [row[1] for row in examples["data"]] == [str(digit) for digit in range(10)]
-    assert len(examples["columns"]) == 2 + 2  # image, truth, and an answer an epoch
+    assert len(examples["columns"]) == 2 + 2  # image, true class, one prediction per epoch
 
     page = Reading((seen / "report.html").read_text())
-    cells = [tag for tag, attributes in page.tags if tag == "td" and "taken for" in (attributes.get("title") or "")]
+    cells = [tag for tag, attributes in page.tags if tag == "td" and "predicted as" in (attributes.get("title") or "")]
     assert len(cells) == 100
-    assert f"{1003 - correct} of 1,003 are wrong" in page.text
+    assert f"{1003 - correct} of 1,003 images misclassified" in page.text
 
 
 def wandb_table(folder: Path, name: str) -> dict[str, Any]:
@@ -349,16 +333,16 @@ def wandb_table(folder: Path, name: str) -> dict[str, Any]:
     return table
 
 
-def test_mistakes_are_pictures_of_the_images_that_they_name(seen: Path, digits: ImageData) -> None:
+def test_mistakes_and_examples_hold_the_images_at_their_index(seen: Path, digits: ImageData) -> None:
     record = Record.read(seen)
     assert record.evaluation is not None
-    for it in (*record.evaluation["mistakes"], *record.evaluation["examples"]):
-        assert it["truth"] == digits.test.labels[it["place"]]
-        image = torch.tensor(list(pixels(it["image"]).tobytes()), dtype=torch.uint8).view(28, 28)
-        assert torch.equal(image, digits.test.images[it["place"]])
+    for shown in (*record.evaluation["mistakes"], *record.evaluation["examples"]):
+        assert shown["truth"] == digits.test.labels[shown["place"]]
+        image = torch.tensor(list(pixels(shown["image"]).tobytes()), dtype=torch.uint8).view(28, 28)
+        assert torch.equal(image, digits.test.images[shown["place"]])
 
 
-def test_a_page_asks_for_nothing_from_outside(seen: Path) -> None:
+def test_the_report_loads_nothing_from_outside(seen: Path) -> None:
     page = (seen / "report.html").read_text()
     for tag, attributes in Reading(page).tags:
         for name in ("src", "href", "xlink:href", "action"):
@@ -374,19 +358,17 @@ def test_a_page_asks_for_nothing_from_outside(seen: Path) -> None:
         ("precision", "differ in precision: bf16 in process 1 on {host}, no in process 0 on {host}."),
     ],
 )
-def test_processes_with_other_settings_or_another_precision_are_refused_by_all(
+def test_processes_with_different_settings_or_precision_are_refused_by_all(
     case: str, message: str, two_processes: Path
 ) -> None:
     for rank in range(2):
         assert message.format(host=socket.gethostname()) in (two_processes / f"{case}-{rank}").read_text()
-    assert not (two_processes / "unlike").exists()  # no run was begun
+    assert not (two_processes / "unlike").exists()  # no run was started
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
 @pytest.mark.parametrize(("images", "message"), [(8, "dataset_md5: [0-9a-f]{32}"), (6, "train_images: 10")])
-def test_another_machines_copy_of_the_data_that_is_another_one_is_refused_with_what_differs(
-    images: int, message: str, tmp_path: Path
-) -> None:
+def test_a_different_copy_of_the_data_on_another_machine_is_refused(images: int, message: str, tmp_path: Path) -> None:
     for folder, first, count in (("here", 0, 8), ("there", 100, images)):
         for number, name in enumerate(("cat", "dog")):
             write_images(tmp_path / folder / name, count, first=first + 50 * number)
@@ -402,18 +384,17 @@ def test_another_machines_copy_of_the_data_that_is_another_one_is_refused_with_w
     assert not (tmp_path / "runs").exists()
 
 
-# --- two machines: network namespaces joined by a pair of virtual cards
+# --- two machines: network namespaces connected by a veth pair
 
 
 class Host:
-    """A network namespace with a name, an address and /etc/hosts of its own; `launch` starts a process on it."""
+    """A network namespace with its own name, address and /etc/hosts."""
 
     def __init__(self, name: str, address: str, hosts: Path) -> None:
         self.name, self.address = name, address
         setup = f"hostname {name} && mount --bind {hosts} /etc/hosts && ip link set lo up && echo && exec sleep 1000"
-        self.holder = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "sh", "-c", setup], stdout=subprocess.PIPE
-        )
+        command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", setup]
+        self.holder = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"\n"
         self.card = f"card-{name}"
@@ -431,15 +412,15 @@ class Host:
 
 @pytest.fixture
 def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host]]:
-    """Two machines, with names as the rendezvous that is the parameter needs them."""
+    """Two machines, with host names as the rendezvous (the parameter) needs them."""
     allowed = subprocess.run("unshare --net --uts --mount true".split(), capture_output=True, text=True, check=False)
     if allowed.returncode != 0 or shutil.which("ip") is None:
-        pytest.skip(f"making network namespaces and joining them needs root and iproute2 {allowed.stderr}")
+        pytest.skip(f"network namespaces need root and iproute2 {allowed.stderr}")
     addresses = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
     for name in addresses:
-        # c10d needs names that lead to the other machine; by default Debian's and Ubuntu's own leads to itself
-        known = addresses if request.param == "c10d" else {name: "127.0.1.1"}
-        lines = [f"{address} {known_name}" for known_name, address in ({"localhost": "127.0.0.1"} | known).items()]
+        # c10d resolves the other machine's name; Debian and Ubuntu resolve their own to 127.0.1.1
+        known = {"localhost": "127.0.0.1"} | (addresses if request.param == "c10d" else {name: "127.0.1.1"})
+        lines = [f"{address} {known_name}" for known_name, address in known.items()]
         (tmp_path / f"hosts-{name}").write_text("\n".join(lines) + "\n")
     alpha, beta = (Host(name, address, tmp_path / f"hosts-{name}") for name, address in addresses.items())
     pair = f"ip link add card-alpha netns {alpha.holder.pid} type veth peer name card-beta netns {beta.holder.pid}"
@@ -454,22 +435,20 @@ def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Host
 
 
 def documented_commands(rendezvous: str) -> list[str]:
-    """The two lines of docs/distributed.md, with this test's address and script in them."""
+    """The two commands of docs/distributed.md, with this test's address."""
     page = (PROJECT_FOLDER / "docs" / "distributed.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"accelerate launch --config_file accelerate_configs/multi_node_cpu.yaml .* train.py", page)
-    wanted = [line for line in lines if ("--rdzv_backend c10d" in line) == (rendezvous == "c10d")]
-    assert len(wanted) == 2
+    commands = [line for line in lines if ("--rdzv_backend c10d" in line) == (rendezvous == "c10d")]
+    assert len(commands) == 2
     python = f"{sys.executable} -m accelerate.commands.launch"
-    return [line.replace("accelerate launch", python).replace("10.0.0.1", "10.77.0.1") for line in wanted]
+    return [line.replace("accelerate launch", python).replace("10.0.0.1", "10.77.0.1") for line in commands]
 
 
 @pytest.mark.parametrize(
-    ("hosts", "rendezvous", "killed"),
-    [("static", "static", 0), ("c10d", "c10d", 1)],
-    indirect=["hosts"],
+    ("hosts", "rendezvous", "killed"), [("static", "static", 0), ("c10d", "c10d", 1)], indirect=["hosts"]
 )
 @pytest.mark.slow
-def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other_ends(
+def test_two_machines_train_like_one_and_if_one_is_lost_the_other_ends(
     rendezvous: str, killed: int, hosts: tuple[Host, Host], one_process: Path, tmp_path: Path
 ) -> None:
     folders = [tmp_path / host.name for host in hosts]
@@ -483,8 +462,8 @@ def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other
 
     deadline = time.monotonic() + 120
     while not logged():
-        assert time.monotonic() < deadline, [(folder / "output").read_text() for folder in folders]
-        assert all(it.poll() is None for it in launchers), [(folder / "output").read_text() for folder in folders]
+        alive = all(launcher.poll() is None for launcher in launchers)
+        assert alive and time.monotonic() < deadline, [(folder / "output").read_text() for folder in folders]  # noqa: PT018
         time.sleep(0.2)
     main = next(folder for folder in folders if (folder / "runs").exists())
     for name in worker.FEW:
@@ -492,19 +471,19 @@ def test_two_machines_train_to_the_weights_of_one_and_when_one_is_lost_the_other
     assert re.search(r"2 processes on 2 machines \((alpha|beta) 1, (alpha|beta) 1\)", (main / "output").read_text())
 
     lost, left = hosts[killed], 1 - killed
-    subprocess.run(lost.shell(f"ip link set {lost.card} down"), check=True)  # first, so that it cannot say goodbye
+    subprocess.run(lost.shell(f"ip link set {lost.card} down"), check=True)  # before it can disconnect
     for pid in marked_processes(folders[killed]):
         psutil.Process(pid).kill()
     started = time.monotonic()
     code = launchers[left].wait(timeout=60)
-    assert time.monotonic() - started < 8 + 15  # --timeout-seconds, and what the launcher takes
+    assert time.monotonic() - started < 8 + 15  # --timeout-seconds and the launcher
     assert code != 0
     assert "lost the others of this job" in (folders[left] / "output").read_text()
     launchers[killed].wait(timeout=10)
     assert marked_processes(folders[0]) == marked_processes(folders[1]) == []
 
 
-# --- launches that would quietly do something else
+# --- launches that would silently do something else
 
 JOINED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
 
@@ -522,7 +501,7 @@ JOINED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE":
         ({"ACCELERATE_USE_FSDP": "false"}, ("cpu", 0)),
     ],
 )
-def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str], device: tuple[str, int]) -> None:
+def test_a_consistent_environment_is_accepted(variables: dict[str, str], device: tuple[str, int]) -> None:
     check_environment(variables, *device)
 
 
@@ -553,7 +532,7 @@ def test_an_environment_that_fits_together_is_accepted(variables: dict[str, str]
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("cuda", 8), "The launcher asks for DEEPSPEED"),
     ],
 )
-def test_an_environment_that_does_not_fit_together_is_refused_with_the_way_out(
+def test_an_inconsistent_environment_is_refused_with_what_to_do(
     variables: dict[str, str], device: tuple[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
@@ -567,7 +546,7 @@ def test_a_value_that_accelerate_would_end_in_a_traceback_about_is_named(name: s
     check_values({name: {"LOCAL_RANK": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}.get(name, "no")})
 
 
-def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_on_a_cpu_is_refused_and_the_flag_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
         resolve_precision("fp16", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -580,11 +559,11 @@ def test_fp16_on_a_cpu_is_refused_and_the_flag_comes_before_the_launcher(monkeyp
         resolve_precision(None, "cuda")
 
 
-def test_a_world_size_that_no_launcher_stands_behind_is_refused_before_anything_waits(main_here: MainHere) -> None:
+def test_a_world_size_without_a_launcher_is_refused_before_waiting_for_others(main_here: MainHere) -> None:
     done = main_here("--trackers=none", WORLD_SIZE="2")
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: WORLD_SIZE=2")
-    assert launch_command(2, "cpu") in done.stderr
+    assert processes.launch_command(2, "cpu") in done.stderr
 
 
 HOSTILE = {
@@ -600,7 +579,7 @@ HOSTILE = {
 @pytest.mark.parametrize(
     "name", ["precision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("replicas", "alone"))]
 )
-def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
+def test_a_users_default_accelerate_config_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
     config, expected = HOSTILE[name]
     home = tmp_path / "home" / ".cache" / "huggingface" / "accelerate"
     home.mkdir(parents=True)
@@ -610,14 +589,14 @@ def test_a_default_config_of_the_users_own_changes_nothing_silently(name: str, l
     refused = name == "precision"
     assert (done.returncode != 0) == refused
     assert expected in (done.stderr if refused else done.stdout)
-    if refused:  # our message comes before the launcher's own
+    if refused:  # before the launcher's message
         assert done.stderr.index(expected) < done.stderr.index("CalledProcessError")
     assert (tmp_path / "runs").exists() != refused
     assert ("precision   bf16" in done.stdout) == (name == "replicas")
 
 
 @pytest.mark.slow
-def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch, tmp_path: Path) -> None:
+def test_torchrun_with_one_process_trains_like_plain_python(launch: Launch, tmp_path: Path) -> None:
     small = ("--limit-train-images=300", "--limit-test-images=50", "--epochs=1", "--trackers=none", "--model=cnn")
     commands = {"plain": ("train.py",), "torchrun": (*TORCHRUN[1:], "1", "train.py")}
     for name, command in commands.items():
@@ -627,8 +606,8 @@ def test_a_launcher_of_one_process_gives_what_plain_python_gives(launch: Launch,
     assert largest_difference(weights(tmp_path, "plain"), weights(tmp_path, "torchrun")) == 0
 
 
-def test_wrong_usage_is_said_by_the_first_process_before_the_others_end(tmp_path: Path) -> None:
-    """Launchers end all processes at the end of one, and so it is said once."""
+def test_wrong_usage_is_reported_by_the_first_process_before_the_others_end(tmp_path: Path) -> None:
+    """Launchers end all processes when one ends, so the message appears once."""
     flags = {"--epochs=0": "--epochs 0: must be a whole number of at least 1", "--epocs=3": "--epocs"}
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     processes = {
@@ -664,21 +643,21 @@ def test_the_configs_hold_no_rank_no_address_and_their_own_launch_command() -> N
         load_config_from_file(str(CONFIGS / name))  # Accelerate's own reader: unknown keys are errors
 
 
-def test_a_lost_process_is_named_in_words_and_other_errors_pass() -> None:
-    with pytest.raises(UserError, match=r"lost the others .*--timeout-seconds 15"), waiting_for_others(15):
-        raise RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
-    with pytest.raises(UserError, match="lost the others"), waiting_for_others(15):
-        raise torch.distributed.DistNetworkError("The client socket has timed out")
+def test_a_lost_process_is_reported_and_other_errors_pass_through() -> None:
+    lost = (RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),)
+    for error in (*lost, torch.distributed.DistNetworkError("The client socket has timed out")):
+        with pytest.raises(UserError, match=r"lost the others .*--timeout-seconds 15"), waiting_for_others(15):
+            raise error
     with pytest.raises(RuntimeError, match="a bug"), waiting_for_others(15):
         raise RuntimeError("a bug")
 
 
-def test_the_loopback_is_no_interface_towards_another_machine() -> None:
-    assert interface_towards("127.0.0.1") is None
-    assert interface_towards("no such host.") is None
+def test_the_loopback_is_not_an_interface_toward_another_machine() -> None:
+    assert processes.interface_towards("127.0.0.1") is None
+    assert processes.interface_towards("no such host.") is None
 
 
-def test_the_global_batch_is_shared_out_or_refused_with_both_numbers() -> None:
+def test_the_global_batch_is_split_or_refused_with_both_numbers() -> None:
     assert TrainConfig(global_batch_size=64).batch_sizes(4) == (16, 64)
     assert TrainConfig(batch_size=10).batch_sizes(3) == (10, 30)
     with pytest.raises(ConfigError, match="--global-batch-size 64: does not divide by the 3 processes"):
@@ -687,11 +666,11 @@ def test_the_global_batch_is_shared_out_or_refused_with_both_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor_the_weights_have_the_same_names_and_nearly_the_same_values(
+def test_dynamo_backend_inductor_gives_the_same_names_and_nearly_the_same_weights(
     launch: Launch, tmp_path: Path
 ) -> None:
     small = ("--limit-train-images=1000", "--limit-test-images=100", "--epochs=2", "--trackers=none")
-    found: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     for name, options in (("plain", ()), ("compiled", ("--dynamo_backend=inductor",))):
         for count in (1, 2):
             config = str(CONFIGS / ("cpu.yaml" if count == 1 else "multi_cpu.yaml"))
@@ -700,23 +679,23 @@ def test_compiled_by_inductor_the_weights_have_the_same_names_and_nearly_the_sam
             done = launch(*small, *flags, command=(*command, *options, "train.py"))
             assert done.returncode == 0, done.stderr
             assert ("compiler    inductor" in done.stdout) == (name == "compiled")
-            found[f"{name}-{count}"] = weights(tmp_path, f"{name}-{count}")
+            trained[f"{name}-{count}"] = weights(tmp_path, f"{name}-{count}")
     for name in ("compiled-1", "compiled-2", "plain-2"):
-        assert largest_difference(found["plain-1"], found[name]) < 1e-3
+        assert largest_difference(trained["plain-1"], trained[name]) < 1e-3
 
 
 @pytest.mark.slow
-def test_a_process_that_answers_no_more_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
     done = run((*TORCHRUN, "2", "tests/support/worker.py", str(tmp_path), "hang_on_rank_1"), tmp_path)
     assert done.returncode != 0
     stopped, ended = float((tmp_path / "reached").read_text()), time.time()
-    assert 8 <= ended - stopped < 8 + 30 + 10  # --timeout-seconds, torchrun's patience with the other, and its own end
+    assert 8 <= ended - stopped < 8 + 30 + 10  # --timeout-seconds, torchrun's grace period, and its end
     assert "Process 0 lost the others" in done.stderr
     assert marked_processes(tmp_path) == []
 
 
 @pytest.mark.slow
-def test_bf16_trains_the_tutorials_recipe_to_within_a_point_of_float32(launch: Launch, tmp_path: Path) -> None:
+def test_bf16_trains_the_tutorial_to_within_a_point_of_float32(launch: Launch, tmp_path: Path) -> None:
     accuracy = {}
     for precision in ("no", "bf16"):
         flags = (f"--mixed-precision={precision}", f"--output-dir={tmp_path}", f"--run-name={precision}")

@@ -1,6 +1,5 @@
-"""Runs that are killed, lose their disk or a process, and go on: by themselves, or by the same command once more."""
+"""Runs that are killed or lose their disk or a process, and are resumed."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -17,10 +16,11 @@ from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import Launch, MainHere, metrics_of, state_of
 from tests.launched.test_processes import CONFIGS, TORCHRUN
 from tests.support import wandb_log
+from tests.support.kill import kill_all
 from tests.support.namespaces import NAMESPACES
 from tests.training.test_checkpoint import checkpoints_of, end_of
 
-RANDOM = str(Path("tests", "support", "augmented.py"))  # draws from all random generators
+RANDOM = str(Path("tests", "support", "augmented.py"))  # uses every random generator
 COMMANDS = {1: (sys.executable, RANDOM), 2: (*TORCHRUN, "2", RANDOM)}
 SETTINGS = (
     *("--trackers=none", "--epochs=3", "--limit-train-images=2007", "--checkpoint-every=20", "--log-every=7"),
@@ -45,26 +45,8 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return output
 
 
-def kill_all(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL for the process and all that it has started, as a machine does that loses its power."""
-    family: dict[int, psutil.Process] = {}
-    while new := [it for it in descendants(process.pid) if it.pid not in family]:
-        for member in new:  # first stopped, so that none sees another die or starts one more
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.suspend()
-            family[member.pid] = member
-    for member in family.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.communicate()
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-
-
 def first_line(folder: Path) -> float:
-    """Wait until a run logs; the seconds that took."""
+    """Wait until a run logs; returns the seconds that took."""
     began = time.monotonic()
     while not ((folder / "metrics.jsonl").is_file() and metrics_of(folder)):
         assert time.monotonic() < began + 60
@@ -72,8 +54,8 @@ def first_line(folder: Path) -> float:
     return time.monotonic() - began
 
 
-def wait_until_taken_up(folder: Path, since: float) -> None:
-    """Wait until a process that was started then has said in state.json that it has the run."""
+def wait_until_resumed(folder: Path, since: float) -> None:
+    """Wait until a process started at `since` has written state.json."""
     deadline = time.monotonic() + 60
     while not ((folder / "state.json").is_file() and (folder / "state.json").stat().st_mtime > since):
         assert time.monotonic() < deadline
@@ -81,7 +63,7 @@ def wait_until_taken_up(folder: Path, since: float) -> None:
 
 
 def kill_and_resume(processes: int, kills: int, folder: Path, *settings: str) -> None:
-    """Compare a run that is killed at random moments, and resumed each time, with one that is not."""
+    """Compare a run that is killed at random moments and resumed with an undisturbed one."""
     command = (*COMMANDS[processes], *SETTINGS, *settings)
     whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
     process = start(command, folder, "--run-name=whole")
@@ -92,21 +74,21 @@ def kill_and_resume(processes: int, kills: int, folder: Path, *settings: str) ->
     while len(moments) < kills:
         began = time.time()
         process = start(command, folder, "--run-name=killed", "--resume=auto")
-        if len(moments) % 2:  # at any moment of the start-up
+        if len(moments) % 2:  # during start-up
             moments.append(random.uniform(0, 0.8 * start_up))
-        else:  # at any moment of a part of the training, such that some of it is left for the last time
-            wait_until_taken_up(killed, began)
+        else:  # during training, leaving some of it for the last start
+            wait_until_resumed(killed, began)
             moments.append(random.uniform(0, 0.7 * training / max(1, kills / 2)))
         time.sleep(moments[-1])
         if process.poll() is None:
-            kill_all(process)
-        else:  # faster than the first run, beside which the machine had more to do: once more
+            kill_all(process.pid)
+            process.communicate()
+        else:  # it finished sooner than the first run did: start over
             finish(process)
             shutil.rmtree(killed)
             moments.clear()
     finish(start(command, folder, "--run-name=killed", "--resume=auto"))
-    for there, here in zip(end_of(whole), end_of(killed), strict=True):
-        assert here == there, f"killed after {moments} seconds"
+    assert end_of(killed) == end_of(whole), f"killed after {moments} seconds"
     assert (whole / "best/model.safetensors").read_bytes() == (killed / "best/model.safetensors").read_bytes()
     steps = [line["step"] for line in metrics_of(killed) if "test/loss" not in line]
     assert len(steps) == len(set(steps))
@@ -115,15 +97,13 @@ def kill_and_resume(processes: int, kills: int, folder: Path, *settings: str) ->
 @pytest.mark.parametrize(
     ("processes", "kills"), [(1, 1), *(pytest.param(*it, marks=pytest.mark.slow) for it in ((1, 2), (2, 1)))]
 )
-def test_a_run_that_is_killed_and_resumed_comes_to_the_same_end_to_the_bit(
-    processes: int, kills: int, tmp_path: Path
-) -> None:
+def test_a_killed_and_resumed_run_ends_bit_identical(processes: int, kills: int, tmp_path: Path) -> None:
     kill_and_resume(processes, kills, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_killed_twenty_times_comes_to_the_same_end_to_the_bit(processes: int, tmp_path: Path) -> None:
+def test_a_run_killed_twenty_times_ends_bit_identical(processes: int, tmp_path: Path) -> None:
     kill_and_resume(processes, 20, tmp_path, "--limit-train-images=30007", "--epochs=4")
 
 
@@ -153,12 +133,9 @@ READ_ONLY = """
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
 @pytest.mark.parametrize(
     ("script", "words"),
-    [
-        (FULL_DISK, "No space left"),
-        pytest.param(READ_ONLY, "Read-only file system", marks=pytest.mark.slow),
-    ],
+    [(FULL_DISK, "No space left"), pytest.param(READ_ONLY, "Read-only file system", marks=pytest.mark.slow)],
 )
-def test_a_disk_that_is_full_or_read_only_ends_a_run_with_a_clear_error_and_what_was_saved_is_whole(
+def test_a_full_or_read_only_disk_ends_a_run_with_an_error_and_intact_checkpoints(
     script: str, words: str, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
@@ -178,20 +155,18 @@ def test_a_disk_that_is_full_or_read_only_ends_a_run_with_a_clear_error_and_what
     assert "go on: python train.py --resume" in done.stderr
     assert "Traceback" not in done.stderr
     kept = [line for line in done.stdout.splitlines() if line.startswith("step-")]
-    assert len(kept) in (3, 4)  # 4 where the oldest could not be removed any more
+    assert len(kept) in (3, 4)  # 4 if the oldest could not be removed
     assert [path.name for path in (tmp_path / "copy").rglob(".*")] == [".lock"]
-    assert f"resumed     goes on from {max(kept)}" in done.stdout
+    assert f"resumed     from {max(kept)}" in done.stdout
     assert state_of(tmp_path / "copy")["status"] == "finished"
     if words == "No space left":
         assert '"status": "failed"' in done.stdout
-        assert ".step-" not in done.stdout  # half a checkpoint would take the room that others need
+        assert ".step-" not in done.stdout  # no partial checkpoint
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
-def test_torchrun_restarts_a_job_that_has_lost_a_process_and_it_goes_on_from_its_last_checkpoint(
-    named: bool, tmp_path: Path
-) -> None:
+def test_torchrun_restarts_a_job_that_lost_a_process_from_its_last_checkpoint(named: bool, tmp_path: Path) -> None:
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2", "train.py")
     settings = ("--trackers=none", "--limit-train-images=4000", "--checkpoint-every=50", "--epochs=8", "--log-every=50")
     process = start(command, tmp_path, *settings, *(["--run-name=x"] if named else []))
@@ -201,7 +176,7 @@ def test_torchrun_restarts_a_job_that_has_lost_a_process_and_it_goes_on_from_its
         time.sleep(0.02)
     psutil.Process(process.pid).children()[1].kill()
     output = finish(process)
-    assert "resumed     goes on from step-" in output
+    assert "resumed     from step-" in output
     (folder,) = [path for path in runs.iterdir() if not path.is_symlink()]
     assert (state_of(folder)["status"], state_of(folder)["step"]) == ("finished", 8 * 200)
     steps = [line["step"] for line in metrics_of(folder) if "test/loss" not in line]
@@ -209,7 +184,7 @@ def test_torchrun_restarts_a_job_that_has_lost_a_process_and_it_goes_on_from_its
 
 
 @pytest.mark.slow
-def test_the_wandb_run_goes_on_under_its_id_and_points_that_come_twice_have_equal_values(tmp_path: Path) -> None:
+def test_a_resumed_wandb_run_keeps_its_id_and_logs_equal_values_twice(tmp_path: Path) -> None:
     command = (sys.executable, "train.py", "--limit-train-images=3000", "--log-every=20", "--run-name=x")
     folder = tmp_path / "runs" / "x"
     process = start(command, tmp_path, "--epochs=100", "--checkpoint-every=30")
@@ -218,7 +193,7 @@ def test_the_wandb_run_goes_on_under_its_id_and_points_that_come_twice_have_equa
         time.sleep(0.02)
     process.terminate()
     process.communicate()
-    for path in checkpoints_of(folder)[1:]:  # as if it had been killed long after its last checkpoint
+    for path in checkpoints_of(folder)[1:]:  # as if killed long after its last checkpoint
         shutil.rmtree(path)
     output = finish(start(command, tmp_path, "--resume=auto", "--epochs=1"))
     assert "/wandb/offline-run-*-" in next(line for line in output.splitlines() if "wandb sync" in line)
@@ -235,7 +210,7 @@ def test_the_wandb_run_goes_on_under_its_id_and_points_that_come_twice_have_equa
     assert wandb_log.metrics(logs[1])["train/loss"].step_metric == "step"
 
 
-def test_flags_that_do_not_fit_a_resume_are_wrong_usage(main_here: MainHere, tmp_path: Path) -> None:
+def test_flags_that_do_not_match_a_resume_are_wrong_usage(main_here: MainHere, tmp_path: Path) -> None:
     for flags, message in (
         (("--resume=auto",), "--resume auto: needs --run-name"),
         ((f"--resume={tmp_path}",), f"--resume {tmp_path}: no run is there"),
@@ -246,21 +221,21 @@ def test_flags_that_do_not_fit_a_resume_are_wrong_usage(main_here: MainHere, tmp
 
 
 @pytest.mark.slow
-def test_checkpoints_go_from_float32_to_bf16_and_from_compiled_to_not_and_back(launch: Launch, tmp_path: Path) -> None:
+def test_checkpoints_resume_in_bf16_and_compiled_and_back(launch: Launch, tmp_path: Path) -> None:
     settings = ("--trackers=none", "--limit-train-images=1000", "--limit-test-images=500", f"--output-dir={tmp_path}")
     plain = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml"), "train.py")
     bf16 = (*plain[:-1], "--mixed_precision=bf16", "train.py")
     compiled = (*plain[:-1], "--dynamo_backend=inductor", "train.py")
-    found: dict[str, Any] = {}
+    evaluations: dict[str, Any] = {}
     for names in ("plain plain plain", "bf16 plain bf16", "compiled plain compiled", "plain compiled bf16"):
         flags = ("--run-name", names.replace(" ", "-"), "--resume=auto")
         for epoch, name in enumerate(names.split(), 1):
             command = {"plain": plain, "bf16": bf16, "compiled": compiled}[name]
             done = launch(*settings, *flags, f"--epochs={epoch}", command=command)
             assert done.returncode == 0, done.stderr
-            assert ("no longer the same to the bit" in done.stdout) == (epoch > 1 and name != names.split()[epoch - 2])
-        found[names] = {line["step"]: line for line in metrics_of(tmp_path / flags[1]) if "test/loss" in line}
-        assert found[names].keys() == {100, 200, 300}
-        expected = found["plain plain plain"]
-        for step, line in found[names].items():
+            assert ("no longer bit-identical" in done.stdout) == (epoch > 1 and name != names.split()[epoch - 2])
+        evaluations[names] = {line["step"]: line for line in metrics_of(tmp_path / flags[1]) if "test/loss" in line}
+        assert evaluations[names].keys() == {100, 200, 300}
+        expected = evaluations["plain plain plain"]
+        for step, line in evaluations[names].items():
             assert line["test/loss"] == pytest.approx(expected[step]["test/loss"], rel=0.05)

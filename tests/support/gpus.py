@@ -1,7 +1,7 @@
-"""A plugin of pytest that hides the GPUs of a machine from all tests but those that are marked `gpu`.
+"""A pytest plugin that hides GPUs from all tests except those marked `gpu`.
 
-pytest           # as on a machine without one: comparisons with the CPU stay on it, two processes are not too many
-pytest -m gpu    # on the GPUs, in a session of its own: CUDA reads the variable once per process
+pytest           # like on a machine without GPUs
+pytest -m gpu    # on the GPUs, in its own session: CUDA reads the variable once per process
 """
 
 import os
@@ -29,7 +29,7 @@ def selects_gpu_tests(config: pytest.Config) -> bool:
 
 
 def refuse_to_show_gpus(event: str, arguments: tuple[Any, ...]) -> None:
-    """Children inherit the variable, unless a test gives its Python an environment in which it is missing."""
+    """Child processes inherit the variable, unless a test passes an environment without it."""
     if event == "subprocess.Popen" and (environment := arguments[3]) is not None and VARIABLE not in environment:
         if sys.executable in {*map(str, arguments[1]), *map(str, environment.values())}:
             raise ValueError(f"{arguments[1]}: the environment of a test's process must hold {VARIABLE}.")

@@ -1,4 +1,4 @@
-"""Whether this system lets a test mount something for itself alone."""
+"""Whether tests can use mount namespaces on this system."""
 
 import shutil
 import subprocess

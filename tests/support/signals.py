@@ -1,4 +1,4 @@
-"""Signals of a process in which several runs train."""
+"""Signal handlers in a process that trains several runs."""
 
 import signal
 
@@ -6,6 +6,6 @@ from mnist.launch.signals import EXIT_CODES
 
 
 def hear_again() -> None:
-    """Undo that a run which has ended leaves signals without effect, as its process would be about to end."""
+    """Restore the default handlers: a run that ends ignores signals, because its process would end too."""
     for number in EXIT_CODES:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,6 +1,6 @@
-"""A plugin of pytest-xdist: which tests may run in different workers, and a port for what torchrun starts in each.
+"""A plugin for pytest-xdist: keeps the tests of some modules in one worker, and gives each worker a port for torchrun.
 
-`--dist=loadgroup` would be the way to say it, but with pytest 9.2 xdist 3.8 does not see its marks.
+`--dist=loadgroup` would do, but xdist 3.8 ignores its marks with pytest 9.2.
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# the tests of each of these modules share what takes long to make: runs of several processes, compiled code, a browser
+# tests in these modules share slow fixtures: runs of several processes, compiled code, a browser
 TOGETHER = {"test_capture", "test_draw", "test_own_images", "test_predict", "test_processes", "test_wheel"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """torchrun's own default is one port for all, which torch 2.6 does not change where it is taken."""
+    """torchrun defaults to one fixed port, and torch 2.6 fails if it is taken."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         os.environ["PET_MASTER_PORT"] = str(server.getsockname()[1])
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest whole one is used, nothing in them can run."""
+"""Checkpoints: written atomically, resumed from the newest intact one, and free of code."""
 
 import dataclasses
 import errno
@@ -26,7 +26,6 @@ from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, remove_folder, remove_leftovers, write_file
 from mnist.models.saved import load_model
-from mnist.reporting.report import LiveReport
 from mnist.training import checkpoint
 from mnist.training.checkpoint import (
     Checkpoints,
@@ -41,18 +40,12 @@ from mnist.training.evaluate import Result, evaluate_split
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not looked at here, and they take as long as the rest."""
-    monkeypatch.setattr(LiveReport, "write", lambda self, status=None: None)
-
-
 def checkpoints_of(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
 def end_of(folder: Path) -> tuple[Any, ...]:
-    """All that a run has come to, times aside."""
+    """The result of a run, without times."""
     newest = checkpoints_of(folder)[-1]
     state = json.loads((newest / "state.json").read_text())
     del state["essence"], state["launch"], state["progress"]["seconds"], state["tracking"]
@@ -66,21 +59,17 @@ def end_of(folder: Path) -> tuple[Any, ...]:
     return state, sums, model, lines
 
 
-def test_every_n_steps_and_at_the_end_a_checkpoint_is_written_and_three_are_kept(run_here: RunHere) -> None:
+def test_checkpoints_are_saved_every_n_steps_and_at_the_end_and_three_are_kept(run_here: RunHere) -> None:
     folder = run_here("x", checkpoint_every=4, max_steps=14)
-    assert [path.name for path in checkpoints_of(folder)] == [
-        "step-0000000008",
-        "step-0000000012",
-        "step-0000000014-evaluated",
-    ]
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())  # and nothing else
+    assert names == ["step-0000000008", "step-0000000012", "step-0000000014-evaluated"]
     assert state_of(folder)["checkpoint"] == 14
-    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
-def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentieth_of_the_time(
+def test_by_default_checkpoints_are_per_epoch_unless_they_take_over_5_percent(
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)  # the machine's may stop for others
+    clock: Any = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)  # a real one depends on the machine's load
     is_due = Checkpoints.is_due
 
     def is_due_after_ten_seconds(checkpoints: Checkpoints) -> bool:
@@ -89,8 +78,8 @@ def test_by_default_there_is_one_an_epoch_unless_that_costs_more_than_a_twentiet
 
     monkeypatch.setattr(checkpoint, "time", clock)
     monkeypatch.setattr(Checkpoints, "is_due", is_due_after_ten_seconds)
-    for name, seconds_a_file, steps in (("cheap", 0.05, (20, 40, 60)), ("dear", 0.5, (20, 60))):
-        monkeypatch.setattr(files, "flush", lambda path, it=seconds_a_file: setattr(clock, "now", clock.now + it))
+    for name, seconds_per_file, steps in (("cheap", 0.05, (20, 40, 60)), ("expensive", 0.5, (20, 60))):
+        monkeypatch.setattr(files, "flush", lambda path, cost=seconds_per_file: setattr(clock, "now", clock.now + cost))
         folder = run_here(name, epochs=3)
         assert [path.name for path in checkpoints_of(folder)] == [f"step-{step:010}-evaluated" for step in steps]
 
@@ -121,7 +110,7 @@ def test_progress_is_read_from_the_checkpoint_not_from_its_name(run_here: RunHer
         {"mixed_precision": "bf16", "optimizer": "adamw", "weight_decay": 0.1, "max_grad_norm": 1.0},
     ],
 )
-def test_from_any_checkpoint_a_run_comes_to_the_same_end_to_the_bit(
+def test_from_any_checkpoint_a_run_ends_bit_identical(
     settings: dict[str, Any], run_here: RunHere, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoints, "KEPT", 100)
@@ -134,13 +123,12 @@ def test_from_any_checkpoint_a_run_comes_to_the_same_end_to_the_bit(
         for path in checkpoints_of(folder)[number + 1 :]:  # as if killed before it was written
             shutil.rmtree(path)
         resume_here(folder)
-        for mine, theirs in zip(end_of(folder), expected, strict=True):
-            assert mine == theirs
+        assert end_of(folder) == expected
 
 
 @pytest.fixture
 def begun(run_here: RunHere) -> Path:
-    """A run that was killed in its first epoch, with three checkpoints."""
+    """A run killed in its first epoch, with two checkpoints."""
     folder = run_here("begun", checkpoint_every=3, max_steps=12)
     shutil.rmtree(checkpoints_of(folder)[-1])
     assert len(checkpoints_of(folder)) == 2
@@ -171,7 +159,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_reported_set_aside_and_the_one_before_it_is_used(
+def test_a_damaged_checkpoint_is_renamed_and_the_previous_one_is_used(
     damage: str, begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, newest = checkpoints_of(begun)
@@ -179,24 +167,35 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_the_one_before_it_is_use
     resume_here(begun)
     output = capsys.readouterr().out
     assert f"{newest} is damaged (" in output
-    assert f"goes on from {before.name}" in output
+    assert f"resumed     from {before.name}" in output
     assert (begun / "checkpoints" / f"damaged-{newest.name}").is_dir()
     assert state_of(begun)["step"] == 12
 
 
-def test_where_no_checkpoint_is_whole_it_is_an_error_and_no_fresh_start(begun: Path, resume_here: ResumeHere) -> None:
+def test_without_an_intact_checkpoint_a_run_ends_and_does_not_start_over(begun: Path, resume_here: ResumeHere) -> None:
     metrics = metrics_of(begun)
     for path in checkpoints_of(begun):
         flip(path / "model.safetensors")
     for _ in range(2):  # nor at the next try
-        with pytest.raises(UserError, match="checkpoints: none of the checkpoints is whole"):
+        with pytest.raises(UserError, match="checkpoints: no intact checkpoint"):
             resume_here(begun)
         assert metrics_of(begun) == metrics
         assert state_of(begun)["status"] == "failed"
+    shutil.rmtree(begun / "checkpoints")  # a disk that is not mounted
+    with pytest.raises(UserError, match=r"no intact checkpoint \(the last was of step 12\)\. Restore"):
+        resume_here(begun)
+    assert metrics_of(begun) == metrics
+
+
+def enter(folder: Path, name: str) -> None:
+    """Update a file's line in the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[name] = checksum((folder / name).read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def rewrite(folder: Path, name: str, change: Callable[[Any], None]) -> None:
-    """Change a file of a checkpoint, and its line in the manifest with it."""
+    """Change a file of a checkpoint and its line in the manifest."""
     path, tensors = folder / name, name.endswith(".safetensors")
     content = load_file(path) if tensors else json.loads(path.read_text())
     change(content)
@@ -204,21 +203,19 @@ def rewrite(folder: Path, name: str, change: Callable[[Any], None]) -> None:
         save_file(content, path)
     else:
         path.write_text(json.dumps(content))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest[name] = checksum(path.read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    enter(folder, name)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("state.json", lambda it: it["progress"].update(step=-5), "step -5 in epoch"),
-        ("state.json", lambda it: it["progress"].update(batch=10**9), "batch 1,000,000,000 of 20"),
+        ("state.json", lambda it: it["progress"].update(batch=10**9), "batch 1000000000 of 20"),
         ("state.json", lambda it: it["progress"].update(batch=-1), "batch -1 of 20"),
         ("state.json", lambda it: it["progress"].update(epoch=0), "epoch 0"),
-        ("state.json", lambda it: it["progress"].update(step=10**6), "step 1,000,000 in epoch"),
+        ("state.json", lambda it: it["progress"].update(step=10**6), "step 1000000 in epoch"),
         ("state.json", lambda it: it["progress"].update(seconds=math.nan), "NaN in state.json"),
-        ("state.json", lambda it: it["progress"].update(step="x"), "step 'x', epoch 1"),
+        ("state.json", lambda it: it["progress"].update(step="x"), "step 'x' in epoch 1"),
         ("state.json", lambda it: it["tracking"].update(metrics_bytes=-1), "-1 bytes of metrics.jsonl"),
         ("state.json", lambda it: it["ranks"][0]["loss"].update(sum=math.inf), "Infinity in state.json"),
         ("model.safetensors", lambda it: it["fc1.weight"].fill_(math.nan), "fc1.weight holds NaN"),
@@ -226,16 +223,16 @@ def rewrite(folder: Path, name: str, change: Callable[[Any], None]) -> None:
         ("optimizer.safetensors", lambda it: it["0.step"].fill_(-3), "0.step is -3"),
     ],
 )
-def test_a_checkpoint_that_is_whole_but_holds_what_cannot_be_is_refused(
+def test_an_intact_checkpoint_with_impossible_values_is_refused(
     name: str, change: Callable[[Any], None], message: str, begun: Path, resume_here: ResumeHere
 ) -> None:
     newest = checkpoints_of(begun)[-1]
     rewrite(newest, name, change)
-    with pytest.raises(UserError, match=f"{newest.name}: is whole, but cannot be a state of this run: .*({message})"):
+    with pytest.raises(UserError, match=f"{newest.name}: intact, but not a possible state of this run: .*({message})"):
         resume_here(begun)
     assert newest.exists()
     shutil.rmtree(newest)
-    resume_here(begun)  # from the one before it
+    resume_here(begun)  # from the previous one
     assert state_of(begun)["status"] == "finished"
 
 
@@ -256,7 +253,7 @@ def test_a_manifest_names_only_files_of_its_checkpoint(name: str, begun: Path, r
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
-def test_an_environment_json_that_cannot_be_read_is_named(content: str, begun: Path, resume_here: ResumeHere) -> None:
+def test_an_unreadable_environment_json_is_named(content: str, begun: Path, resume_here: ResumeHere) -> None:
     (begun / "environment.json").write_text(content)
     with pytest.raises(UserError, match=r"environment\.json: cannot be read"):
         resume_here(begun)
@@ -266,7 +263,7 @@ def test_an_environment_json_that_cannot_be_read_is_named(content: str, begun: P
     assert state_of(begun)["status"] == "finished"
 
 
-def test_a_pipe_or_a_device_is_written_through_and_a_link_stays_one(tmp_path: Path) -> None:
+def test_writing_to_a_pipe_works_and_a_link_stays_a_link(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -280,17 +277,15 @@ def test_a_pipe_or_a_device_is_written_through_and_a_link_stays_one(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "other", "pipe"]
 
 
-def test_metrics_that_are_gone_are_missed_aloud(
-    begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_metrics_are_reported(begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]) -> None:
     (begun / "metrics.jsonl").unlink()
     resume_here(begun)
-    assert re.search(r"resumed +metrics\.jsonl has 0 of the \d+ bytes that it had", capsys.readouterr().out)
+    assert re.search(r"resumed +metrics\.jsonl has 0 of the \d+ bytes it had", capsys.readouterr().out)
     assert state_of(begun)["status"] == "finished"
 
 
 class Payload:
-    """What makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, made: Path) -> None:
         self.made = made
@@ -301,7 +296,7 @@ class Payload:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("form", ["pickle", "torch"])
-def test_a_hostile_pickle_in_any_file_is_refused_and_nothing_of_it_runs(
+def test_a_malicious_pickle_in_any_file_is_refused_and_does_not_run(
     name: str, form: str, begun: Path, resume_here: ResumeHere, tmp_path: Path
 ) -> None:
     made = tmp_path / "made"
@@ -311,15 +306,13 @@ def test_a_hostile_pickle_in_any_file_is_refused_and_nothing_of_it_runs(
             payload.write_bytes(pickle.dumps(Payload(made)))
         else:
             torch.save(Payload(made), payload)
-        if name != "manifest.json":  # the attacker does it well
-            manifest = json.loads((folder / "manifest.json").read_text())
-            manifest[name] = checksum(payload.read_bytes())
-            (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="none of the checkpoints is whole"):
+        if name != "manifest.json":  # a careful attacker
+            enter(folder, name)
+    with pytest.raises(UserError, match="no intact checkpoint"):
         resume_here(begun)
     assert not made.exists()
     pickle.loads(pickle.dumps(Payload(made)))
-    assert made.exists()  # it would have
+    assert made.exists()  # it works
 
 
 @pytest.mark.parametrize(
@@ -333,7 +326,7 @@ def test_a_hostile_pickle_in_any_file_is_refused_and_nothing_of_it_runs(
         ({"run_name": "other"}, "--run-name other: the run in .* has begun"),
     ],
 )
-def test_other_settings_than_the_runs_own_are_refused_with_both_values(
+def test_settings_that_differ_from_the_runs_are_refused_with_both_values(
     settings: dict[str, Any], message: str, begun: Path, resume_here: ResumeHere
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -342,18 +335,18 @@ def test_other_settings_than_the_runs_own_are_refused_with_both_values(
         resume_here(begun / ".." / "begun", **settings)
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_the_field_and_both_values(
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(
     begun: Path, run_here: RunHere, resume_here: ResumeHere
 ) -> None:
     other = run_here("other", model="cnn", checkpoint_every=3, max_steps=3)
     for path in checkpoints_of(other):
         shutil.rmtree(path)
     shutil.copytree(checkpoints_of(begun)[-1], other / "checkpoints" / "step-0000000009")
-    with pytest.raises(ConfigError, match="step-0000000009: was saved with model mlp, but this run has cnn"):
+    with pytest.raises(ConfigError, match="step-0000000009: saved with model mlp, but this run has cnn"):
         resume_here(other, max_steps=20)
 
 
-def test_what_may_change_changes(begun: Path, resume_here: ResumeHere) -> None:
+def test_some_settings_may_change(begun: Path, resume_here: ResumeHere) -> None:
     before = [line["step"] for line in metrics_of(begun) if line["step"] < 12]
     resume_here(begun, max_steps=30, epochs=2, log_every=5, checkpoint_every=11, trackers="none")
     assert state_of(begun)["step"] == 30
@@ -362,7 +355,7 @@ def test_what_may_change_changes(begun: Path, resume_here: ResumeHere) -> None:
     assert (saved.max_steps, saved.epochs, saved.checkpoint_every) == (30, 2, 11)
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is_and_goes_on_with_more_epochs(
+def test_resuming_a_finished_run_changes_nothing_unless_there_are_more_epochs(
     run_here: RunHere, resume_here: ResumeHere
 ) -> None:
     folder = run_here("x", epochs=1, log_every=100)
@@ -376,26 +369,18 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is_and_goes_on_with_more_epo
     assert longer[-1]["test/loss"] == whole[-1]["test/loss"]
 
 
-def test_a_run_that_has_no_checkpoint_yet_begins_again_in_its_folder(
-    run_here: RunHere, resume_here: ResumeHere
-) -> None:
+def test_a_run_without_a_checkpoint_yet_starts_over_in_its_folder(run_here: RunHere, resume_here: ResumeHere) -> None:
     folder = run_here("x")
     lines = metrics_of(folder)
     shutil.rmtree(folder / "checkpoints")
-    (folder / "state.json").write_text(json.dumps(state_of(folder) | {"checkpoint": None}))  # as if killed before it
+    (folder / "state.json").write_text(
+        json.dumps(state_of(folder) | {"checkpoint": None})
+    )  # as if killed before the first
     resume_here(folder)
     assert [line.get("test/loss") for line in metrics_of(folder)] == [line.get("test/loss") for line in lines]
 
 
-def test_checkpoints_that_are_gone_are_an_error_and_no_fresh_start(begun: Path, resume_here: ResumeHere) -> None:
-    metrics = metrics_of(begun)
-    shutil.rmtree(begun / "checkpoints")  # a disk that is not mounted
-    with pytest.raises(UserError, match=r"none of the checkpoints is whole, .* One of step 12 was written"):
-        resume_here(begun)
-    assert metrics_of(begun) == metrics
-
-
-def test_a_disk_that_cannot_be_read_for_a_moment_damages_no_checkpoint(
+def test_a_temporary_read_error_damages_no_checkpoint(
     begun: Path, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_bytes = Path.read_bytes
@@ -414,7 +399,7 @@ def test_a_disk_that_cannot_be_read_for_a_moment_damages_no_checkpoint(
     resume_here(begun)
 
 
-def test_a_checkpoint_right_after_a_resume_knows_how_many_lines_there_are(
+def test_a_checkpoint_right_after_a_resume_knows_the_length_of_the_metrics(
     run_here: RunHere, resume_here: ResumeHere
 ) -> None:
     folder = run_here("x", checkpoint_every=5, max_steps=19, log_every=4)
@@ -425,10 +410,8 @@ def test_a_checkpoint_right_after_a_resume_knows_how_many_lines_there_are(
     assert [line["step"] for line in metrics_of(folder)] == [4, 8, 11, 12, 16, 19]
 
 
-def test_the_best_weights_are_those_of_the_epoch_with_the_lowest_validation_loss(
-    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = iter((3.0, 1.0, 2.0))  # as where a network overfits, which is nothing to wait for
+def test_the_best_weights_have_the_lowest_validation_loss(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter((3.0, 1.0, 2.0))  # as if it overfits
 
     def evaluate_with_given_losses(*arguments: Any, **keywords: Any) -> Result:
         result = evaluate_split(*arguments, **keywords)
@@ -445,11 +428,11 @@ def test_the_best_weights_are_those_of_the_epoch_with_the_lowest_validation_loss
     load_model(folder / "best")
 
 
-def test_without_a_validation_split_no_weights_are_called_the_best(run_here: RunHere) -> None:
+def test_without_a_validation_split_no_weights_are_called_best(run_here: RunHere) -> None:
     assert not (run_here("x") / "best").exists()
 
 
-def test_a_replacement_is_whole_or_the_old_one_stays_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_replacing_a_folder_is_atomic_and_leaves_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with new_folder(folder) as temporary:
         (temporary / "a").write_text("old")
@@ -464,7 +447,7 @@ def test_a_replacement_is_whole_or_the_old_one_stays_and_nothing_else_is_left(tm
 
 
 def die_at(deadly: int) -> None:
-    """End this process at its call of that number of all that change the disk or wait for it."""
+    """End this process at the `deadly`th call that changes or flushes the disk."""
     calls = itertools.count(1)
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -474,17 +457,17 @@ def die_at(deadly: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def test_a_process_that_is_killed_between_any_two_writes_leaves_the_old_or_the_new_whole(tmp_path: Path) -> None:
+def test_a_process_killed_between_any_two_writes_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     def write(path: Path, content: str) -> None:
         with new_folder(path) as temporary:
             for name in ("a", "b"):
                 (temporary / name).write_text(content)
 
     def work(folder: Path) -> None:
-        write(folder / "model", "new")  # in place of an old one
+        write(folder / "model", "new")  # replaces an old one
         write_file(folder / "state", "new")
         write(folder / "step-2", "new")
-        remove_folder(folder / "step-1")  # only when the newer one is there
+        remove_folder(folder / "step-1")
 
     outcomes = set()
     for deadly in itertools.count(1):
@@ -504,20 +487,17 @@ def test_a_process_that_is_killed_between_any_two_writes_leaves_the_old_or_the_n
         kept = {path.name for path in folder.iterdir()}
         assert kept >= {"model", "state"}
         assert kept & {"step-1", "step-2"}
-        whole = {}
         for name in kept - {"state"}:
-            contents = {path.read_text() for path in (folder / name).iterdir()}
-            assert len(contents) == 1
-            assert len(list((folder / name).iterdir())) == 2
-            whole[name] = contents.pop()
-        outcomes.add((whole["model"], (folder / "state").read_text(), *sorted(kept)))
+            contents = [path.read_text() for path in (folder / name).iterdir()]
+            assert contents in (["old", "old"], ["new", "new"])
+        outcomes.add(((folder / "model" / "a").read_text(), (folder / "state").read_text(), *sorted(kept)))
         if code == 0:
             break
     assert deadly > 20
-    assert len(outcomes) >= 5  # from nothing done to all done
+    assert len(outcomes) >= 5  # from nothing written to everything
 
 
-def test_all_random_generators_go_on_where_they_were() -> None:
+def test_random_generators_continue_where_they_were() -> None:
     state = RandomState(torch.device("cpu"))
     kept = json.loads(json.dumps(state.state_dict()))
 
@@ -543,7 +523,4 @@ def test_the_state_of_every_optimizer_survives_json_and_safetensors() -> None:
         state = optimizer.state_dict()
         assert again["state"].keys() == state["state"].keys()
         for index, values in state["state"].items():
-            assert again["state"][index].keys() == values.keys()
-            assert all(
-                torch.equal(torch.as_tensor(again["state"][index][k]), torch.as_tensor(values[k])) for k in values
-            )
+            torch.testing.assert_close(again["state"][index], values, rtol=0, atol=0)

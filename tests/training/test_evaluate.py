@@ -1,4 +1,4 @@
-"""Figures: the true means, whatever the batches."""
+"""Metrics are the true means, whatever the batches."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_evaluation_is_the_mean_over_the_images_and_counts_no_padding(
 
 
 def test_the_logged_training_loss_is_the_mean_over_the_images_of_each_step(run_here: RunHere) -> None:
-    # so small a learning rate that the weights stay what they were: then each step's loss can be had in one piece
+    # with a tiny learning rate the weights stay the same, so the losses of all steps can be compared
     settings = {"optimizer": "sgd", "learning_rate": 1e-12, "limit_train_images": 127, "batch_size": 10}
     every = metrics_of(run_here("every", gradient_accumulation_steps=5, log_every=1, **settings))
     windows = [line["train/loss"] for line in every if "test/loss" not in line]

@@ -1,4 +1,4 @@
-"""Losses, optimizers, schedules, and what accumulated batches add up to."""
+"""Losses, optimizers, schedules and gradient accumulation."""
 
 import copy
 import functools
@@ -62,7 +62,7 @@ def test_every_optimizer_learns(name: str) -> None:
 
 
 def learning_rates(name: str, warmup_steps: int, total_steps: int) -> list[float]:
-    """The learning rate at each optimizer step, of a highest one of 1."""
+    """The learning rate at each optimizer step, with a peak of 1."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = build_schedule(name, optimizer, warmup_steps, total_steps)
     rates = []
@@ -85,7 +85,7 @@ def test_schedules_follow_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "one-cycle"])
-def test_the_warm_up_rises_to_the_highest_rate_at_the_step_asked_for(name: str) -> None:
+def test_warmup_reaches_the_peak_at_the_requested_step(name: str) -> None:
     rates = learning_rates(name, 4, 20)
     assert rates[:5] == sorted(rates[:5])
     assert 0 < rates[0] < rates[3] < rates[4] == 1.0
@@ -107,7 +107,7 @@ def test_five_accumulated_batches_of_10_equal_one_of_50_in_every_window(
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-12)
 
 
-OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # that look alike, and may be entries one day
+OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # variants without a shortcut
     "amsgrad": functools.partial(torch.optim.Adam, fused=True, amsgrad=True),
     "not fused": functools.partial(torch.optim.AdamW, foreach=False),
 }
@@ -117,7 +117,7 @@ if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS, "another torch"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
+def test_the_lean_accelerator_is_bit_identical_to_accelerates(
     name: str, frozen: bool, fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "another torch":  # without the private functions
@@ -138,7 +138,7 @@ def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
             optimizer = accelerator.prepare(torch_optimizer)
             assert isinstance(optimizer, LeanOptimizer) is lean
             for number, (X, y) in enumerate(batches):
-                if number == 9:  # as a run that is resumed
+                if number == 9:  # as if resumed
                     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
                 optimizer.zero_grad()
                 with accelerator.accumulate(model):
@@ -152,7 +152,7 @@ def test_what_is_lean_does_what_accelerates_own_does_to_the_bit(
         torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_a_longer_gradient_is_cut_to_max_grad_norm(run_here: RunHere) -> None:
+def test_a_larger_gradient_is_clipped_to_max_grad_norm(run_here: RunHere) -> None:
     settings = {"optimizer": "sgd", "learning_rate": 1.0, "max_steps": 1, "batch_size": 200}
     once, twice, free = (
         load_file(run_here(name, max_grad_norm=limit, **settings) / "model" / "model.safetensors")
@@ -162,5 +162,7 @@ def test_a_longer_gradient_is_cut_to_max_grad_norm(run_here: RunHere) -> None:
     def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
         return float(torch.cat([(one[name] - other[name]).flatten() for name in one]).norm())
 
-    assert distance(once, twice) == pytest.approx(0.01, rel=1e-3)  # a step of SGD at rate 1 is as long as its gradient
+    assert distance(once, twice) == pytest.approx(
+        0.01, rel=1e-3
+    )  # with SGD at learning rate 1, the step is the gradient
     assert distance(once, free) > 0.02
