@@ -33,8 +33,10 @@ HUNDRED_STEPS = {"limit_train_images": 1000, "log_every": 10}
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder for Inductor's compiled code."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    """A folder for Inductor's code, compiled without its test whether g++ supports the CPU's vectors (7 s)."""
+    import torch._inductor.config
+
+    with pytest.MonkeyPatch.context() as monkeypatch, torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
 
