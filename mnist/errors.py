@@ -1,24 +1,21 @@
-"""What a user can mend: errors that are shown as one message, without a traceback.
-
-Everything else that goes wrong is a bug or a broken machine, and keeps its traceback.
-"""
+"""Errors that a user can fix: shown as one message, without a traceback. All others keep their traceback."""
 
 
 class UserError(Exception):
-    """A run cannot start or go on; the message names the thing, the value and the way out."""
+    """A run cannot start or continue. The message says what is wrong, the value and what to do."""
 
     exit_code = 1
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that cannot be: wrong usage, ended with 2 as by argparse."""
+    """An invalid setting. The exit code of wrong usage is that of argparse."""
 
     exit_code = 2
 
 
 class ImageError(UserError):
-    """A file that should be an image, or a folder of them, and cannot be read."""
+    """A file that is not a readable image, or a folder without any."""
 
 
 class DivergedError(UserError):
-    """The loss is no number any more."""
+    """The loss is no longer finite."""

@@ -1,9 +1,9 @@
-"""Writes such that a process that is killed, or has no disk left, leaves the old or the new, whole; locks on folders.
+"""Atomic writes, which leave the old file or the new one after a crash or on a full disk, never half; folder locks.
 
 write_file(folder / "state.json", "{}")
-with new_folder(folder / "model") as temporary: ...      # gets its name when it is on the disk
-with storage_errors("runs/x", "how to go on"): ...       # a full disk is a UserError
-read_text(folder / "state.json")                         # OSError for what is larger than any that is written here
+with new_folder(folder / "model") as temporary: ...      # renamed once it is on the disk
+with storage_errors("runs/x", "try again"): ...          # a full disk raises UserError
+read_text(folder / "state.json")                         # OSError for a file larger than any that is written here
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from filelock import FileLock, Timeout
 
 from mnist.errors import UserError
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # as temporary_name makes it
-LARGEST_TEXT = 16 << 20  # bytes: lists of nothing take thirty times as much in memory
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # of temporary_name
+LARGEST_TEXT = 16 << 20  # bytes: nested empty lists take thirty times as much in memory
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def temporary_name(path: Path, word: str) -> Path:
-    """A hidden name beside `path` that nobody else has: "new" on its way to `path`, "old" or "gone" from there."""
+    """A unique hidden name beside `path`: "new" will become `path`, "old" or "gone" has been it."""
     return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
 
 
@@ -37,19 +37,19 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a text, or bytes, under another name beside `path`, flush it to the disk, rename.
+    """Write to a temporary file beside `path`, flush it to the disk and rename it.
 
-    What is there and is no regular file, a pipe or /dev/stdout, is written through.
+    A pipe or a device such as /dev/stdout is written directly.
     """
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        with path.open("wb") as device:
-            device.write(content.encode() if isinstance(content, str) else content)
+        path.write_bytes(data)
         return
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # keeps a symbolic link
     temporary = temporary_name(path, "new")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -60,10 +60,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder under another name to write files into; when they are on the disk it takes the place of `folder`.
-
-    If writing fails nothing is left of it, and the old one stays.
-    """
+    """A temporary folder that replaces `folder` once its files are on the disk. If writing fails, `folder` stays."""
     temporary, old = temporary_name(folder, "new"), temporary_name(folder, "old")
     try:
         temporary.mkdir(parents=True)
@@ -80,8 +77,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+    """Wait until a file, or the list of files in a folder, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -91,7 +88,7 @@ def flush(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it exists, such that it is there whole or not at all."""
+    """Remove a folder, if it exists; it is never seen half-removed."""
     if folder.exists():
         doomed = temporary_name(folder, "gone")
         folder.rename(doomed)
@@ -99,12 +96,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Tidy up what processes that were killed while they wrote have left in `folder`. For the owner of its lock."""
-    found = [(path, match) for path in folder.glob(".*") if (match := TEMPORARY.fullmatch(path.name))]
-    for path, match in found:  # taken away, but nothing put in its place
-        if match["word"] == "old" and not (place := path.with_name(match["name"])).exists():
-            path.rename(place)
-    for path, _ in found:
+    """Remove what killed processes left half-written in `folder`. The caller must hold its lock."""
+    leftovers = [(path, match) for path in folder.glob(".*") if (match := TEMPORARY.fullmatch(path.name))]
+    for path, match in leftovers:  # restore what was moved away but not replaced
+        if match["word"] == "old" and not (original := path.with_name(match["name"])).exists():
+            path.rename(original)
+    for path, _ in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -112,22 +109,22 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def lock_folder(folder: Path, holder: str) -> FileLock | None:
-    """Take the lock on a folder, held until it is released or this process ends, however it does.
+    """Lock a folder until the lock is released or this process ends.
 
-    None on a file system that knows no locks. Raises UserError where another process has it; `holder` says who that
-    may be.
+    Returns None if the file system does not support locks. Raises UserError if another process holds the lock;
+    `holder` is the part of the message that names it.
     """
-    place = folder / ".lock"
-    if place.is_symlink() or (place.exists() and not place.is_file()):  # which would be emptied where it leads
-        raise UserError(f"{place}: not the lock of a run, which is a file. Remove it.")
-    lock = FileLock(place)
+    path = folder / ".lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # filelock would truncate a link's target
+        raise UserError(f"{path}: not a regular file, as a run's lock is. Remove it.")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         if not knows_locks(folder):
             return None
         raise UserError(
-            f"{folder}: another job is training in this folder{holder}. Wait for it or end it, or choose another"
+            f"{folder}: another job is training in this folder{holder}. Wait for it, stop it, or choose another"
             " --run-name."
         ) from error
     except (OSError, NotImplementedError):
@@ -138,7 +135,7 @@ def lock_folder(folder: Path, holder: str) -> FileLock | None:
 
 
 def knows_locks(folder: Path) -> bool:
-    """Whether the file system of a folder takes locks: filelock's versions say in several ways that it does not."""
+    """Whether the file system of a folder supports locks. Versions of filelock differ in how they report that."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -155,15 +152,15 @@ def knows_locks(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def storage_errors(place: Path, way_on: str) -> Iterator[None]:
-    """A full or read-only disk as a UserError with the way on; other errors pass."""
+def storage_errors(path: Path, advice: str) -> Iterator[None]:
+    """Turn a full or read-only disk into a UserError that says what to do; other errors pass through."""
     try:
         yield
     except OSError as error:
         if error.errno in STORAGE_ERRORS:
-            where = f" ({error.filename})" if error.filename else ""
+            file = f" ({error.filename})" if error.filename else ""
             raise UserError(
-                f"{place}: cannot be written any more: {error.strerror}{where}. What was saved before is whole. Make"
-                f" room or mend it, then {way_on}"
+                f"{path}: cannot write: {error.strerror}{file}. What was saved before is intact. Free some space or fix"
+                f" the permissions, then {advice}"
             ) from error
         raise

@@ -1,1 +1,1 @@
-"""The settings of a run: TrainConfig, the recipes that set it, and the command line made from it."""
+"""Settings of a run: TrainConfig, recipes and the command line."""

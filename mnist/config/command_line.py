@@ -19,117 +19,113 @@ from typing import Annotated, Any, get_args, get_type_hints
 from mnist.config.settings import CHOICES, TrainConfig, check_choice, flag
 from mnist.errors import ConfigError
 
-NARROWEST = 40  # columns of a terminal
+MIN_COLUMNS = 40  # of the terminal: tyro's help does not terminate in very narrow ones
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every profile seed",
     "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
-    "length": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
+    "training": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
     "processes": "compile mixed_precision timeout_seconds",
 }
-"""The groups of `--help`; every field of TrainConfig stands in one."""
+"""The groups of `--help`: every field of TrainConfig is in one of them."""
 
 
 def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The settings that a command line asks for, starting from the recipe that it names.
+    """The settings of a command line: those of its recipe, overridden by its flags.
 
-    Both `--learning-rate=0.01` and `--learning_rate 0.01` are understood, and a boolean as `--flag`, `--flag=True` or
-    `--flag false`: W&B's sweep agents send the forms with `=`. Ends with 2 and a message for what it cannot read;
-    raises ConfigError for what it can read but cannot be.
+    Accepts `--learning-rate=0.01` and `--learning_rate 0.01`, and for a boolean `--flag`, `--flag=True` or `--flag
+    false`; W&B's sweep agents use `=`. Exits with 2 and a message for arguments that cannot be parsed; raises
+    ConfigError for invalid values.
     """
+    import tyro
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first_look.add_argument("--recipe", nargs="?", default="tutorial")
-    recipe = first_look.parse_known_args(arguments)[0].recipe or "tutorial"
+    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    recipe_parser.add_argument("--recipe", nargs="?", default="tutorial")
+    recipe = recipe_parser.parse_known_args(arguments)[0].recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
     if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
-        raise ConfigError("--batch-size and --global-batch-size: give one of them, for the other follows from it.")
+        raise ConfigError("--batch-size and --global-batch-size: use only one. The other one follows from it.")
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:  # of COLUMNS, or of the terminal itself
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    is_first = is_first_process()  # only the first process prints errors
+    try:
+        parsed = tyro.cli(
+            _grouped_settings(recipes, recipes[recipe]),
+            prog="train.py",
+            description=inspect.getdoc(TrainConfig),
+            args=spell_booleans(arguments),
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            console_outputs=is_first,
+        )
+    except SystemExit:
+        if not is_first:
+            time.sleep(2)  # the launcher ends all processes as soon as one has ended; if not, nobody has printed
+            print(f"Process {os.environ['RANK']}: wrong usage. See the error of process 0.", file=sys.stderr)
+        raise
+    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    return dataclasses.replace(recipes[recipe], **values)
+
+
+def _grouped_settings(recipes: Mapping[str, TrainConfig], defaults: TrainConfig) -> Any:
+    """A dataclass with one nested dataclass per group of the help, which is how tyro groups flags.
+
+    TrainConfig itself is flat: `config.learning_rate` reads better than `config.optimizer.learning_rate`.
+    """
+    import tyro
+
+    docstrings, types = field_docstrings(TrainConfig), get_type_hints(TrainConfig)
     open_ended = {name: (*CHOICES[name], "...") for name in ("dataset", "model")}
-    choices = CHOICES | open_ended | {"recipe": tuple(recipes)}  # as --help shows them
-    config: TrainConfig = parse_flags(recipes[recipe], HELP_GROUPS, choices, arguments)
-    return config
+    choices = CHOICES | open_ended | {"recipe": tuple(recipes)}  # as the help shows them
+
+    def argument(name: str) -> tuple[str, Any, Any]:
+        (kind, *_) = get_args(types[name]) or (types[name],)
+        metavar = "{" + ",".join(choices[name]) + "}" if name in choices else kind.__name__.upper()
+        default = getattr(defaults, name)
+        hint = "" if default is None else None  # the docstring says what None means
+        note = tyro.conf.arg(help=docstrings[name], metavar=metavar, help_behavior_hint=hint)
+        return name, Annotated[types[name], note], dataclasses.field(default=default)
+
+    groups = []
+    for title, names in HELP_GROUPS.items():
+        group: Any = dataclasses.make_dataclass(title, [argument(name) for name in names.split()], frozen=True)
+        group.__doc__ = " "
+        groups.append((title, group, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("Settings", groups, frozen=True)
 
 
 def explicit_settings(arguments: Sequence[str] | None = None) -> frozenset[str]:
-    """Names of the settings that a command line names, as opposed to those that have their default."""
+    """Names of the settings that a command line sets explicitly."""
     words = sys.argv[1:] if arguments is None else arguments
     names = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     return frozenset(names & {field.name for field in dataclasses.fields(TrainConfig)})
 
 
-def parse_flags(
-    defaults: Any, groups: Mapping[str, str], choices: Mapping[str, Sequence[str]], arguments: Sequence[str]
-) -> Any:
-    """A copy of the dataclass `defaults` with what the arguments change.
-
-    tyro groups the help by nested dataclass. Ours is flat, for `config.learning_rate` reads better than
-    `config.optimizer.learning_rate`: so the groups are made here, for the command line only.
-    """
-    import tyro
-
-    cls = type(defaults)
-    help_of, types = field_docstrings(cls), get_type_hints(cls)
-
-    def argument(name: str) -> tuple[str, Any, Any]:
-        kinds = [kind for kind in get_args(types[name]) or (types[name],) if kind is not type(None)]
-        metavar = "{" + ",".join(choices[name]) + "}" if name in choices else kinds[0].__name__.upper()
-        note = tyro.conf.arg(help=help_of[name], metavar=metavar)
-        return name, Annotated[types[name], note], dataclasses.field(default=getattr(defaults, name))
-
-    sections = []
-    for title, names in groups.items():
-        section: Any = dataclasses.make_dataclass(title, [argument(name) for name in names.split()], frozen=True)
-        section.__doc__ = " "
-        sections.append((title, section, dataclasses.field(default_factory=section)))
-    nested: Any = dataclasses.make_dataclass("Settings", sections, frozen=True)
-    booleans = [name for name, kind in types.items() if kind is bool]
-    if shutil.get_terminal_size().columns < NARROWEST:  # of COLUMNS, or of the terminal itself
-        os.environ["COLUMNS"] = str(NARROWEST)  # tyro's help never ends in one column
-    speaks = is_first_process()  # of many processes, the first says what is wrong
-    try:
-        parsed = tyro.cli(
-            nested,
-            prog="train.py",
-            description=(inspect.getdoc(cls) or ""),
-            args=spell_booleans(arguments, booleans),
-            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-            console_outputs=speaks,
-        )
-    except SystemExit:
-        if not speaks:
-            time.sleep(2)  # the launcher ends all processes as soon as one has ended; else nobody has spoken
-            print(f"Process {os.environ['RANK']}: wrong usage. Process 0 says why.", file=sys.stderr)
-        raise
-    values = {k: v for section in vars(parsed).values() for k, v in vars(section).items()}
-    return dataclasses.replace(defaults, **values)
-
-
 def is_first_process() -> bool:
-    """Whether this is the first process of its job, or the only one, whatever number was left in the environment."""
+    """Whether this is the first or the only process of its job; a stale RANK does not count."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return alone or os.environ.get("RANK", "0") == "0"
 
 
-def spell_booleans(arguments: Sequence[str], booleans: Sequence[str]) -> list[str]:
-    """`--flag` alone, `--flag=true` and `--flag false` as the `--flag True` and `--flag False` that tyro reads."""
+def spell_booleans(arguments: Sequence[str]) -> list[str]:
+    """Spell `--flag`, `--flag=true` and `--flag false` as `--flag True` and `--flag False`, which tyro reads."""
+    flags = {flag(name) for name, kind in get_type_hints(TrainConfig).items() if kind is bool}
     spelled: list[str] = []
-    flags = {flag(name) for name in booleans}
-    for index, argument in enumerate(arguments):
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         name, equals, value = argument.partition("=")
-        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
-        after_flag = bool(spelled) and spelled[-1].replace("_", "-") in flags
-        if name.replace("_", "-") in flags and not equals and following.startswith("--"):
-            spelled += [argument, "True"]
-        elif name.replace("_", "-") in flags and equals:
+        if name.replace("_", "-") in flags and equals:
             spelled += [name, value.capitalize()]
+        elif name.replace("_", "-") in flags and following.startswith("--"):
+            spelled += [argument, "True"]
         else:
-            spelled.append(argument.capitalize() if after_flag else argument)
+            is_value = bool(spelled) and spelled[-1].replace("_", "-") in flags
+            spelled.append(argument.capitalize() if is_value else argument)
     return spelled
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass: Python keeps it in the source only."""
+    """The docstring under each field of a dataclass. Python keeps these in the source only."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     docstrings = {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mnist.config.settings import LARGEST_NUMBER, read_settings
+from mnist.config.settings import MAX_INTEGER, read_settings
 from mnist.errors import ConfigError
 from mnist.files import read_text
 from mnist.launch.streams import printable
@@ -189,7 +189,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
         and len(names) <= MOST_SHOWN
-        and all(type(it) is int and 0 <= it <= LARGEST_NUMBER for it in numbers)
+        and all(type(it) is int and 0 <= it <= MAX_INTEGER for it in numbers)
         and all(type(name) is str for name in (*evaluation["class_names"], *names))
         and all(
             len(it["predictions"]) == len(it["probabilities"]) == len(evaluation["examples"])

@@ -624,7 +624,7 @@ def test_a_full_disk_leaves_nothing_behind(pets: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(UserError, match="cannot be written any more: File too large"):
+        with pytest.raises(UserError, match="cannot write: File too large"):
             load(pets)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
