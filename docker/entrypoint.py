@@ -1,12 +1,12 @@
-"""What a container runs: training on all that it sees, or another command.
+"""The container's entrypoint: train on all visible GPUs, or run another command.
 
-docker run --gpus all IMAGE --recipe cnn --epochs 5     # flags, or nothing: train.py, by the launcher that fits
+docker run --gpus all IMAGE --recipe cnn --epochs 5     # flags or nothing: train.py, with a launcher if needed
 docker run IMAGE mnist predict seven.png                # anything else is a command
 docker run -it IMAGE bash
 
-NUM_PROCESSES says how many processes train, MIXED_PRECISION in which precision, WANDB_API_KEY_FILE where the key of W&B
-lies. PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, which torchrun reads and Kubeflow sets, join
-several machines. A launcher turns every exit code into 1: the container ends with the one in the run's state.json.
+Variables: NUM_PROCESSES, MIXED_PRECISION and WANDB_API_KEY_FILE (a file with the W&B key); for several machines
+PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, which torchrun reads and Kubeflow sets. Launchers turn
+every exit code into 1, so the container exits with the one in the run's state.json.
 """
 
 import contextlib
@@ -31,35 +31,35 @@ from mnist.launch.signals import EXIT_CODES
 from mnist.runs.record import read_state
 
 PRECISIONS = CHOICES["mixed_precision"]
-DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA's GPUs, of those of Windows below WSL, and of AMD's
+DEVICE_FILES = ("nvidia*", "dxg", "kfd")  # of NVIDIA, WSL and AMD GPUs
 COUNT_DEVICES = """
 import torch
 print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)
 """
 LARGEST_KEY = 10_000  # bytes
-SECRET = "/run/secrets/wandb_api_key"  # where Compose and Swarm put a secret of that name
+SECRET = "/run/secrets/wandb_api_key"  # a secret of Compose or Swarm
 
 
 class UsageError(ValueError):
-    """A variable that cannot be; the message names it, its value and the way out."""
+    """An invalid environment variable. The message gives its name, its value and what to do."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A command line, and the variables that it needs besides those that there are."""
+    """A command and the variables to add to its environment."""
 
     command: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
-    launched: bool = False  # several processes, by a launcher that has to be watched
+    launched: bool = False  # by a launcher, whose exit code does not count
 
 
 def trains(arguments: Sequence[str]) -> bool:
-    """Whether the arguments of the container are flags of train.py."""
+    """Whether the container's arguments are flags of train.py."""
     return not arguments or arguments[0].startswith("-")
 
 
 def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int) -> Plan:
-    """What to run where so many GPUs are visible; UsageError for variables that do not fit."""
+    """What to run on `visible` GPUs. Raises UsageError for invalid variables."""
     if not trains(arguments):
         return Plan(tuple(arguments))
     script = ("train.py", *arguments)
@@ -69,12 +69,12 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int)
     precision = {"ACCELERATE_MIXED_PRECISION": asked} if asked else {}
     machines = _whole_number("PET_NNODES", environment) or 1
     variable = "NUM_PROCESSES" if environment.get("NUM_PROCESSES") else "PET_NPROC_PER_NODE"
-    given = None if environment.get(variable) in ("auto", "gpu") else _whole_number(variable, environment)
-    processes = given or visible or 1
+    requested = None if environment.get(variable) in ("auto", "gpu") else _whole_number(variable, environment)
+    processes = requested or visible or 1
     if processes > visible > 0:
         raise UsageError(
-            f"{variable}={processes}: only {visible} GPU(s) are visible here. Ask for at most {visible}, or hide them"
-            " and train on the CPU: CUDA_VISIBLE_DEVICES= (empty)."
+            f"{variable}={processes}: only {visible} GPU(s) are visible. Use at most {visible}, or hide them to train"
+            " on the CPU: CUDA_VISIBLE_DEVICES= (empty)."
         )
     if "--help" in arguments or "-h" in arguments or (machines == 1 and processes == 1):
         return Plan((sys.executable, *script), precision)
@@ -82,10 +82,15 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int)
         missing = [name for name in ("PET_NODE_RANK", "PET_MASTER_ADDR") if not environment.get(name)]
         if missing:
             raise UsageError(
-                f"PET_NNODES={machines}: without {', '.join(missing)} the machines would not find each other. Set"
-                " PET_NODE_RANK (from 0) and PET_MASTER_ADDR (the address of the machine of rank 0) on each."
+                f"PET_NNODES={machines}: requires {', '.join(missing)}. Set PET_NODE_RANK (from 0) and PET_MASTER_ADDR"
+                " (the address of the machine with rank 0) on each machine."
             )
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))  # the rest is in PET_...
+        launcher = (
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+        )  # the rest is in PET_...
         return Plan((sys.executable, *launcher, *script), precision, launched=True)
     config = f"accelerate_configs/{'multi_gpu' if visible else 'multi_cpu'}.yaml"
     flags = ("--config_file", config, "--num_processes", str(processes))
@@ -94,27 +99,27 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int)
 
 
 def _whole_number(variable: str, environment: Mapping[str, str]) -> int | None:
-    """The value of a variable, None where it is not set or empty, as Compose passes what the user has not set."""
+    """The value of a variable; None if unset or empty, as Compose passes unset variables."""
     value = environment.get(variable, "")
     if value and not (value.isdecimal() and len(value) < 10 and int(value) > 0):
-        raise UsageError(f"{variable}={value:.50}: must be a whole number of at least 1.")
+        raise UsageError(f"{variable}={value:.50}: must be a whole number above 0.")
     return int(value) if value else None
 
 
 def visible_devices() -> int:
-    """How many GPUs training will see; torch is asked, which takes seconds, only where there is a file of one."""
+    """Number of GPUs that torch sees. Imports torch, which takes seconds, only if there is a device file."""
     if not any(any(Path("/dev").glob(name)) for name in DEVICE_FILES):
         return 0
     answer = subprocess.run([sys.executable, "-c", COUNT_DEVICES], stdout=subprocess.PIPE, text=True, check=True)
     count = int(answer.stdout)
     if count == 0:
         causes = "CUDA_VISIBLE_DEVICES hides them, or the driver is older than torch's CUDA"
-        print(f"entrypoint: there are files of GPUs here, but torch sees none: {causes}", file=sys.stderr)
+        print(f"entrypoint: there are GPU device files, but torch sees no GPU: {causes}", file=sys.stderr)
     return count
 
 
 def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
-    """WANDB_API_KEY from the file that holds it, if it is not in the environment already."""
+    """WANDB_API_KEY from its file, unless it is in the environment."""
     path = Path(environment.get("WANDB_API_KEY_FILE") or SECRET)
     if environment.get("WANDB_API_KEY") or not (path.exists() or environment.get("WANDB_API_KEY_FILE")):
         return {}
@@ -125,56 +130,54 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
     except OSError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"WANDB_API_KEY_FILE={path}: holds no text, and so no key.") from error
+        raise UsageError(f"WANDB_API_KEY_FILE={path}: not a text file.") from error
     if not key.isprintable():  # a zero byte cannot be in a variable
         raise UsageError(f"WANDB_API_KEY_FILE={path}: holds more than a key, which is one line of text.")
     return {"WANDB_API_KEY": key}
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:
-    """What a flag of train.py is given, as `--run-name x`, `--run-name=x` or `--run_name x`; the last one counts."""
+    """The last value of a flag of train.py, from `--run-name x`, `--run-name=x` or `--run_name x`."""
     value = None
-    for place, word in enumerate(arguments):
+    for index, word in enumerate(arguments):
         name, equals, rest = word.partition("=")
         if name.replace("_", "-") == flag:
-            value = rest if equals else next(iter(arguments[place + 1 :]), None)
+            value = rest if equals else next(iter(arguments[index + 1 :]), None)
     return value
 
 
 def state_files(arguments: Sequence[str]) -> list[Path]:
-    """state.json of the run that the flags name, or of all that it may be."""
-    resumed, parent = flag_value(arguments, "--resume"), Path(flag_value(arguments, "--output-dir") or "runs")
+    """state.json of the run that the flags name, or of all runs if they name none."""
+    resumed, name = flag_value(arguments, "--resume"), flag_value(arguments, "--run-name")
+    parent, pattern = Path(flag_value(arguments, "--output-dir") or "runs"), f"{name or '*'}/state.json"
     if resumed not in (None, "auto"):
-        return [path for path in [Path(str(resumed)) / "state.json"] if path.is_file()]
-    name = flag_value(arguments, "--run-name")
-    return [
-        path for path in ([parent / name / "state.json"] if name else parent.glob("*/state.json")) if path.is_file()
-    ]
+        parent, pattern = Path(str(resumed)), "state.json"
+    return [path for path in parent.glob(pattern) if path.is_file()]
 
 
 def launch(plan: Plan, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a launcher, pass on signals to the processes that train, and return what state.json says of their run."""
+    """Run a launcher, forward signals to its training processes, and return the exit code of their run."""
     before = {path: changed_at(path) for path in state_files(arguments)}
     launcher = subprocess.Popen(plan.command, env=environment)
     received: list[int] = []
 
-    def pass_on(number: int, _: object) -> None:
-        # launchers die of SIGUSR1, and give their processes sessions of their own, where no signal to a group comes
+    def forward(number: int, _: object) -> None:
+        # launchers die from SIGUSR1, and their processes are in other sessions, out of reach of group signals
         received.append(number)
         for pid in children_of(launcher.pid) or [launcher.pid]:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, number)
 
     for number in EXIT_CODES:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     code = launcher.wait()
     return exit_code(trained_state(arguments, before), code, received)
 
 
 def trained_state(arguments: Sequence[str], before: Mapping[Path, int]) -> dict[str, object]:
-    """state.json of the run that was trained since its files had these times of change; empty where there is none.
+    """The state of the run trained since `before` (modification times); empty if there is none.
 
-    Other containers may have written into the folder too: where the flags do not name the run, the host's name does.
+    If the flags do not name the run, only those of this host count: other containers may write to the same folder.
     """
     is_named = flag_value(arguments, "--run-name") or flag_value(arguments, "--resume")
     written: list[tuple[int, dict[str, object]]] = []
@@ -183,11 +186,11 @@ def trained_state(arguments: Sequence[str], before: Mapping[Path, int]) -> dict[
         here = is_named or str(state.get("process")).endswith(f" on {socket.gethostname()}")
         if before.get(path) != changed and here:
             written.append((changed, state))
-    return max(written, key=lambda it: it[0])[1] if written else {}
+    return max(written, key=lambda entry: entry[0])[1] if written else {}
 
 
 def changed_at(path: Path) -> int:
-    """When a file was last written, in nanoseconds; 0 for one that is gone."""
+    """Modification time of a file in nanoseconds; 0 if it is gone."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -195,7 +198,7 @@ def changed_at(path: Path) -> int:
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that this one has started."""
+    """The child processes of a process."""
     try:
         return [child.pid for child in psutil.Process(pid).children()]
     except psutil.NoSuchProcess:  # it has just ended
@@ -203,9 +206,9 @@ def children_of(pid: int) -> list[int]:
 
 
 def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int]) -> int:
-    """The run's own, if it has ended; else that of the signal which came before it began, or the launcher's.
+    """The run's exit code if it has ended, otherwise that of the first signal received, or the launcher's.
 
-    A run whose main process was killed is still `running` there; that of a machine which is not the first one may be.
+    A run has not ended if its main process was killed, or is still running on the first machine.
     """
     code = state.get("exit_code")
     if state.get("status") in ("finished", "interrupted", "failed") and type(code) is int and 0 <= code < 256:
@@ -216,14 +219,14 @@ def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int
 
 
 def main() -> int:
-    """Becomes the command, or launches it and returns its exit code; 2 for wrong usage, 127 for no such command."""
+    """Exec the command, or launch it and return its exit code. 2: wrong usage; 127: no such command."""
     arguments = sys.argv[1:]
     try:
         visible = visible_devices() if trains(arguments) else 0
         chosen = plan(arguments, os.environ, visible)
         environment = os.environ | chosen.variables | wandb_key(os.environ)
         if chosen.launched:
-            parse_command_line(RECIPES, arguments)  # wrong flags end with 2 here; the launcher would make it 1
+            parse_command_line(RECIPES, arguments)  # exits with 2 for wrong flags; the launcher would with 1
     except (UsageError, ConfigError) as error:
         print(f"entrypoint: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,9 @@
-"""Whether the run of this container advances: state.json, which the training loop itself renews, must not grow old.
+"""Health check of a container: its run must keep updating state.json, which the training loop does.
 
-    python docker/healthcheck.py            # 0 for healthy, 1 for a run that has not moved for ten minutes
-    python docker/healthcheck.py 60 runs    # a minute, and the folder of the runs
+    python docker/healthcheck.py            # 0: healthy; 1: no update for ten minutes
+    python docker/healthcheck.py 60 runs    # limit in seconds, and folder of the runs
 
-A container that does not train, or not yet, is healthy: there is nothing that could hang unseen. Only runs of this
-container's host name count, for the folder may hold others.
+A container that is not training is healthy. Only runs of this host name count, because the folder may be shared.
 """
 
 import json
@@ -14,12 +13,12 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-SECONDS = 600.0  # a first step that is compiled and a large checkpoint take minutes; processes wait ten for each other
+SECONDS = 600.0  # compiling and large checkpoints take minutes; processes wait ten minutes for each other
 LARGEST = 16 << 20  # bytes, as in mnist/files.py
 
 
 def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, str]:
-    """Whether all is well at the time `now`, in seconds since 1970, and why."""
+    """Whether the container is healthy at `now` (seconds since 1970), and why."""
     running = {}
     for path in folder.glob("*/state.json"):
         if not path.is_file():  # a pipe would never end
@@ -29,15 +28,15 @@ def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, st
                 continue
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["status"] == "running" and state["process"].endswith(f" on {host}"):
-                beaten = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-                running[path.resolve().parent.name] = beaten, int(state["step"])
+                updated = datetime.strptime(state["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+                running[path.resolve().parent.name] = updated, int(state["step"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
-            continue  # not a run's
+            continue  # not a run
     if not running:
-        return True, "nothing is being trained"
-    name = max(running, key=lambda name: running[name])  # one that was killed before may still say that it is running
-    beaten, step = running[name]
-    return now - beaten <= limit, f"{name}: step {step}, {now - beaten:.0f} s ago"
+        return True, "not training"
+    name = max(running, key=lambda name: running[name])  # the newest: killed runs stay `running`
+    updated, step = running[name]
+    return now - updated <= limit, f"{name}: step {step}, {now - updated:.0f} s ago"
 
 
 def main() -> int:

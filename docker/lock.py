@@ -1,10 +1,10 @@
-"""Write a lock file of what the image installs: exact versions, and the SHA-256 of the very wheels, without host names.
+"""Write the image's lock file: exact versions and SHA-256 of the wheels, without host names.
 
 python docker/lock.py > docker/requirements-cuda.lock                # from the default index: torch with CUDA
 python docker/lock.py --extra-index-url https://download.pytorch.org/whl/cpu > docker/requirements-cpu.lock
 
-To be run with the Python of the image, 3.11 on x86_64 Linux: pip chooses for the machine that it runs on. Flags are
-pip's. Nothing is installed.
+Run it with the image's Python (3.11 on x86_64 Linux), because pip resolves for the machine that it runs on. Flags are
+passed to pip. Nothing is installed.
 """
 
 import json
@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
-INIT = "dumb-init"  # the first process of a container
+INIT = "dumb-init"  # process 1 of the container
 
 
 def lock(report: dict[str, object], note: str) -> str:
-    """The lock file of what pip says that it would install."""
+    """The lock file for pip's installation report."""
     lines = [f"# Made by `{note}`: torch and all that the image installs. Do not edit.\n"]
     packages = report["install"]
     assert isinstance(packages, list)
-    for package in sorted(packages, key=lambda it: str(it["metadata"]["name"]).lower()):
+    for package in sorted(packages, key=lambda package: str(package["metadata"]["name"]).lower()):
         if "dir_info" in package["download_info"]:  # the project itself
             continue
         name, version = package["metadata"]["name"], package["metadata"]["version"]

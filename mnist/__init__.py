@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def load(source: Any) -> Any:
-    """The trained model of a run, a folder or the Hugging Face Hub: see mnist.inference.predict.load."""
+    """Load the trained model of a run, a folder or the Hugging Face Hub: see mnist.inference.predict.load."""
     from mnist.inference.predict import load
 
     return load(source)

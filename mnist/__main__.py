@@ -1,4 +1,4 @@
-"""`python -m mnist`: the `mnist` command where it is not on the path."""
+"""`python -m mnist`: the `mnist` command if it is not on the PATH."""
 
 import sys
 

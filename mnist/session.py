@@ -248,7 +248,7 @@ class Session:
         progress.end_epoch(values)
         self.tracking.log(values)
         self.terminal.epoch_line(values)
-        self.run.check_place()
+        self.run.check_folder()
         if self.is_main:
             self.evaluation.update(progress.position, results["test"], predict(self.net, self.evaluation.images))
             if progress.is_best:

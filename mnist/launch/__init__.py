@@ -1,1 +1,1 @@
-"""What the launcher started: processes, devices and signals, from the start to the exit code."""
+"""Processes, devices, signals and output streams, from launch to exit code."""

@@ -1,4 +1,4 @@
-"""What a run is made with, besides its settings: the processes and what they run on, versions, the state of the code.
+"""The environment of a run: processes, devices, versions and Git commit.
 
 environment = describe_environment(accelerator, loss_is_compiled=False)
 environment["device"], environment["git_commit"]
@@ -20,14 +20,14 @@ import mnist
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.launch.hardware import device_name
 
-COMPILED = "inductor, loss and gradients in one graph"  # what --compile gives, as opposed to the launcher's compiler
+COMPILED = "inductor, loss and gradients in one graph"  # by --compile, not by the launcher
 
 
 @functools.cache
 def describe_code() -> dict[str, str | None]:
-    """Versions of what computes the result, and the commit; None where the code lies in no repository of its own."""
+    """Versions of the libraries and the code; the commit is None outside a Git repository."""
     return {
-        "torch": str(torch.__version__),  # a string of a kind of its own
+        "torch": str(torch.__version__),  # a subclass of str
         "accelerate": version("accelerate"),
         "version": mnist.__version__,
         "git_commit": _git("rev-parse", "HEAD") if (PROJECT_FOLDER / ".git").exists() else None,
@@ -35,7 +35,7 @@ def describe_code() -> dict[str, str | None]:
 
 
 def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
-    """Plain values by name, those of `describe_code` among them; all processes must call it."""
+    """Plain values by name, including those of `describe_code`. All processes must call this."""
     code = describe_code()
     changes = _git("status", "--porcelain") if code["git_commit"] and accelerator.is_main_process else None
     return {
@@ -55,7 +55,7 @@ def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> di
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1 process`, `4 processes`, `4 processes on 2 machines (alpha 2, beta 2)`; all processes must call it."""
+    """`1 process`, `4 processes`, `4 processes on 2 machines (alpha 2, beta 2)`. All processes must call this."""
     count = accelerator.num_processes
     machines = Counter(gather_object([socket.gethostname()]))
     words = "1 process" if count == 1 else f"{count} processes"
@@ -65,7 +65,7 @@ def describe_processes(accelerator: Accelerator) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What Git answers; None where it cannot: it is not installed, or takes the repository for another user's."""
+    """Git's output; None if it fails, e.g. because it is not installed or the repository belongs to another user."""
     try:
         done = subprocess.run(
             ["git", "--no-optional-locks", "-C", str(PROJECT_FOLDER), *arguments],

@@ -1,4 +1,4 @@
-"""A training process from its start to its exit code.
+"""Run a training process, from the command line to the exit code.
 
 end_process(run_process(train, RECIPES))
 """
@@ -22,17 +22,17 @@ from mnist.launch.streams import keep_output, printable_lines
 
 
 def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: Mapping[str, TrainConfig]) -> int:
-    """Train with the settings of the command line, and those settings of them that it names.
+    """Call `train` with the command line's settings and the names of the explicit ones.
 
-    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage; 143, 130, 129 or 75 after SIGTERM, SIGINT,
-    SIGHUP, SIGUSR1.
+    Returns the exit code: 0, 1 after a failure, 2 for wrong usage; 143, 130, 129 or 75 after SIGTERM, SIGINT, SIGHUP or
+    SIGUSR1.
     """
     keep_output()
     follow_launcher()
     end_at_once()
     try:
         config = parse_command_line(recipes)
-        from mnist.launch.processes import waiting_for_others  # and torch with it, which --help does not wait for
+        from mnist.launch.processes import waiting_for_others  # imports torch, too slow for --help
 
         with waiting_for_others(config.timeout_seconds):
             train(config, explicit_settings())
@@ -48,17 +48,17 @@ def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: M
 
 
 def report_failure(error: Exception) -> None:
-    """Show why this process ends, once for all processes that end for the same reason, and leave it for the launcher.
+    """Print why this process failed, once for all processes that fail for the same reason, and tell the launcher.
 
-    The first process speaks at once; the others a moment later, by when their launcher has ended them if the first one
-    failed as they did. torchrun shows what it finds in TORCHELASTIC_ERROR_FILE below all that it prints itself.
+    The first process prints at once. The others wait two seconds; if the first one failed as well, the launcher ends
+    them before they print. torchrun shows the content of TORCHELASTIC_ERROR_FILE at the end of its own output.
     """
     message = f"{type(error).__name__}: {error}"
     trace = printable_lines(message) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": trace, "timestamp": str(int(time.time()))}
         content = json.dumps({"message": {"message": message, "extraInfo": details}})
-        with contextlib.suppress(OSError):  # the launcher's own place for it, which it does not need
+        with contextlib.suppress(OSError):  # optional
             Path(path).write_text(content, encoding="utf-8")
     if not is_first_process():
         time.sleep(2)
@@ -67,10 +67,10 @@ def report_failure(error: Exception) -> None:
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process after what was registered to be done at its exit, but without taking the interpreter down.
+    """Run the exit handlers and end this process without finalizing the interpreter.
 
-    A thread of gloo's may still hold a tensor by then, and aborts the process when it lets go of it: seen
-    once, as an exit code of -6, and not again in 42 runs made for it (pytorch issue 190489 describes it).
+    Finalization may abort the process if a gloo thread still holds a tensor (PyTorch issue 190489; seen once in 43
+    runs, as exit code -6).
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""What the launcher started, one process or many: checked before anything is built on it, and named when it breaks.
+"""The processes of a job: check the launcher's environment, join them and compare them.
 
-    processes = join_processes(config.timeout_seconds)     # ConfigError for what would go wrong
-    check_alike({"dataset": checksum})                     # ConfigError, on all, where one of them has another
-    answer = on_main_process(look_it_up)                   # on all of them
+    state = join_processes(config.timeout_seconds)         # ConfigError for an invalid launch
+    check_alike({"dataset": checksum})                     # ConfigError on all processes if they differ
+    answer = on_main_process(look_it_up)                   # returned on all processes
 
-Accelerate takes the environment at its word. Where that is incomplete it trains alone, or waits for ever, and says
-nothing: so what is refused here is what Accelerate 1.15 was seen to accept and then not do.
+Accelerate 1.15 does not check the environment: if a variable is missing, it may train in one process or wait forever
+without a message. This module refuses such launches.
 """
 
 import os
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil  # of Accelerate's own requirements
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import (
@@ -32,7 +32,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import check_kernels
 
-RANK_OF = {  # the variable in which each kind of launcher gives the number of processes, and where it numbers them
+RANK_OF = {  # per launcher: variable with the number of processes -> variable with the rank
     "WORLD_SIZE": "RANK",
     "PMI_SIZE": "PMI_RANK",
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
@@ -41,15 +41,13 @@ RANK_OF = {  # the variable in which each kind of launcher gives the number of p
 }
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-
-
 T = TypeVar("T")
 
 
 def join_processes(timeout_seconds: int) -> PartialState:
-    """Join the processes that the launcher has started, on the devices that torch sees or on the CPU.
+    """Join the processes that the launcher started, on torch's accelerator or the CPU.
 
-    Raises ConfigError where Accelerate would quietly do something else than the environment says.
+    Raises ConfigError if Accelerate would silently ignore part of the environment.
     """
     check_values(os.environ)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -57,31 +55,30 @@ def join_processes(timeout_seconds: int) -> PartialState:
     device_type = "cpu" if on_cpu or device is None else device.type
     check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
     if os.environ.get("WORLD_SIZE") == "1":
-        # one that is alone is told so: Accelerate would wrap its model, which takes a third of the speed
+        # otherwise Accelerate wraps the model for distributed training, at a third of the speed
         os.environ.pop("LOCAL_RANK", None)
-    if device_type == "cuda" and torch.version.cuda:  # not ROCm, which has other names for all of it
+    if device_type == "cuda" and torch.version.cuda:  # not ROCm
         number = _whole_number("LOCAL_RANK", os.environ) if "LOCAL_RANK" in os.environ else 0
         capability = torch.cuda.get_device_capability(number)
         check_kernels(torch.cuda.get_device_name(number), capability, torch.cuda.get_arch_list())
     if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        # gloo is told by which interface to go, unless the user did
         if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds), **_meeting_place(timeout_seconds))
     started = os.environ.get("WORLD_SIZE", "1")
     if state.num_processes == 1 and started != "1":
         raise ConfigError(
-            f"WORLD_SIZE={started}, but Accelerate joins no processes on the device {state.device}: each would train"
-            f" alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
+            f"WORLD_SIZE={started}, but Accelerate does not join processes on the device {state.device}: each would"
+            f" train alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
         )
     return state
 
 
 def _meeting_place(timeout_seconds: int) -> dict[str, Any]:
-    """Where processes that torchrun has restarted on one machine meet, as arguments of init_process_group.
+    """Arguments of init_process_group for processes that torchrun restarted on one machine: a separate store prefix.
 
-    It gives them the store of those before, with the addresses in it of processes that are gone; they waited for them
-    in one of three restarts (torch 2.14). Launchers of several machines need not have the same count of restarts.
+    torchrun reuses the store, which still has the addresses of dead processes: one in three restarts hung (torch 2.14).
+    Not for several machines, whose launchers may count restarts differently.
     """
     restarts, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
     if restarts == "0" or world_size == "1" or world_size != os.environ.get("LOCAL_WORLD_SIZE"):
@@ -92,13 +89,13 @@ def _meeting_place(timeout_seconds: int) -> dict[str, Any]:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """What `function` returns, or the error that it raises, on all processes; only the main one calls it."""
-    answer: list[Any] = [None, None]
+    """Call `function` on the main process, and return its result or raise its error on all processes."""
+    answer: list[Any] = [None, None]  # result, error
     if PartialState().is_main_process:
         try:
-            answer = [function(), None]
+            answer[0] = function()
         except (UserError, OSError) as error:
-            answer = [None, error]
+            answer[1] = error
     result, failure = broadcast_object_list(answer)
     if failure is not None:
         raise failure
@@ -106,15 +103,15 @@ def on_main_process(function: Callable[[], T]) -> T:
 
 
 def check_alike(values: Mapping[str, Any], perhaps_unknown: Collection[str] = ()) -> None:
-    """Raise ConfigError, on all processes, where one has another value than the first; all of them must call it.
+    """Raise ConfigError on all processes if one has other values than the first. All processes must call this.
 
-    Data parallelism takes for granted that the processes differ in nothing but their share of each batch. Where they
-    do, training goes on and comes to a wrong result. What is `perhaps_unknown` is compared where it is not None.
+    Data parallelism gives wrong results, without an error, if processes differ in more than their share of each batch.
+    Values that are `perhaps_unknown` are not compared if they are None.
     """
     everyone = gather_object([(socket.gethostname(), dict(values))])
     host, expected = everyone[0]
-    for rank, (other_host, found) in enumerate(everyone):
-        for name, value in found.items():
+    for rank, (other_host, others) in enumerate(everyone):
+        for name, value in others.items():
             unknown = name in perhaps_unknown and None in (value, expected[name])
             if value != expected[name] and not unknown:
                 raise ConfigError(
@@ -143,26 +140,26 @@ def check_values(environment: Mapping[str, str]) -> None:
 
 
 def check_environment(environment: Mapping[str, str], device_type: str, device_count: int) -> None:
-    """Raise ConfigError for an environment that does not fit together on a machine with so many such devices."""
+    """Raise ConfigError for an inconsistent environment on a machine with `device_count` devices."""
     for name in SHARDING:
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"The launcher asks for {name} (its --config_file, or your default one): here each process holds the"
-                " whole model. Launch with one of accelerate_configs/."
+                f"The launcher asks for {name} (in its --config_file or your default one), which is not supported."
+                " Launch with one of accelerate_configs/."
             )
     variable = next((name for name in RANK_OF if name in environment), None)
     if "LOCAL_WORLD_SIZE" in environment and _whole_number("LOCAL_WORLD_SIZE", environment) < 1:
-        raise ConfigError("LOCAL_WORLD_SIZE=0: at least this process is on this machine. Unset it.")
+        raise ConfigError("LOCAL_WORLD_SIZE=0: must be at least 1. Unset it.")
     if variable is None:
         return
     size = _whole_number(variable, environment)
     on_cpu = device_type == "cpu"
     mpi = [name for name in RANK_OF if on_cpu and name in environment and name.startswith(("PMI", "OMPI", "MV2"))]
-    for name in mpi:  # on a CPU Accelerate takes these first
+    for name in mpi:  # on a CPU Accelerate prefers these
         if _whole_number(name, environment) != size:
             raise ConfigError(
-                f"{variable}={size}, but {name}={environment[name]}: two launchers, and Accelerate would take the"
-                f" second's number. Start train.py by one of them, or unset {name} and {RANK_OF[name]}."
+                f"{variable}={size}, but {name}={environment[name]}: set by two launchers, and Accelerate would use the"
+                f" second. Start train.py with one launcher, or unset {name} and {RANK_OF[name]}."
             )
     if size == 1:
         return
@@ -172,16 +169,16 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
     missing = [name for name in needed if name not in environment]
     if missing:
         raise ConfigError(
-            f"{variable}={size} says that this is one of {size} processes, but without {', '.join(missing)} they would"
-            f" not train together. Let a launcher start them,\n  {launch_command(size, device_type)}\nor"
-            f" {f'unset {variable}' if by_mpi else 'set WORLD_SIZE=1'} to train in this one alone."
+            f"{variable}={size} means {size} processes, but without {', '.join(missing)} they would not train together."
+            f" Use a launcher,\n  {launch_command(size, device_type)}\nor"
+            f" {f'unset {variable}' if by_mpi else 'set WORLD_SIZE=1'} to train in a single process."
         )
     rank = _whole_number(rank_variable, environment)
     if rank >= size:
-        raise ConfigError(f"{rank_variable}={rank}: there are only {variable}={size} processes, numbered from 0.")
+        raise ConfigError(f"{rank_variable}={rank}: there are only {variable}={size} processes; ranks start at 0.")
     if device_type == "mps":
         raise ConfigError(
-            f"{variable}={size}: several processes cannot share the GPU of a Mac. Train in one, or on the CPU:\n"
+            f"{variable}={size}: several processes cannot share the GPU of a Mac. Use one process, or the CPU:\n"
             f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
         )
     if on_cpu:
@@ -190,20 +187,20 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
         if name in environment and _whole_number(name, environment) > most:
             raise ConfigError(
                 f"{name}={environment[name]}: more processes on this machine than its {device_count} {device_type}"
-                f" device(s). Launch at most {device_count}, or on the CPU:\n"
+                f" device(s). Launch at most {device_count}, or use the CPU:\n"
                 f"  ACCELERATE_USE_CPU=true {launch_command(size, 'cpu')}"
             )
 
 
 def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
-    """The precision of the flag, or else of the launcher; ConfigError for one that would have no effect."""
+    """The precision of the flag, or else of the launcher. Raises ConfigError if it would have no effect."""
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):
         raise ConfigError(f"{origin} {asked}: not supported. Known: no, fp16, bf16.")
     if asked == "fp16" and device_type == "cpu":
         raise ConfigError(
-            f"{origin} fp16: has no effect on a CPU, which would go on in float32. Add --mixed-precision bf16, or no."
+            f"{origin} fp16: has no effect on a CPU, which uses float32. Use --mixed-precision bf16 or no."
         )
     return asked
 
@@ -211,54 +208,52 @@ def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
 def _whole_number(variable: str, environment: Mapping[str, str]) -> int:
     value = environment[variable]
     if not (value.isdecimal() and len(value) < 10):
-        raise ConfigError(f"{variable}={value} in the environment: must be a whole number; launchers set it.")
+        raise ConfigError(f"{variable}={value} in the environment: must be a whole number. Launchers set it.")
     return int(value)
 
 
 def launch_command(num_processes: int, device_type: str) -> str:
-    """The command that starts so many processes on one machine."""
+    """The command that starts `num_processes` on one machine."""
     name = "multi_cpu" if device_type == "cpu" else "multi_gpu"
     return f"accelerate launch --config_file accelerate_configs/{name}.yaml --num_processes {num_processes} train.py"
 
 
 def accelerate_settings(gradient_accumulation_steps: int) -> list[KwargsHandler]:
-    """Accelerate's settings of DistributedDataParallel, tuned for a small model.
+    """DistributedDataParallel settings for a small model.
 
-    Gradients are views into the buckets that are averaged over the processes, which saves a copy of each. A static
-    graph saves a search for unused parameters, but torch forbids it where a backward pass is not followed by an
-    average.
+    Gradients are views of the all-reduce buckets, which saves a copy. A static graph saves the search for unused
+    parameters, but torch forbids it if some backward passes are not followed by an all-reduce.
     """
     return [DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=gradient_accumulation_steps == 1)]
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this machine reaches an address: "eth0"; None for none but the loopback.
+    """The network interface through which this machine reaches an address, e.g. "eth0"; None for the loopback.
 
-    gloo takes the one that the machine's own name resolves to: with Debian's and Ubuntu's /etc/hosts that is 127.0.1.1,
-    and the machines do not find each other.
+    For GLOO_SOCKET_IFNAME: by default gloo uses the address of the host name, which is 127.0.1.1 on Debian and Ubuntu.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # sends nothing: only chooses the route
+            probe.connect((address, 9))  # sends nothing, only chooses a route
         except OSError:
             return None
         own = probe.getsockname()[0]
-    names = [name for name, addresses in psutil.net_if_addrs().items() if own in [it.address for it in addresses]]
+    names = [name for name, addresses in psutil.net_if_addrs().items() if own in [each.address for each in addresses]]
     return None if own.startswith("127.") or not names else names[0]
 
 
 @contextmanager
 def waiting_for_others(timeout_seconds: int) -> Iterator[None]:
-    """Say in words that another process is gone, where torch says it with the name of a C++ file."""
+    """Turn torch's error about a lost process into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             rank = os.environ.get("RANK", "0")
             raise UserError(
-                f"Process {rank} lost the others of this job: one of them failed or was killed, its machine or the"
-                " network is gone, the address or port where they were to meet is wrong or taken, or it took longer"
-                f" than --timeout-seconds {timeout_seconds}. The first error on the screen, or on another machine's,"
-                f" says which. (torch: {str(error).splitlines()[0]})"
+                f"Process {rank} lost the others of this job. Either one failed or was killed, its machine or the"
+                " network is down, the rendezvous address or port is wrong or in use, or it took longer than"
+                f" --timeout-seconds {timeout_seconds}. See the first error in the output of all machines. (torch:"
+                f" {str(error).splitlines()[0]})"
             ) from error
         raise

@@ -1,14 +1,13 @@
-"""A run ends in good order at the first SIGTERM, SIGINT (Ctrl-C), SIGHUP (its terminal is gone) or SIGUSR1, all of its
-processes at the same step.
+"""Signal handling: SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 end all processes of a run at the same step.
 
-    follow_launcher()                              # who kills only the launcher ends this process too
-    end_at_once()                                  # at a signal, as long as there is nothing to lose
+    follow_launcher()                              # end when the launcher is killed
+    end_at_once()                                  # before training, a signal ends the process immediately
     with Interruption(accelerator, at_once) as interruption:
         for ...:
-            interruption.after_step()              # raises Interrupted once a process of the job has got a signal
+            interruption.after_step()              # raises Interrupted once any process has received a signal
 
-A second Ctrl-C, more than a second after the first, ends the process at once at any time: the second one that launchers
-and terminals send by themselves comes earlier.
+A second Ctrl-C more than a second after the first ends the process immediately. Launchers and terminals may send
+duplicates of the first one, but sooner.
 """
 
 import ctypes
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {
     getattr(signal, name): code
-    # 128 + the signal's number, as shells have it; SIGUSR1, a scheduler's early warning: "try again" of sysexits.h
+    # 128 + the signal's number, as in shells; SIGUSR1, a scheduler's warning: EX_TEMPFAIL of sysexits.h
     for name, code in {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 75}.items()
     if hasattr(signal, name)
 }
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-LAUNCHERS = {  # as a word of their command line, and how a person calls them
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+LAUNCHERS = {  # word of a command line -> what a user types
     "accelerate": "accelerate",
     "accelerate-launch": "accelerate launch",
     "accelerate.commands.launch": "accelerate launch",
@@ -45,17 +44,17 @@ LAUNCHERS = {  # as a word of their command line, and how a person calls them
 
 
 class Interrupted(SystemExit):
-    """The run was asked to end. Passes through everything that has to be put in order, up to the exit code."""
+    """A signal asked the run to end. Not an Exception, so that only context managers and run_process handle it."""
 
     def __init__(self, number: int) -> None:
         self.exit_code = EXIT_CODES[number]
         super().__init__(self.exit_code)
         self.signal = signal.Signals(number).name
-        self.message = ""  # for the person at the terminal
+        self.message = ""  # to print at exit
 
 
 class Interruption:
-    """Takes note of signals, and lets all processes of the job act on them together."""
+    """Records signals, and lets all processes of the job act on them together."""
 
     SECONDS_BETWEEN_AGREEMENTS = 0.5
 
@@ -65,20 +64,20 @@ class Interruption:
         self.alone = accelerator.num_processes == 1
         self.at_once = at_once
         self.number = 0  # of the first signal
-        self.interval = 1  # steps between two agreements
+        self.interval = 1  # steps between agreements
         self.steps = 0
         self.agreed_at = time.monotonic()
 
     def __enter__(self) -> "Interruption":
-        # The interpreter writes a signal's number into this socket even while the main thread waits inside torch for
-        # other processes, where no handler written in Python would be called.
+        # The interpreter writes signal numbers to this socket even while the main thread is blocked inside torch, where
+        # no Python handler can run.
         self.wakeup, reader = socket.socketpair()
         self.wakeup.setblocking(False)
         self.previous_wakeup = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         self.previous = {
             number: signal.signal(number, lambda *_: None)
             for number in EXIT_CODES
-            if signal.getsignal(number) is not signal.SIG_IGN  # a shell's job in the background, say
+            if signal.getsignal(number) is not signal.SIG_IGN  # e.g. a background job of a shell
         }
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
@@ -87,11 +86,11 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self.previous.items():
-            if isinstance(error, Interrupted):  # launchers send more signals while a process is on its way out
+            if isinstance(error, Interrupted):  # launchers send more signals during shutdown
                 signal.signal(number, signal.SIG_IGN)
             elif error is not None or number == signal.SIGINT:
                 signal.signal(number, handler)
-            # else it stays as it is, and does nothing: a run that is finished is finished
+            # otherwise the run is finished, and its handlers, which do nothing, stay
         signal.set_wakeup_fd(self.previous_wakeup)
         self.wakeup.close()  # ends the thread
 
@@ -112,20 +111,20 @@ class Interruption:
         reader.close()
 
     def after_step(self) -> None:
-        """After each optimizer step: raise Interrupted where it is time to; processes ask each other now and then."""
+        """Call after each optimizer step. Raises Interrupted after a signal; processes agree about twice a second."""
         self.steps += 1
         if self.alone:
             if self.number:
                 raise Interrupted(self.number)
         elif self.steps >= self.interval:
             steps, seconds = self.steps, self.check()
-            wished = steps * self.SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)
-            self.interval = max(1, min(int(wished), 2 * self.interval))
+            target = steps * self.SECONDS_BETWEEN_AGREEMENTS / max(seconds, 1e-6)
+            self.interval = max(1, min(int(target), 2 * self.interval))
 
     def check(self) -> float:
-        """Raise Interrupted, on all processes, where one of them has got a signal; all of them must call it.
+        """Raise Interrupted on all processes if any has received a signal. All processes must call this.
 
-        Returns the seconds since it was last called, the same number on all.
+        Returns the seconds since the last call, the same number on all processes.
         """
         now = time.monotonic()
         number, seconds = float(self.number), now - self.agreed_at
@@ -142,35 +141,36 @@ class Interruption:
 
 
 def end_at_once() -> None:
-    """Before training: let a signal end this process with its exit code, where it does not by itself."""
-    is_first = os.getpid() == 1  # of a container
-    for number in EXIT_CODES.keys() - ({signal.SIGINT} if is_first else {signal.SIGINT, signal.SIGTERM}):
+    """Let signals end this process with their exit code, until training begins."""
+    default = {signal.SIGINT} if os.getpid() == 1 else {signal.SIGINT, signal.SIGTERM}  # pid 1: of a container
+    for number in EXIT_CODES.keys() - default:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: os._exit(EXIT_CODES[number]))
 
 
 def launcher_command() -> list[str] | None:
-    """The command that started this process through a launcher, up to the script; None where none did."""
+    """The launcher command that started this process, up to and including the script; None without a launcher."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    script = next((place for place, word in enumerate(words) if Path(word).name == Path(sys.argv[0]).name), len(words))
-    words = words[: script + 1]
-    for place, word in enumerate(words):
-        if Path(word).name in LAUNCHERS:
-            return [*LAUNCHERS[Path(word).name].split(), *words[place + 1 :]]
+    names = [Path(word).name for word in words]
+    script = Path(sys.argv[0]).name
+    end = names.index(script) + 1 if script in names else len(words)
+    for index, name in enumerate(names[:end]):
+        if name in LAUNCHERS:
+            return [*LAUNCHERS[name].split(), *words[index + 1 : end]]
     return None
 
 
 def follow_launcher() -> None:
-    """Ask the kernel for SIGTERM at the death of the launcher that started this process, if one did.
+    """Ask the kernel to send SIGTERM to this process when its launcher dies.
 
-    `accelerate launch` with one process dies at a SIGTERM without passing it on, and any launcher at a SIGKILL; its
-    workers would live on unseen. A process that a shell started must survive it (`nohup python train.py &`).
+    Otherwise it would survive SIGKILL on any launcher, and SIGTERM on `accelerate launch` with one process. A process
+    started by a shell must survive the shell (`nohup python train.py &`).
     """
     parent = os.getppid()
     if sys.platform == "linux" and launcher_command() is not None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died meanwhile: the kernel keeps silent
+        if os.getppid() != parent:  # it died before prctl took effect
             os.kill(os.getpid(), signal.SIGTERM)

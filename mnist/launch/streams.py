@@ -1,8 +1,8 @@
-"""Standard output and error of a run, which outlives them: a terminal may be closed, a disk full, a reader gone.
+"""Output streams that never fail: a run survives a closed terminal, a full disk and a broken pipe.
 
 keep_output()                   # from now on sys.stdout and sys.stderr never raise
-lost_output()                   # "standard output: No space left on device", once something could not be written
-print(printable(name))          # one line, whatever is in it
+lost_output()                   # "standard output: No space left on device" after a failed write
+print(printable(name))          # one line, whatever the name contains
 """
 
 import errno
@@ -16,7 +16,7 @@ NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
 
 class LastingOutput(io.RawIOBase):
-    """A file descriptor that takes what it is given; what cannot be written is gone, and `lost` says why."""
+    """A file descriptor whose writes never fail; `lost` is why the first one would have."""
 
     def __init__(self, descriptor: int, lost: str = "") -> None:
         self.descriptor = descriptor
@@ -35,7 +35,7 @@ class LastingOutput(io.RawIOBase):
         while True:
             try:
                 return os.write(self.descriptor, data)
-            except BlockingIOError:  # whoever started this one has made it so
+            except BlockingIOError:  # the parent process made it non-blocking
                 select.select([], [self.descriptor], [])
             except OSError as error:
                 self.lost = self.lost or os.strerror(error.errno or errno.EIO)
@@ -43,11 +43,8 @@ class LastingOutput(io.RawIOBase):
 
 
 def keep_output(streams: Sequence[str] = ("stdout", "stderr")) -> None:
-    """Let these streams, where they are the process's own, go on without whoever reads them.
-
-    What the terminal's encoding lacks is shown as an escape.
-    """
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that was closed: the next file would take its place
+    """Make these streams survive the loss of their reader, and escape characters that their encoding lacks."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file would take a closed stream's number
         pass
     os.close(opened)
     for name in streams:
@@ -64,7 +61,7 @@ def keep_output(streams: Sequence[str] = ("stdout", "stderr")) -> None:
 
 
 def lost_output() -> str | None:
-    """Which stream could not be written, and why; None where all could."""
+    """The stream with a failed write and the reason; None if there is none."""
     for name, words in NAMES.items():
         raw = getattr(getattr(getattr(sys, name), "buffer", None), "raw", None)
         if isinstance(raw, LastingOutput) and raw.lost:
@@ -73,20 +70,20 @@ def lost_output() -> str | None:
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, where line ends are meant."""
+    """Like `printable`, but keeps newlines."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(text: str) -> str:
-    """Text for one line of a terminal: control characters, line ends and bytes that are no text are written out."""
-    return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)
+    """Escape control characters, newlines and undecodable bytes, for one line of a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _is_own(stream: io.TextIOWrapper) -> bool:
     try:
-        file = getattr(stream.buffer, "raw", stream.buffer)  # there is no buffer with PYTHONUNBUFFERED
+        file = getattr(stream.buffer, "raw", stream.buffer)  # PYTHONUNBUFFERED has no buffer
         return stream.fileno() in (1, 2) and isinstance(file, io.FileIO)
-    except io.UnsupportedOperation:  # a test's
+    except io.UnsupportedOperation:  # replaced, e.g. by pytest
         return False
 
 

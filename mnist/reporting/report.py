@@ -13,7 +13,7 @@ from typing import Any
 
 from mnist.files import write_file
 from mnist.reporting import plots
-from mnist.runs.record import MOST_MOMENTS, MOST_POINTS, Record, evenly
+from mnist.runs.record import MOST_MOMENTS, MOST_POINTS, Record, downsample
 
 MOST_CLASSES = 20  # in the table of classes; of more, the least accurate
 MOST_EPOCHS = 100  # in the table of epochs; of more, the last
@@ -107,7 +107,7 @@ def render(records: Sequence[Record]) -> str:
         evaluation=evaluation,
         classes=class_accuracies(evaluation) if evaluation else [],
         matrix=matrix(evaluation) if evaluation else [],
-        moments=evenly(evaluation["history"], MOST_MOMENTS) if evaluation else [],
+        moments=downsample(evaluation["history"], MOST_MOMENTS) if evaluation else [],
         epochs=record.evaluations[-MOST_EPOCHS:],
         differences=differences(records),
         settings={name: value for name, value in record.config.items() if name not in PATHS},
@@ -117,7 +117,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _metrics(record: Record) -> dict[str, Any]:
-    evaluations, losses = evenly(record.evaluations, MOST_EPOCHS), evenly(record.losses, MOST_POINTS)
+    evaluations, losses = downsample(record.evaluations, MOST_EPOCHS), downsample(record.losses, MOST_POINTS)
     return {"name": record.name, "evaluations": evaluations, "losses": losses}
 
 

@@ -1,1 +1,1 @@
-"""A run's folder: written while it trains, and read back."""
+"""Write and read the folder of a run."""

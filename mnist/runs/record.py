@@ -1,8 +1,7 @@
-"""A run's folder, read back: settings, state, metrics, the last evaluation. Loads quickly, for torch is not needed.
+"""Read a run's folder: settings, state, metrics and the last evaluation. Does not import torch.
 
 record = Record.read(Path("runs/latest"))
 record.last["test/accuracy"], record.status
-[found.name for found in find_records(Path("runs"))]
 """
 
 import base64
@@ -26,32 +25,32 @@ from mnist.launch.streams import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_POINTS = 1000  # of a curve, in a report
-DATA_ADDRESS = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # an address that calls nobody
+MOST_POINTS = 1000  # per curve in a report
+MOST_MOMENTS = 12  # evaluations shown per example image
+DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # needs no request
 OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
 LARGEST_SIDE = 1024  # pixels of an image in evaluation.json: those that are kept are smaller
-MOST_SHOWN = 100  # classes in a confusion matrix, likeliest classes of an image: fewer are kept
+MOST_SHOWN = 100  # classes in a confusion matrix, most likely classes of an image: fewer are kept
 LONGEST_LINE = 1 << 20  # characters, of metrics.jsonl
-LARGEST_FIGURE = 1e40  # float32 ends at 3.4e38; what is drawn and added up far beyond it overflows
-MOST_MOMENTS = 12  # of the training, where images are followed through it
+LARGEST_FIGURE = 1e40  # float32 ends at 3.4e38; plots and sums of far larger numbers overflow
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the files of a run say; of a run that goes on, as it is at this moment."""
+    """The files of a run, which may still be running."""
 
     folder: Path
     config: dict[str, Any]
     state: dict[str, Any]
     environment: dict[str, Any]
     lines: list[dict[str, Any]]  # of metrics.jsonl
-    evaluation: dict[str, Any] | None  # as reporting/snapshots.py has written it
+    evaluation: dict[str, Any] | None  # written by reporting/snapshots.py
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Raises ConfigError for a folder that is not a run's, or whose files are not what was written."""
+        """Raises ConfigError if the folder is not a run's or one of its files is invalid."""
         if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{folder}: no run is there, for it has no config.yaml. `mnist runs` lists them.")
+            raise ConfigError(f"{folder}: no run there (config.yaml is missing). List runs: mnist runs")
         try:
             config = read_settings(folder / "config.yaml")
             state, environment, evaluation = (
@@ -59,15 +58,15 @@ class Record:
             )
             lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
             expect(config, {"epochs": int, "recipe": str, "dataset": str, "model": str}, "config.yaml")
-            if not all(type(it) is str for it in (state or {}).get("commands", [])):
-                raise ValueError("state.json: commands are lines of text")
+            if not all(type(command) is str for command in (state or {}).get("commands", [])):
+                raise ValueError("state.json: commands must be strings")
             if type((environment or {}).get("parameters", 0)) is not int:
-                raise ValueError("environment.json: parameters is no number")
+                raise ValueError("environment.json: parameters must be a number")
             if evaluation is not None:
                 check_evaluation(evaluation)
         except (ConfigError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             problem = printable(" ".join(str(error).split()) or type(error).__name__)
-            raise ConfigError(f"{folder}: a file of this run cannot be read: {problem[:300]}") from error
+            raise ConfigError(f"{folder}: a file of this run is invalid: {problem[:300]}") from error
         return cls(folder.resolve(), config, state or {}, environment or {}, lines, evaluation)
 
     @property
@@ -76,35 +75,35 @@ class Record:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines of the evaluations, one an epoch."""
+        """The lines of evaluations, one per epoch."""
         return [line for line in self.lines if "test/loss" in line]
 
     @cached_property
     def losses(self) -> list[dict[str, Any]]:
-        """The lines of the loss while training."""
+        """The lines of training losses between evaluations."""
         return [line for line in self.lines if "train/loss" in line and "test/loss" not in line]
 
     @property
     def last(self) -> dict[str, Any]:
-        """The line of the last evaluation; empty where there was none."""
+        """The line of the last evaluation; empty if there is none."""
         return (self.evaluations or [{}])[-1]
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the evaluation with the lowest validation loss; empty where nothing was cut off to validate."""
+        """The line of the evaluation with the lowest validation loss; empty without validation images."""
         return min(
             (line for line in self.evaluations if "val/loss" in line), key=lambda line: line["val/loss"], default={}
         )
 
     @property
     def seconds(self) -> float:
-        """What training and evaluating took, as far as it was counted."""
+        """Seconds of training and evaluation, up to the last evaluation."""
         parts = ("perf/epoch_seconds", "perf/evaluation_seconds")
         return float(sum(line.get(part, 0) for line in self.evaluations for part in parts))
 
     @property
     def status(self) -> str:
-        """`finished`, `failed`, `interrupted`, `running`, or `killed` where nothing runs that should."""
+        """`finished`, `failed`, `interrupted`, `running`, or `killed` if its process no longer exists."""
         status = printable(str(self.state.get("status", "unknown")))
         if status == "running":
             process, _, host = str(self.state.get("process", "")).partition(" on ")
@@ -115,7 +114,7 @@ class Record:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a state.json says; nothing where it is none, or cannot be read: other programs may call a file so too."""
+    """The values of a state.json; empty if it is unreadable or not an object, because it may be another program's."""
     if not path.is_file():  # a pipe would never end
         return {}
     try:
@@ -126,18 +125,18 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def find_records(parent: Path) -> tuple[list[Record], list[str]]:
-    """The runs in a folder of runs, by the time when they were last heard of, and what is wrong with others."""
+    """The runs in a folder, sorted by the time of their last state, and what is wrong with the invalid ones."""
     records, problems = [], []
-    for folder in {path.parent.resolve() for path in parent.glob("*/config.yaml")}:  # `latest` is another's name
+    for folder in {path.parent.resolve() for path in parent.glob("*/config.yaml")}:  # `latest` is a link
         try:
             records.append(Record.read(folder))
         except ConfigError as error:
             problems.append(str(error))
-    return sorted(records, key=lambda it: (str(it.state.get("time", "")), it.name)), sorted(problems)
+    return sorted(records, key=lambda run: (str(run.state.get("time", "")), run.name)), sorted(problems)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that is being written is left out."""
+    """The lines of a metrics.jsonl, without one that is still being written."""
     lines = []
     with path.open(encoding="utf-8", newline="\n") as file:
         while (text := file.readline(LONGEST_LINE)).endswith("\n") or len(text) == LONGEST_LINE:
@@ -146,7 +145,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             for name, value in line.items():
                 # JSON's 1e999 is infinite
                 if type(value) not in (int, float) or not abs(value) <= LARGEST_FIGURE:
-                    raise ValueError(f"{name} is {value!r:.50} in metrics.jsonl, where a number is needed")
+                    raise ValueError(f"metrics.jsonl: {name} is {value!r:.50}, not a number")
             if "test/loss" in line:
                 expect(line, OF_EVALUATION, "an evaluation in metrics.jsonl")
             lines.append(line)
@@ -162,21 +161,21 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number that is written here")
+    raise ValueError(f"{constant} is not a valid number")
 
 
 def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
-    """Raise ValueError unless these are named values, those of `kinds` among them and of these kinds."""
+    """Raise ValueError unless `values` is a dict that has at least the names of `kinds`, with these types."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {values!r:.50}, where named values are needed")
+        raise ValueError(f"{where}: {values!r:.50} is not an object")
     for name, kind in kinds.items():
         value = values.get(name)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{where}: {name} is {value!r:.50}, where {kind.__name__} is needed")
+            raise ValueError(f"{where}: {name} is {value!r:.50}, not {kind.__name__}")
 
 
 def check_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """Raise ValueError, or what it is made of raises, for an evaluation.json that snapshots.py cannot have written."""
+    """Raise ValueError, TypeError or KeyError for an evaluation.json that snapshots.py cannot have written."""
     kinds = {"step": int, "epoch": int, "class_names": list, "images": list, "correct": list, "confusion": dict}
     kinds |= {"bright_on_black": bool}
     expect(evaluation, kinds | {"mistakes": list, "examples": list, "history": list}, "evaluation.json")
@@ -189,49 +188,50 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
         and len(names) <= MOST_SHOWN
-        and all(type(it) is int and 0 <= it <= MAX_INTEGER for it in numbers)
+        and all(type(number) is int and 0 <= number <= MAX_INTEGER for number in numbers)
         and all(type(name) is str for name in (*evaluation["class_names"], *names))
         and all(
-            len(it["predictions"]) == len(it["probabilities"]) == len(evaluation["examples"])
-            and all(prediction in classes for prediction in it["predictions"])
-            and all(0 <= probability <= 1 for probability in it["probabilities"])
-            and type(it["step"]) is int
-            for it in evaluation["history"]
+            len(moment["predictions"]) == len(moment["probabilities"]) == len(evaluation["examples"])
+            and all(prediction in classes for prediction in moment["predictions"])
+            and all(0 <= probability <= 1 for probability in moment["probabilities"])
+            and type(moment["step"]) is int
+            for moment in evaluation["history"]
         )
     )
     if not fits:
-        raise ValueError("evaluation.json: its figures do not belong together")
-    for it in (*evaluation["mistakes"], *evaluation["examples"]):
-        expect(it, {"place": int, "truth": int, "image": str}, "an image in evaluation.json")
-        if it["truth"] not in classes or not DATA_ADDRESS.match(it["image"]):
-            raise ValueError(f"evaluation.json: no image of a class: {it['truth']}, {it['image']:.50}")
-        pixels(it["image"])
-    for it in evaluation["mistakes"]:
-        expect(it, {"prediction": int, "second": int, "probability": float, "second_probability": float}, "a mistake")
-        if it["prediction"] not in classes or it["second"] not in classes:
+        raise ValueError("evaluation.json: inconsistent sizes or values out of range")
+    for item in (*evaluation["mistakes"], *evaluation["examples"]):
+        expect(item, {"place": int, "truth": int, "image": str}, "an image in evaluation.json")
+        if item["truth"] not in classes or not DATA_URL.match(item["image"]):
+            raise ValueError(f"evaluation.json: not an image of a class: {item['truth']}, {item['image']:.50}")
+        pixels(item["image"])
+    for item in evaluation["mistakes"]:
+        kinds = {"prediction": int, "second": int, "probability": float, "second_probability": float}
+        expect(item, kinds, "a mistake in evaluation.json")
+        if item["prediction"] not in classes or item["second"] not in classes:
             raise ValueError("evaluation.json: a mistake without a class")
-    for it in evaluation["examples"]:
-        likeliest = it["likeliest"]
+    for item in evaluation["examples"]:
+        likeliest = item["likeliest"]
         if len(likeliest) > MOST_SHOWN or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
             raise ValueError("evaluation.json: an example without a class")
 
 
-def pixels(address: str) -> "Image":
-    """The image in an address that begins with `data:`; ConfigError for what snapshots.py cannot have written."""
+def pixels(url: str) -> "Image":
+    """Decode the image of a `data:` URL. Raises ConfigError for what snapshots.py cannot have written."""
     from PIL import Image
 
     try:
-        # these formats alone: EPS is drawn by another program
-        image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])), formats=["PNG", "JPEG"])
+        # only these formats: Pillow would start Ghostscript for EPS
+        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG", "JPEG"])
         if max(image.size) > LARGEST_SIDE:  # a small file may unpack to gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
         image.load()
-    except Exception as error:  # whatever a damaged file makes of a parser
+    except Exception as error:  # a parser may raise anything for a damaged file
         raise ConfigError(f"evaluation.json: an image in it cannot be read: {error}") from error
     return image
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
+def downsample(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` evenly spaced items, including the first and the last."""
     count = min(len(items), most)
     return [items[round(place * (len(items) - 1) / max(1, count - 1))] for place in range(count)]

@@ -138,7 +138,7 @@ class Checkpoints:
         self.cost = self.saved_at - started
 
     def _write(self, folder: Path, ranks: list[dict[str, Any]]) -> None:
-        self.run.check_place()
+        self.run.check_folder()
         check_finite(self.net)
         tensors, optimizer = flatten(self.optimizer.state_dict())
         state = {

@@ -136,7 +136,7 @@ def test_places_that_cannot_be_written_are_named(
     run = run_here("x")
     for command, *others in (["export", "--model", str(run)], ["report", str(run)]):
         assert main([command, *others, "--output", str(tmp_path)]) == 2
-        assert f"--output {tmp_path}: a folder, where a file is needed." in capsys.readouterr().err
+        assert f"--output {tmp_path}: is a folder, not a file." in capsys.readouterr().err
         assert main([command, *others, "--output", "/dev/full"]) == 1
         assert "--output /dev/full: cannot be written: No space left on device." in capsys.readouterr().err
 

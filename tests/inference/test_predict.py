@@ -144,7 +144,7 @@ def test_one_image_is_predicted_without_what_takes_long_to_import(run: Path, dig
     ("flags", "message"),
     [
         (("--top=0",), "--top 0: must be at least 1."),
-        (("--save=answers.docx",), "--save answers.docx: no kind of picture. Its name may end in .png"),
+        (("--save=answers.docx",), "--save answers.docx: unknown image type. Use one of .png"),
         (("--model=nowhere",), "--model nowhere: no model is there."),
     ],
 )

@@ -1,5 +1,6 @@
-"""Cores, memory and names of devices."""
+"""CPU threads, memory and device names."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -18,7 +19,7 @@ from mnist.models.networks import CNN, Net
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine of four cores; torch's own number is put back afterwards."""
+    """A machine with four cores; restores torch's number of threads."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(hardware, "QUOTA", Path("/nowhere"))
@@ -28,16 +29,14 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_small_batch_of_a_small_network_stays_on_one_thread_and_a_large_one_is_shared() -> None:
+def test_only_large_forward_passes_use_several_threads() -> None:
     assert choose_threads(Net(), torch.zeros(10, 1, 28, 28)) == 1
     assert choose_threads(Net(), torch.zeros(256, 1, 28, 28)) == 4
     assert choose_threads(CNN(), torch.zeros(10, 1, 28, 28)) == 4 == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(2, 2), (3, 1), (8, 1)])
-def test_processes_of_one_machine_share_its_cores(
-    processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_share_the_cores_of_a_machine(processes: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert choose_threads(CNN(), torch.zeros(64, 1, 28, 28)) == threads
 
@@ -46,7 +45,7 @@ def test_processes_of_one_machine_share_its_cores(
     ("quota", "cores"),
     [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("800000 100000", 4)],
 )
-def test_a_container_uses_no_more_cores_than_it_may_take_of_their_time(
+def test_a_container_uses_no_more_cores_than_its_quota(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
@@ -54,8 +53,8 @@ def test_a_container_uses_no_more_cores_than_it_may_take_of_their_time(
     assert available_cores() == cores == choose_threads(CNN(), torch.zeros(64, 1, 28, 28))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
-def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_reused_without_page_faults() -> None:
     script = (
         "import resource, torch; from mnist.launch.hardware import keep_freed_memory; assert keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -65,10 +64,10 @@ def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
         "print(faults() - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 7_812  # the pages of one step
+    assert int(done.stdout) < 7_812  # pages of one step
 
 
-WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # as torch 2.14 for CUDA 13 has them
+WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # of torch 2.14 for CUDA 13
 
 
 @pytest.mark.parametrize(
@@ -81,21 +80,19 @@ WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # as tor
         ("H100", (9, 0), WHEEL, True),
         ("a later one", (13, 0), WHEEL, True),  # by compute_120
         ("H100", (9, 0), ("sm_80",), False),
-        ("of another make", (9, 0), ("gfx90a",), True),
+        ("another vendor's", (9, 0), ("gfx90a",), True),
         ("H100", (9, 0), ("sm_75", "sm_90a"), True),
     ],
 )
-def test_a_card_that_torch_has_no_kernels_for_is_named(
+def test_a_gpu_without_kernels_in_torch_is_refused(
     name: str, capability: tuple[int, int], architectures: tuple[str, ...], fits: bool
 ) -> None:
-    if fits:
+    message = f"{name} .compute capability {capability[0]}.{capability[1]}.: torch"
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=message):
         check_kernels(name, capability, architectures)
-    else:
-        with pytest.raises(ConfigError, match=f"{name} .compute capability {capability[0]}.{capability[1]}.: torch"):
-            check_kernels(name, capability, architectures)
 
 
-def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were() -> None:
+def test_choosing_threads_changes_neither_network_nor_random_generator() -> None:
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Dropout())
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -106,6 +103,6 @@ def test_looking_at_the_network_leaves_it_and_the_random_generator_as_they_were(
     assert int(model[0].num_batches_tracked) == 0  # type: ignore[arg-type]
 
 
-def test_a_device_is_named_in_words() -> None:
+def test_device_names() -> None:
     assert device_name(torch.device("cpu")).startswith("cpu (")
     assert device_name(torch.device("meta")) == "meta"

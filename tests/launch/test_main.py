@@ -1,17 +1,14 @@
-"""A training process from its start to its exit code; the signals are in tests/launched/test_signals.py."""
+"""Exit codes and error messages of a training process; for signals see tests/launched/test_signals.py."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 
-from mnist.config.settings import PROJECT_FOLDER
 from mnist.errors import UserError
 from mnist.launch.main import report_failure
-from tests.conftest import MainHere
+from tests.conftest import Launch, MainHere
 
-ABORTS_WHEN_TAKEN_DOWN = """
+ABORTS_IN_FINALIZATION = """
 import atexit, os
 from mnist.launch.main import end_process
 
@@ -27,27 +24,21 @@ end_process({code})
 """
 
 
-def test_the_exit_code_is_kept_whatever_would_happen_while_the_interpreter_is_taken_down() -> None:
+def test_an_abort_in_interpreter_finalization_does_not_change_the_exit_code(launch: Launch) -> None:
     for code in (0, 3):
-        done = subprocess.run(
-            [sys.executable, "-c", ABORTS_WHEN_TAKEN_DOWN.format(code=code)],
-            cwd=PROJECT_FOLDER,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = launch(command=("-c", ABORTS_IN_FINALIZATION.format(code=code)))
         assert (done.returncode, done.stdout, done.stderr) == (code, "printed registered\n", "")
 
 
-def test_a_launchers_file_for_errors_that_cannot_be_written_hides_no_error(
+def test_an_error_is_printed_even_if_the_launchers_error_file_is_not_writable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/proc/nowhere/error.json")
-    report_failure(UserError("the thing, its value, the way out"))
-    assert capsys.readouterr().err == "UserError: the thing, its value, the way out\n"
+    report_failure(UserError("what, value, advice"))
+    assert capsys.readouterr().err == "UserError: what, value, advice\n"
 
 
-def test_a_rank_that_was_left_in_the_environment_silences_no_wrong_usage(
+def test_a_stale_rank_in_the_environment_does_not_hide_wrong_usage(
     main_here: MainHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
@@ -56,7 +47,7 @@ def test_a_rank_that_was_left_in_the_environment_silences_no_wrong_usage(
     with pytest.raises(SystemExit, match="2"):
         main_here("--no-such-flag", RANK="1")
     assert "no-such-flag" in "".join(capsys.readouterr())
-    assert time.monotonic() - began < 2  # one of many would wait for the first to speak
+    assert time.monotonic() - began < 2  # one of several processes would wait for the first
 
 
 def test_wrong_usage_is_not_silent_where_the_first_process_of_many_is_missing(

@@ -127,7 +127,7 @@ def test_from_the_cache_comes_the_same_run_and_its_model_is_measured_again(
     assert_figures("things, 120 test images", last, printed)
     assert main(["evaluate", "--model", str(second), "--dataset", "mnist"]) == 2
     printed = capsys.readouterr().err
-    assert "has 10 classes and images of 28 x 28 pixels in grey; the model has 3, for images of 64 x 64" in printed
+    assert "has 10 classes and images of 28 x 28 pixels in gray; the model has 3, for images of 64 x 64" in printed
     assert main(["export", "--model", str(second)]) == 0
 
 
@@ -157,7 +157,7 @@ def test_a_run_does_not_go_on_with_other_images_than_it_began_with(
         (few / "ball").rename(few / "sphere")
     else:
         shutil.copytree(few / "ball", few / "zebra")
-    with pytest.raises(ConfigError, match=r"this run began with other images than .*few has now"):
+    with pytest.raises(ConfigError, match=r"the images of .*few have changed since the run began"):
         resume_here(run, epochs=2)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
@@ -221,7 +221,7 @@ def test_a_model_of_a_folder_carries_the_mean_and_the_deviation_of_its_training_
     environment["dataset_md5"] = "of an earlier version"
     del environment["version"]
     (run / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(ConfigError, match="an earlier version of this project began this run"):
+    with pytest.raises(ConfigError, match="started by an earlier version of this project"):
         resume_here(run, max_steps=3)
 
 
@@ -307,7 +307,7 @@ def test_the_weights_that_are_measured_are_named_and_the_precision_is_that_of_th
     run = run_here("x", validation_size=6, epochs=2, mixed_precision="bf16", **settings)
     capsys.readouterr()
     assert main(["evaluate", "--model", str(run)]) == 0
-    assert f"(the best weights by validation loss; the last ones: --model {run}/model)" in capsys.readouterr().out
+    assert f"(weights with the best validation loss; for the last ones: --model {run}/model)" in capsys.readouterr().out
     assert main(["evaluate", "--model", str(run / "model")]) == 0
     last = metrics_of(run)[-1]
     assert_figures("few, 6 test images", last, capsys.readouterr().out)
@@ -377,8 +377,8 @@ def test_fashion_mnist_in_folders_is_what_it_is_by_name(tmp_path: Path, run_here
         ({"dataset": ""}, "--dataset : unknown."),
         ({"dataset": "mnist", "image_size": 64}, "--image-size 64: for a folder of images only"),
         ({"dataset": "mnist", "test_fraction": 0.5}, "--test-fraction 0.5: for a folder of images only"),
-        ({"image_size": 4}, "--image-size 4: must be a whole number from 8 to 1024"),
-        ({"test_fraction": 1.0}, "--test-fraction 1.0: must be a share between 0 and 1"),
+        ({"image_size": 4}, "--image-size 4: must be from 8 to 1024"),
+        ({"test_fraction": 1.0}, "--test-fraction 1.0: must be between 0 and 1"),
     ],
 )
 def test_settings_of_folders_that_cannot_be_are_refused_before_anything_is_made(

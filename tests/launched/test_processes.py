@@ -608,7 +608,7 @@ def test_torchrun_with_one_process_trains_like_plain_python(launch: Launch, tmp_
 
 def test_wrong_usage_is_reported_by_the_first_process_before_the_others_end(tmp_path: Path) -> None:
     """Launchers end all processes when one ends, so the message appears once."""
-    flags = {"--epochs=0": "--epochs 0: must be a whole number of at least 1", "--epocs=3": "--epocs"}
+    flags = {"--epochs=0": "--epochs 0: must be at least 1", "--epocs=3": "--epocs"}
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     processes = {
         (flag, rank): subprocess.Popen(
@@ -660,7 +660,7 @@ def test_the_loopback_is_not_an_interface_toward_another_machine() -> None:
 def test_the_global_batch_is_split_or_refused_with_both_numbers() -> None:
     assert TrainConfig(global_batch_size=64).batch_sizes(4) == (16, 64)
     assert TrainConfig(batch_size=10).batch_sizes(3) == (10, 30)
-    with pytest.raises(ConfigError, match="--global-batch-size 64: does not divide by the 3 processes"):
+    with pytest.raises(ConfigError, match="--global-batch-size 64: not divisible by the 3 processes"):
         TrainConfig(global_batch_size=64).batch_sizes(3)
     assert TrainConfig(global_batch_size=64, resume="x").batch_sizes(3) == (22, 64)
 

@@ -151,7 +151,7 @@ def test_a_full_or_read_only_disk_ends_a_run_with_an_error_and_intact_checkpoint
         check=False,
     )
     assert done.stdout.count("ended with 1\n") == done.stdout.count("ended with 0\n") == 1, done
-    assert f"UserError: {runs / 'x'}: cannot be written any more: {words}" in done.stderr
+    assert f"UserError: {runs / 'x'}: cannot write: {words}" in done.stderr
     assert "go on: python train.py --resume" in done.stderr
     assert "Traceback" not in done.stderr
     kept = [line for line in done.stdout.splitlines() if line.startswith("step-")]
@@ -213,7 +213,7 @@ def test_a_resumed_wandb_run_keeps_its_id_and_logs_equal_values_twice(tmp_path: 
 def test_flags_that_do_not_match_a_resume_are_wrong_usage(main_here: MainHere, tmp_path: Path) -> None:
     for flags, message in (
         (("--resume=auto",), "--resume auto: needs --run-name"),
-        ((f"--resume={tmp_path}",), f"--resume {tmp_path}: no run is there"),
+        ((f"--resume={tmp_path}",), f"--resume {tmp_path}: no run there"),
     ):
         done = main_here(*flags, "--trackers=none")
         assert done.returncode == 2

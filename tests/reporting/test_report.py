@@ -28,7 +28,7 @@ from mnist.errors import ConfigError, DivergedError
 from mnist.reporting import plots
 from mnist.reporting.report import LiveReport, render, write_pictures, write_report
 from mnist.reporting.snapshots import OTHERS, cut
-from mnist.runs.record import Record, evenly, pixels
+from mnist.runs.record import Record, downsample, pixels
 from tests.conftest import RunHere, user_environment
 from tests.support.made_up import make_run
 
@@ -189,7 +189,7 @@ def test_mnist_runs_lists_the_runs_with_their_status(tmp_path: Path, capsys: pyt
     (tmp_path / "broken" / "state.json").write_text("{")
     assert main(["runs", str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert f"{tmp_path}/broken: a file of this run cannot be read" in printed.err
+    assert f"{tmp_path}/broken: a file of this run is invalid" in printed.err
     lines = printed.out.splitlines()
     assert len(lines) == 1 + 2
     assert lines[0].split() == ["run", "recipe", "epochs", "test", "accuracy", "time", "state"]
@@ -321,8 +321,8 @@ def test_mnist_report_writes_one_report_or_a_comparison(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["report", "nowhere"], 2, "nowhere: no run is there"),
-        (["runs", "nowhere"], 2, "nowhere: no runs are in this folder"),
+        (["report", "nowhere"], 2, "nowhere: no run there"),
+        (["runs", "nowhere"], 2, "nowhere: no runs in this folder"),
         (["report", "run", "--output", "/proc/nowhere/x.html"], 1, "/proc/nowhere"),
     ],
 )
@@ -344,10 +344,10 @@ def test_mnist_commands_fail_with_a_message_and_no_traceback(
 
 
 def test_evenly_spaced_items_include_the_first_and_the_last() -> None:
-    assert evenly(range(100), 4) == [0, 33, 66, 99]
-    assert evenly(range(3), 12) == [0, 1, 2]
-    assert evenly([], 12) == []
-    assert evenly([5], 12) == [5]
+    assert downsample(range(100), 4) == [0, 33, 66, 99]
+    assert downsample(range(3), 12) == [0, 1, 2]
+    assert downsample([], 12) == []
+    assert downsample([5], 12) == [5]
 
 
 PROBE = """<!doctype html><iframe id="page" width="{width}" height="900" src="report.html"></iframe><pre id="out"></pre>
