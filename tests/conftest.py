@@ -1,4 +1,4 @@
-"""What several tests share: MNIST in memory, a run inside this process, a run through the real launcher."""
+"""Shared fixtures: MNIST in memory, runs inside this process, runs through the real launcher."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,15 @@ RunHere = Callable[..., Path]
 ResumeHere = Callable[..., Path]
 SetEnvironment = Callable[..., None]
 
-# Threads that wait for work would otherwise spin on the cores that the other half of the tests is busy on: a CNN took
-# three times as long. OpenMP reads it when torch is loaded, which is why torch is imported in the fixtures only.
+# Otherwise idle OpenMP threads spin on cores that other tests need, and a CNN takes three times as long. OpenMP reads
+# this when torch is imported, so torch is imported in fixtures only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis")))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def unpacked_once() -> Iterator[None]:
-    """Unpacking MNIST takes longer than most trainings here: the repository's files are read once per process."""
+    """Unpack the repository's MNIST once per process, because that takes longer than most runs here."""
     from mnist.data import datasets
 
     read = datasets.read_idx
@@ -54,7 +55,7 @@ def unpacked_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits() -> "ImageData":
-    """MNIST, whole."""
+    """All of MNIST."""
     from mnist.data.datasets import load_dataset
 
     return load_dataset("mnist", PROJECT_FOLDER / "data")
@@ -62,7 +63,7 @@ def digits() -> "ImageData":
 
 @pytest.fixture(scope="session")
 def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the recipe `cnn`, which takes a minute or two: for tests that are slow."""
+    """The folder of a run of the recipe `cnn`, which takes a minute or two; for slow tests."""
     parent = tmp_path_factory.mktemp("cnn")
     flags = "--recipe=cnn", "--trackers=none", f"--output-dir={parent}", "--run-name=cnn"
     subprocess.run([sys.executable, "train.py", *flags], cwd=PROJECT_FOLDER, capture_output=True, check=True)
@@ -70,7 +71,7 @@ def cnn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_afresh(config: TrainConfig) -> None:
-    """Train in this process, and leave torch and Accelerate as they were: for fixtures of a module."""
+    """Train in this process and restore torch and Accelerate; for module-scoped fixtures."""
     import torch
 
     from train import train
@@ -83,7 +84,7 @@ def train_afresh(config: TrainConfig) -> None:
 
 
 def reset_accelerate() -> None:
-    """Accelerate keeps state in the process: forget it. Signals that a run which has ended ignores are heard again."""
+    """Reset Accelerate's global state, and the signals that a finished run ignores."""
     from accelerate.state import AcceleratorState, GradientState
 
     hear_again()
@@ -93,7 +94,7 @@ def reset_accelerate() -> None:
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate and torch as in a process of its own."""
+    """Accelerate and torch as in a new process."""
     import torch
 
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -106,10 +107,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> RunHere:
-    """Train in this process, on 200 images unless told otherwise; returns the run's folder.
-
-    Without a report, unless it is asked for: drawing takes longer than such a training.
-    """
+    """Train in this process, by default on 200 images without a report (which is slower); returns the run's folder."""
     from mnist.reporting.report import LiveReport
     from train import train
 
@@ -119,7 +117,7 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
         reset_accelerate()
         small: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 100, "epochs": 1, "trackers": "none"}
         train(TrainConfig(**(small | settings), output_dir=str(tmp_path / "runs"), run_name=name))
-        hear_again()  # what is started next inherits what is ignored
+        hear_again()  # subprocesses inherit ignored signals
         return tmp_path / "runs" / name
 
     return run
@@ -127,7 +125,7 @@ def run_here(tmp_path: Path, fresh_accelerate: None, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def resume_here(fresh_accelerate: None) -> ResumeHere:
-    """Resume the run in a folder, in this process, with settings as a command line gives them."""
+    """Resume the run in a folder, in this process, with explicit settings."""
     from train import train
 
     def resume(folder: Path, **settings: Any) -> Path:
@@ -141,7 +139,7 @@ def resume_here(fresh_accelerate: None) -> ResumeHere:
 
 @pytest.fixture
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetEnvironment:
-    """Sets this process's environment: that of a user without an account, and variables."""
+    """Set this process's environment to that of a user without an account, plus variables."""
 
     def change(**variables: str) -> None:
         environment = user_environment(tmp_path, **variables)
@@ -167,7 +165,7 @@ def main_here(
 
     def run(*flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         reset_accelerate()
-        wandb.teardown()  # it reads the environment once
+        wandb.teardown()  # it caches the environment
         clean_environment(**environment)
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         capsys.readouterr()
@@ -183,14 +181,14 @@ def main_here(
 
 
 def user_environment(folder: Path, **variables: str) -> dict[str, str]:
-    """The environment of a user without an account, at home in `folder`."""
+    """The environment of a user without an account, with a home in `folder`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
     return clean | {"HOME": str(folder / "home")} | variables
 
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Start `accelerate launch train.py ...`, or another command line, as a user without an account does."""
+    """Run `accelerate launch train.py ...`, or another command, as a user without an account."""
 
     def start(
         *flags: str, command: tuple[str, ...] = ("-m", "accelerate.commands.launch", "train.py"), **environment: str
@@ -219,6 +217,15 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
+def wait_for(file: Path, process: "subprocess.Popen[Any] | None" = None, output: Path | None = None) -> None:
+    """Wait until a file has content; fails if `process` ends first, with its output."""
+    deadline = time.monotonic() + 90
+    while not (file.exists() and file.stat().st_size):
+        waiting = time.monotonic() < deadline and (process is None or process.poll() is None)
+        assert waiting, output.read_text() if output else file
+        time.sleep(0.05)
+
+
 def hear_ctrl_c() -> None:
-    """As in a terminal; what a shell starts in the background, these tests perhaps, ignores it."""
+    """Restore SIGINT, which is ignored if the tests run in the background of a shell."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Signals end a run in good order: by hand, by schedulers, by launchers that die."""
+"""Signals end a run with a checkpoint: sent by hand, by schedulers, or because a launcher died."""
 
 import os
 import re
@@ -6,24 +6,28 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER
-from tests.conftest import MainHere, hear_ctrl_c, metrics_of, state_of
+from mnist.reporting.terminal import Terminal
+from tests.conftest import MainHere, hear_ctrl_c, metrics_of, state_of, wait_for
 
 PLAIN = (sys.executable, "train.py")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "train.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py")
-LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--log-every=10", "--run-name=x")
+SMALL = ("--trackers=none", "--limit-train-images=2000", "--limit-test-images=100", "--run-name=x")
+LONG = (*SMALL, "--epochs=100000", "--log-every=10")
 
 
 class Job:
-    """A run in a process group of its own, as a terminal makes one, ended with the test."""
+    """A run in a process group of its own, as in a terminal."""
 
     def __init__(self, folder: Path, command: tuple[str, ...], *flags: str) -> None:
         self.folder = folder / "runs" / "x"
@@ -39,17 +43,10 @@ class Job:
                 preexec_fn=hear_ctrl_c,
             )
 
-    def wait_until_it_trains(self) -> None:
-        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
     def workers(self) -> list[psutil.Process]:
-        """The processes that train: those without children of the launcher's."""
+        """The training processes: those without children."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        return [it for it in family if not it.children()]
+        return [process for process in family if not process.children()]
 
     def end(self) -> None:
         for process in psutil.process_iter():
@@ -63,13 +60,28 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
-    """A run that trains; the parameter is the command that starts it."""
+    """A run that is training; the parameter is its command."""
     job = Job(tmp_path, *request.param)
     try:
-        job.wait_until_it_trains()
+        wait_for(job.folder / "metrics.jsonl", job.process, job.output)
         yield job
     finally:
         job.end()
+
+
+@pytest.fixture
+def train_here(main_here: MainHere, tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Train in this process until what the argument does, in a thread, ends the run."""
+
+    def run(act: Callable[[], object]) -> "subprocess.CompletedProcess[str]":
+        def act_on_the_run() -> None:
+            wait_for(tmp_path / "runs" / "x" / "metrics.jsonl")
+            act()
+
+        threading.Thread(target=act_on_the_run, daemon=True).start()
+        return main_here(*LONG, f"--output-dir={tmp_path / 'runs'}")
+
+    return run
 
 
 def caught(status: str) -> int:
@@ -81,39 +93,41 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-@pytest.mark.parametrize(
-    ("job", "number", "code"),
-    [
-        ((PLAIN,), signal.SIGTERM, 143),
-        ((PLAIN,), signal.SIGINT, 130),
-        ((PLAIN,), signal.SIGUSR1, 75),
-        ((PLAIN,), signal.SIGHUP, 129),
-    ],
-    indirect=["job"],
-)
-def test_the_first_signal_ends_a_run_with_a_checkpoint_its_exit_code_and_the_command_that_resumes(
-    job: Job, number: signal.Signals, code: int, main_here: MainHere
-) -> None:
-    job.process.send_signal(number)
-    assert job.process.wait(timeout=20) == code
-    state = state_of(job.folder)
-    assert (state["status"], state["error"], state["exit_code"]) == ("interrupted", number.name, code)
+def check_interrupted(folder: Path, name: str, code: int, output: str) -> None:
+    state = state_of(folder)
+    assert (state["status"], state["error"], state["exit_code"]) == ("interrupted", name, code)
     assert state["checkpoint"] == state["step"] > 0
-    assert '<span class="status interrupted">' in (job.folder / "report.html").read_text()
-    output = job.output.read_text()
+    assert '<span class="status interrupted">' in (folder / "report.html").read_text()
     assert "Traceback" not in output
-    *words, flag, folder = shlex.split(output.splitlines()[-1])
-    assert (words, flag, Path(folder)) == (["python", "train.py"], "--resume", job.folder)
-    if number != signal.SIGTERM:  # the rest is the same
-        return
-    again = main_here(flag, folder, f"--max-steps={state['step'] + 5}")
+    *words, flag, path = shlex.split(output.splitlines()[-1])
+    assert (words, flag, Path(path)) == (["python", "train.py"], "--resume", folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGHUP, 129)], ids=lambda value: str(value)
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_and_its_exit_code(
+    number: signal.Signals, code: int, train_here: Any, tmp_path: Path
+) -> None:
+    done = train_here(lambda: os.kill(os.getpid(), number))
+    assert done.returncode == code
+    check_interrupted(tmp_path / "runs" / "x", number.name, code, done.stderr + done.stdout)
+
+
+@pytest.mark.parametrize("job", [(PLAIN,)], indirect=True)
+def test_a_run_ended_by_a_signal_resumes_with_the_printed_command(job: Job, main_here: MainHere) -> None:
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(timeout=20) == 143
+    output, step = job.output.read_text(), state_of(job.folder)["step"]
+    check_interrupted(job.folder, "SIGTERM", 143, output)
+    again = main_here(*shlex.split(output.splitlines()[-1])[2:], f"--max-steps={step + 5}")
     assert again.returncode == 0, again.stderr
-    assert metrics_of(job.folder)[-1]["step"] == state["step"] + 5
+    assert metrics_of(job.folder)[-1]["step"] == step + 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [(TORCHRUN,)], indirect=True)
-def test_a_terminal_that_closes_ends_a_run_below_torchrun_with_a_checkpoint(job: Job) -> None:
+def test_a_closed_terminal_ends_a_run_under_torchrun_with_a_checkpoint(job: Job) -> None:
     os.killpg(job.process.pid, signal.SIGHUP)
     job.process.wait(timeout=40)
     state = state_of(job.folder)
@@ -121,7 +135,7 @@ def test_a_terminal_that_closes_ends_a_run_below_torchrun_with_a_checkpoint(job:
 
 
 @pytest.mark.parametrize("job", [(TORCHRUN, "--timeout-seconds=20")], indirect=True)
-def test_one_signalled_process_of_many_ends_all_at_the_same_step_with_a_checkpoint(job: Job) -> None:
+def test_a_signal_to_one_process_ends_all_at_the_same_step_with_a_checkpoint(job: Job) -> None:
     workers = job.workers()
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGUSR1)
@@ -146,9 +160,7 @@ def test_one_signalled_process_of_many_ends_all_at_the_same_step_with_a_checkpoi
     ],
     indirect=["job"],
 )
-def test_when_a_launcher_alone_gets_a_signal_its_workers_are_gone_within_ten_seconds_and_a_checkpoint_is_behind_them(
-    job: Job, number: signal.Signals
-) -> None:
+def test_a_signal_to_the_launcher_ends_its_workers_within_ten_seconds(job: Job, number: signal.Signals) -> None:
     workers = job.workers()
     job.process.send_signal(number)
     assert gone(workers, 10)
@@ -159,7 +171,7 @@ def test_when_a_launcher_alone_gets_a_signal_its_workers_are_gone_within_ten_sec
 
 
 @pytest.mark.parametrize("job", [(ACCELERATE,)], indirect=True)
-def test_ctrl_c_on_the_whole_process_group_under_the_launcher_leaves_a_whole_checkpoint(job: Job) -> None:
+def test_ctrl_c_on_the_process_group_under_a_launcher_leaves_a_checkpoint(job: Job) -> None:
     workers = job.workers()
     os.killpg(job.process.pid, signal.SIGINT)
     job.process.wait(timeout=10)
@@ -169,34 +181,32 @@ def test_ctrl_c_on_the_whole_process_group_under_the_launcher_leaves_a_whole_che
     assert "accelerate launch train.py --resume" in job.output.read_text()
 
 
-def test_ctrl_c_that_ends_the_reader_of_the_output_too_ends_with_a_checkpoint_and_its_exit_code(tmp_path: Path) -> None:
-    command = shlex.join([*PLAIN, *LONG, f"--output-dir={tmp_path / 'runs'}"])
-    script = f"set -o pipefail; {command} 2> {tmp_path / 'errors'} | cat > /dev/null"
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_exits_with_130(tmp_path: Path) -> None:
+    command, errors = shlex.join([*PLAIN, *LONG, f"--output-dir={tmp_path / 'runs'}"]), tmp_path / "errors"
+    script = f"set -o pipefail; {command} 2> {errors} | cat > /dev/null"
     shell = subprocess.Popen(["bash", "-c", script], cwd=PROJECT_FOLDER, preexec_fn=hear_ctrl_c, start_new_session=True)
     folder = tmp_path / "runs" / "x"
-    while not ((folder / "metrics.jsonl").exists() and metrics_of(folder)):
-        time.sleep(0.05)
-    children = psutil.Process(shell.pid).children()
     try:
-        for child in sorted(children, key=lambda it: it.name() != "cat"):  # first the reader
-            child.send_signal(signal.SIGINT)
+        wait_for(folder / "metrics.jsonl", shell, errors)
+        for child in sorted(psutil.Process(shell.pid).children(), key=lambda child: child.name() != "cat"):
+            child.send_signal(signal.SIGINT)  # to the reader first
         assert shell.wait(timeout=20) == 130
     finally:
         if shell.poll() is None:
             os.killpg(shell.pid, signal.SIGKILL)
-    assert (tmp_path / "errors").read_text() == ""
+    assert errors.read_text() == ""
     assert state_of(folder)["exit_code"] == 130
 
 
 @pytest.mark.parametrize("job", [(TORCHRUN, "--timeout-seconds=60")], indirect=True)
-def test_a_second_ctrl_c_more_than_a_second_later_stops_at_once_even_a_process_that_waits_for_another(job: Job) -> None:
+def test_a_second_ctrl_c_after_a_second_ends_even_a_process_blocked_in_torch(job: Job) -> None:
     first, second = job.workers()
     second.suspend()
-    time.sleep(0.5)  # the first waits for it by now, inside torch
+    time.sleep(0.5)  # now the first waits for it inside torch
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    first.send_signal(signal.SIGINT)  # as launchers send it by themselves
+    first.send_signal(signal.SIGINT)  # a duplicate, as from launchers
     time.sleep(1.5)
     first.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -207,19 +217,16 @@ def test_a_second_ctrl_c_more_than_a_second_later_stops_at_once_even_a_process_t
     assert state_of(job.folder)["error"] in ("a second SIGINT", "SIGINT")
 
 
-def test_a_run_that_a_shell_started_in_the_background_survives_the_shell(tmp_path: Path) -> None:
+def test_a_background_run_survives_its_shell(tmp_path: Path) -> None:
     flags = shlex.join([*LONG, f"--output-dir={tmp_path / 'runs'}"])
     script = f"nohup {sys.executable} train.py {flags} > {tmp_path / 'output'} 2>&1 & echo $!"
     shell = subprocess.run(["sh", "-c", script], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=True)
-    process = psutil.Process(int(shell.stdout))
+    process, folder, deadline = psutil.Process(int(shell.stdout)), tmp_path / "runs" / "x", time.monotonic() + 60
     try:
-        metrics, deadline = tmp_path / "runs" / "x" / "metrics.jsonl", time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.1)
+        wait_for(folder / "metrics.jsonl", output=tmp_path / "output")
         process.send_signal(signal.SIGHUP)
-        lines = len(metrics_of(metrics.parent))
-        while len(metrics_of(metrics.parent)) < lines + 10:
+        lines = len(metrics_of(folder))
+        while len(metrics_of(folder)) < lines + 10:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert process.is_running()
@@ -227,68 +234,44 @@ def test_a_run_that_a_shell_started_in_the_background_survives_the_shell(tmp_pat
         process.kill()
 
 
-def test_during_start_up_a_signal_ends_the_process_at_once_and_leaves_no_folder(tmp_path: Path) -> None:
-    for number, codes in (
-        (signal.SIGTERM, (143, -15)),
-        (signal.SIGINT, (130, -2)),
-        (signal.SIGUSR1, (75,)),
-        (1, (129,)),
-    ):
-        job = Job(tmp_path, PLAIN)
-        status = Path(f"/proc/{job.process.pid}/status")
-        while not caught(status.read_text()) >> signal.SIGUSR1 - 1 & 1:  # then torch is still to be loaded
-            time.sleep(0.01)
-        job.process.send_signal(number)
-        assert job.process.wait(timeout=5) in codes
-        assert not job.folder.exists()
-        assert "Traceback" not in job.output.read_text()
-        job.end()
-
-
-@pytest.mark.parametrize("job", [(PLAIN,)], indirect=True)
-def test_a_run_whose_folder_is_moved_ends_with_a_message_and_writes_nothing_where_it_was(job: Job) -> None:
-    job.folder.rename(job.folder.with_name("elsewhere"))
-    assert job.process.wait(timeout=30) == 1
-    assert "x: was moved or removed while the run was training in it" in job.output.read_text()
-    assert "Traceback" not in job.output.read_text()
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [(signal.SIGTERM, (143, -15)), (signal.SIGINT, (130, -2)), (signal.SIGUSR1, (75,)), (signal.SIGHUP, (129,))],
+    ids=lambda value: str(value),
+)
+def test_a_signal_during_startup_ends_the_process_and_leaves_no_folder(
+    number: signal.Signals, codes: tuple[int, ...], tmp_path: Path
+) -> None:
+    job = Job(tmp_path, PLAIN)
+    status = Path(f"/proc/{job.process.pid}/status")
+    while not caught(status.read_text()) >> signal.SIGUSR1 - 1 & 1:  # before torch is imported
+        time.sleep(0.01)
+    job.process.send_signal(number)
+    assert job.process.wait(timeout=5) in codes
     assert not job.folder.exists()
+    assert "Traceback" not in job.output.read_text()
 
 
-IN_THE_LAST_MOMENT = """
-import os, signal, sys
-import train
-from mnist.launch.main import end_process
-from mnist.reporting.terminal import Terminal
-
-result = Terminal.result
-
-def with_a_signal(self, *arguments):
-    os.kill(os.getpid(), signal.SIGTERM)
-    result(self, *arguments)
-
-Terminal.result = with_a_signal
-end_process(train.main())
-"""
+def test_a_run_whose_folder_is_moved_fails_and_writes_nothing_there(train_here: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    done = train_here(lambda: folder.rename(folder.with_name("elsewhere")))
+    assert done.returncode == 1
+    assert "x: was moved or removed during the run" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
 
 
-def test_a_signal_in_the_last_moment_makes_nothing_of_a_finished_run(tmp_path: Path) -> None:
-    flags = ("--trackers=none", "--limit-train-images=100", "--limit-test-images=50", "--epochs=1", "--run-name=x")
-    command = [sys.executable, "-c", IN_THE_LAST_MOMENT, *flags, f"--output-dir={tmp_path}"]
-    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+def test_a_signal_after_the_last_step_does_not_change_a_finished_run(
+    main_here: MainHere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = Terminal.result
+
+    def with_a_signal(self: Terminal, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        result(self, *arguments)
+
+    monkeypatch.setattr(Terminal, "result", with_a_signal)
+    done = main_here(*SMALL, "--epochs=1", f"--output-dir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Test accuracy" in done.stdout
     assert state_of(tmp_path / "x")["exit_code"] == 0
-
-
-def test_a_run_outlives_those_who_read_its_output(tmp_path: Path) -> None:
-    command = [*PLAIN, "--trackers=none", "--limit-train-images=2000", "--limit-test-images=100", "--run-name=x"]
-    process = subprocess.Popen(
-        [*command, f"--output-dir={tmp_path}"], cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0, process.stderr.read()
-    assert process.stderr.read() == b""
-    assert state_of(tmp_path / "x")["status"] == "finished"
