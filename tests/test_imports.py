@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the house in their order, each allowed to import only from those before it."""
+"""The order of the packages: each may import only from those before it."""
 
 import ast
 from collections.abc import Iterator
@@ -6,27 +6,15 @@ from pathlib import Path
 
 from mnist.config.settings import PROJECT_FOLDER
 
-ROOMS = (
-    "errors",
-    "files",
-    "config",
-    "launch",
-    "data",
-    "models",
-    "runs",
-    "training",
-    "tracking",
-    "reporting",
-    "inference",
-    "session",
-    "cli",
-    "__main__",
+ORDER = (
+    *("errors", "files", "config", "launch", "data", "models", "runs", "training", "tracking", "reporting"),
+    *("inference", "session", "cli", "__main__"),
 )
 PACKAGE = PROJECT_FOLDER / "mnist"
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, wherever in it."""
+    """The modules that a file imports, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,37 +23,30 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room(module: str) -> str:
-    """`data` of `mnist.data.loader.Split`."""
-    return module.split(".")[1]
-
-
-def test_a_room_imports_only_from_those_before_it() -> None:
-    paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]  # which is above all of them
-    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in paths} == set(ROOMS)
-    for path in paths:
-        own = ROOMS.index(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+def test_a_package_imports_only_from_those_before_it() -> None:
+    paths = {path: path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    del paths[PACKAGE / "__init__.py"]
+    assert set(paths.values()) == set(ORDER)
+    for path, package in paths.items():
         for module in imports(path):
             if module.startswith("mnist."):
-                assert ROOMS.index(room(module)) <= own, f"{path} imports {module}"
+                assert ORDER.index(module.split(".")[1]) <= ORDER.index(package), f"{path} imports {module}"
 
 
-def test_each_room_says_in_one_line_what_it_is_for() -> None:
+def test_each_package_has_a_docstring_of_one_line_and_no_code() -> None:
     for package in PACKAGE.glob("*/__init__.py"):
         tree = ast.parse(package.read_text(encoding="utf-8"))
-        assert len(tree.body) == 1  # no imports, so that what needs one module loads one
-        docstring = ast.get_docstring(tree)
-        assert docstring is not None, package
-        assert "\n" not in docstring, package
+        assert len(tree.body) == 1  # importing one module must not load the others
+        assert len((ast.get_docstring(tree) or "").splitlines()) == 1, package
 
 
 def calls(path: Path) -> set[str]:
-    """The names that a file calls, but for those with a dot."""
+    """The names without a dot that a file calls."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
 
 
-def test_only_one_module_knows_wandb_and_only_what_composes_builds_an_accelerator() -> None:
+def test_one_module_imports_wandb_and_two_build_accelerators() -> None:
     paths = [PROJECT_FOLDER / "train.py", *PACKAGE.rglob("*.py")]
-    assert {path.stem for path in paths if any(it.startswith("wandb") for it in imports(path))} == {"wandb_run"}
+    assert {path.stem for path in paths if any(name.startswith("wandb") for name in imports(path))} == {"wandb_run"}
     assert {path.stem for path in paths if {"Accelerator", "LeanAccelerator"} & calls(path)} == {"session", "cli"}

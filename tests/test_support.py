@@ -1,4 +1,4 @@
-"""What the tests themselves rely on."""
+"""The plugins of the tests."""
 
 import subprocess
 import sys
@@ -33,9 +33,7 @@ def test_marked():
         (("-m", "gpu or not gpu"), 1, "Tests marked gpu need a session of their own. Run: pytest -m gpu"),
     ],
 )
-def test_gpus_are_seen_by_the_tests_that_are_marked_gpu_and_hidden_from_all_others(
-    flags: tuple[str, ...], code: int, words: str, tmp_path: Path
-) -> None:
+def test_only_tests_marked_gpu_see_gpus(flags: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     variables = {"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(PROJECT_FOLDER), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")

@@ -1,6 +1,6 @@
-"""What the container runs and how it ends; manifests that a cluster accepts; no command line in them or the docs rots.
+"""The container's entrypoint and health check, the manifests, and every command line in the docs.
 
-The image itself is built and run by `make image-test`.
+`make image-test` builds and runs the image itself.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ from mnist.config.recipes import RECIPES
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.launch.signals import EXIT_CODES
 from mnist.runs.folder import Run
-from tests.conftest import RunHere, state_of, user_environment
+from tests.conftest import RunHere, state_of, user_environment, wait_for
 
 DOCKER, DEPLOY = PROJECT_FOLDER / "docker", PROJECT_FOLDER / "deploy"
 TRAIN = (sys.executable, "train.py")
-KUBERNETES = "1.34"  # and newer, as far as that goes
-LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--log-every=10")
+KUBERNETES = "1.34"
+LONG = ("--trackers=none", "--epochs=100000", "--limit-train-images=2000", "--limit-test-images=100", "--log-every=10")
 TWO_MACHINES = {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "node-0"}
 
 
@@ -66,7 +66,7 @@ def launched(processes: int, config: str, *flags: str) -> tuple[str, ...]:
         (0, {"NUM_PROCESSES": "2"}, launched(2, "multi_cpu")),
         (8, {"NUM_PROCESSES": "2"}, launched(2, "multi_gpu")),
         (8, {"NUM_PROCESSES": "1"}, TRAIN),
-        (4, {"NUM_PROCESSES": ""}, launched(4, "multi_gpu")),  # as Compose passes what is not set
+        (4, {"NUM_PROCESSES": ""}, launched(4, "multi_gpu")),  # as Compose passes unset variables
         (4, {"MIXED_PRECISION": "bf16"}, launched(4, "multi_gpu", "--mixed_precision", "bf16")),
         (4, {"MIXED_PRECISION": ""}, launched(4, "multi_gpu")),
         (4, {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "auto"}, launched(4, "multi_gpu")),  # a TrainJob of one machine
@@ -74,7 +74,7 @@ def launched(processes: int, config: str, *flags: str) -> tuple[str, ...]:
         (4, {"PET_NPROC_PER_NODE": "2", "NUM_PROCESSES": "3"}, launched(3, "multi_gpu")),
     ],
 )
-def test_the_launcher_fits_the_gpus_that_are_visible_unless_variables_say_otherwise(
+def test_the_launcher_depends_on_visible_gpus_and_variables(
     visible: int, variables: dict[str, str], command: tuple[str, ...]
 ) -> None:
     chosen = plan(["--recipe", "cnn"], variables, visible)
@@ -84,7 +84,7 @@ def test_the_launcher_fits_the_gpus_that_are_visible_unless_variables_say_otherw
 
 
 @pytest.mark.parametrize(("visible", "processes"), [(0, "1"), (1, "1"), (8, "8")])
-def test_several_machines_are_joined_by_torchrun_with_a_process_on_each_gpu(visible: int, processes: str) -> None:
+def test_torchrun_joins_several_machines_with_a_process_per_gpu(visible: int, processes: str) -> None:
     chosen = plan(["--epochs=1"], TWO_MACHINES | {"MIXED_PRECISION": "bf16"}, visible)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes)
     assert chosen.command == (*launcher, "train.py", "--epochs=1")
@@ -92,12 +92,12 @@ def test_several_machines_are_joined_by_torchrun_with_a_process_on_each_gpu(visi
     assert chosen.variables == {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
-def test_one_process_gets_the_precision_as_the_launcher_would_give_it() -> None:
+def test_a_single_process_gets_the_precision_in_a_variable() -> None:
     assert plan([], {"MIXED_PRECISION": "bf16"}, 1).variables == {"ACCELERATE_MIXED_PRECISION": "bf16"}
     assert plan([], {}, 1).variables == {}
 
 
-def test_help_is_shown_once_and_other_commands_are_run_as_they_are() -> None:
+def test_help_is_shown_once_and_other_commands_run_unchanged() -> None:
     assert plan(["--help"], {}, 8).command == (*TRAIN, "--help")
     assert plan(["mnist", "predict", "--top", "1", "seven.png"], {"NUM_PROCESSES": "x"}, 8) == entrypoint.Plan(
         ("mnist", "predict", "--top", "1", "seven.png")
@@ -111,22 +111,20 @@ def test_help_is_shown_once_and_other_commands_are_run_as_they_are() -> None:
         (0, {"NUM_PROCESSES": "-1"}, "NUM_PROCESSES=-1: must"),
         (4, {"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: must"),
         (4, {"NUM_PROCESSES": "1.5"}, "NUM_PROCESSES=1.5: must"),
-        (4, {"NUM_PROCESSES": "5"}, r"NUM_PROCESSES=5: only 4 GPU\(s\) are visible here. Ask for at most 4"),
+        (4, {"NUM_PROCESSES": "5"}, r"NUM_PROCESSES=5: only 4 GPU\(s\) are visible. Use at most 4"),
         (1, {"PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2: only 1 GPU"),
         (0, {"MIXED_PRECISION": "fp8"}, "MIXED_PRECISION=fp8: unknown. Known: no, fp16, bf16"),
         (0, {"PET_NNODES": "1:4"}, "PET_NNODES=1:4: must be a whole number"),
-        (8, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "without PET_MASTER_ADDR the machines"),
+        (8, {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES=2: requires PET_MASTER_ADDR"),
     ],
 )
-def test_a_variable_that_cannot_be_is_named_with_the_way_out(
-    visible: int, variables: dict[str, str], words: str
-) -> None:
+def test_an_invalid_variable_is_refused_with_advice(visible: int, variables: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         plan([], variables, visible)
 
 
 @pytest.mark.parametrize("visible", [0, 1, 4, 8])
-def test_what_is_launched_is_something_that_accelerate_understands(visible: int) -> None:
+def test_accelerate_accepts_the_launch_command(visible: int) -> None:
     command = plan(["--epochs", "1"], {"NUM_PROCESSES": str(visible or 2)}, visible).command
     if visible != 1:
         arguments = launch_command_parser().parse_args(command[2:])
@@ -135,25 +133,25 @@ def test_what_is_launched_is_something_that_accelerate_understands(visible: int)
         assert load_config_from_file(str(PROJECT_FOLDER / arguments.config_file)).distributed_type == "MULTI_GPU"
 
 
-def test_torch_is_asked_for_gpus_only_where_there_is_a_file_of_one(
+def test_torch_counts_gpus_only_if_there_is_a_device_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("null",))
     assert entrypoint.visible_devices() == 0
-    assert "torch sees none: CUDA_VISIBLE_DEVICES hides them" in capsys.readouterr().err
+    assert "torch sees no GPU: CUDA_VISIBLE_DEVICES hides them" in capsys.readouterr().err
     monkeypatch.setattr(entrypoint, "DEVICE_FILES", ("no-such-device*",))
     monkeypatch.setattr(entrypoint, "COUNT_DEVICES", "raise SystemExit('asked')")
     assert entrypoint.visible_devices() == 0
 
 
-def test_the_key_of_wandb_comes_from_the_environment_or_else_from_a_file(tmp_path: Path) -> None:
+def test_the_wandb_key_comes_from_the_environment_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("secret\n")
     assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)}) == {"WANDB_API_KEY": "secret"}
     assert entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file), "WANDB_API_KEY": "mine"}) == {}
     assert entrypoint.wandb_key({}) == {}
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="holds no text, and so no key"):
+    with pytest.raises(UsageError, match="not a text file"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
     file.write_bytes(b"a\0b")
     with pytest.raises(UsageError, match="holds more than a key"):
@@ -168,7 +166,7 @@ def test_flags_are_read_as_train_py_reads_them(words: str) -> None:
     assert flag_value(words.split(), "--resume") is None
 
 
-def test_the_state_is_that_of_the_run_which_the_flags_name(tmp_path: Path) -> None:
+def test_the_state_is_that_of_the_run_named_by_the_flags(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{}")
@@ -179,7 +177,7 @@ def test_the_state_is_that_of_the_run_which_the_flags_name(tmp_path: Path) -> No
     assert state_files([folder, "--run-name=c"]) == []
 
 
-def test_only_what_this_container_has_trained_counts(tmp_path: Path) -> None:
+def test_only_runs_trained_by_this_container_count(tmp_path: Path) -> None:
     def write(name: str, status: str, host: str = socket.gethostname()) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "state.json").write_text(json.dumps({"status": status, "process": f"8 on {host}"}))
@@ -190,10 +188,10 @@ def test_only_what_this_container_has_trained_counts(tmp_path: Path) -> None:
     write("earlier", "finished")
     before = {path: path.stat().st_mtime_ns for path in state_files([f"--output-dir={tmp_path}"])}
     assert status() is None
-    assert status("--run-name=earlier") is None  # as it was: this time nothing came of it
+    assert status("--run-name=earlier") is None  # unchanged
     write("theirs", "finished", host="another")
     assert status() is None
-    assert status("--run-name=theirs") == "finished"  # named: on a machine that is not the first one, say
+    assert status("--run-name=theirs") == "finished"  # named explicitly, e.g. on the second machine
     write("mine", "failed")
     write("theirs", "finished", host="another")
     assert status() == "failed"
@@ -204,7 +202,7 @@ FOREIGN = ("", "[]", "5", "[" * 100_000, '{"status": "running"}', '{"status": "r
 
 
 @pytest.mark.parametrize("content", FOREIGN)
-def test_a_foreign_state_json_neither_ends_a_container_nor_makes_it_unhealthy(content: str, tmp_path: Path) -> None:
+def test_a_foreign_state_json_has_no_effect_on_exit_code_and_health(content: str, tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     flags = [f"--output-dir={tmp_path}"]
     before = dict.fromkeys(state_files(flags), 0)
@@ -217,7 +215,7 @@ def test_a_foreign_state_json_neither_ends_a_container_nor_makes_it_unhealthy(co
     assert exit_code({"status": "finished", "exit_code": True}, 3, []) == 3
 
 
-def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:
+def test_the_exit_code_is_that_of_the_run_not_of_the_launcher() -> None:
     assert exit_code({"status": "finished", "exit_code": 0}, 1, []) == 0
     assert exit_code({"status": "interrupted", "exit_code": 143}, 1, [15]) == 143
     assert exit_code({"status": "interrupted", "exit_code": 75}, -10, [10]) == 75
@@ -230,7 +228,7 @@ def test_the_exit_code_is_the_runs_whatever_a_launcher_made_of_it() -> None:
 
 @contextlib.contextmanager
 def container(folder: Path, *flags: str, **variables: str) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
-    """The entrypoint, as the image calls it, and the file that its output goes into."""
+    """The entrypoint as in the image, and its output file."""
     output = folder / f"output {len(list(folder.glob('output*')))}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     clean = {name: value for name, value in user_environment(folder).items() if not name.startswith("PET_")}
@@ -255,27 +253,17 @@ def container(folder: Path, *flags: str, **variables: str) -> Iterator[tuple["su
         process.wait()
 
 
-def wait_for(file: Path, process: "subprocess.Popen[bytes]", output: Path) -> None:
-    deadline = time.monotonic() + 90
-    while not (file.exists() and file.stat().st_size):
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.1)
-
-
-def test_a_signal_reaches_processes_below_a_launcher_and_the_container_ends_with_the_runs_exit_code(
-    tmp_path: Path,
-) -> None:
+def test_a_signal_is_forwarded_and_the_container_exits_with_the_runs_code(tmp_path: Path) -> None:
     with container(tmp_path, *LONG, "--run-name=x", NUM_PROCESSES="2") as (process, output):
         wait_for(tmp_path / "runs" / "x" / "metrics.jsonl", process, output)
-        process.send_signal(signal.SIGUSR1)  # at which launchers die
+        process.send_signal(signal.SIGUSR1)  # kills launchers
         assert process.wait(timeout=40) == 75, output.read_text()
     state = state_of(tmp_path / "runs" / "x")
     assert (state["status"], state["error"], state["checkpoint"]) == ("interrupted", "SIGUSR1", state["step"])
     assert "0 GPUs are visible: accelerate launch" in output.read_text()
 
 
-def test_a_signal_before_training_begins_ends_the_container_with_its_own_exit_code(tmp_path: Path) -> None:
+def test_a_signal_before_training_sets_the_exit_code_of_the_container(tmp_path: Path) -> None:
     with container(tmp_path, *LONG, NUM_PROCESSES="2") as (process, output):
         wait_for(output, process, output)
         time.sleep(0.5)  # the launcher is loading
@@ -284,7 +272,7 @@ def test_a_signal_before_training_begins_ends_the_container_with_its_own_exit_co
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_container_with_a_failure(tmp_path: Path) -> None:
+def test_a_killed_process_makes_the_container_fail(tmp_path: Path) -> None:
     with container(tmp_path, *LONG, "--run-name=x", NUM_PROCESSES="2") as (process, output):
         wait_for(tmp_path / "runs" / "x" / "metrics.jsonl", process, output)
         (launcher,) = entrypoint.children_of(process.pid)
@@ -293,7 +281,7 @@ def test_a_killed_process_ends_the_container_with_a_failure(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_containers_that_are_told_of_each_other_train_as_one(tmp_path: Path) -> None:
+def test_two_containers_train_as_one_job(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     flags = ("--trackers=none", "--limit-train-images=200", "--limit-test-images=100", "--epochs=1", "--run-name=x")
@@ -306,7 +294,7 @@ def test_two_containers_that_are_told_of_each_other_train_as_one(tmp_path: Path)
     assert (environment["num_processes"], environment["steps_per_epoch"]) == (2, 10)
 
 
-def test_wrong_usage_and_unknown_commands_end_with_the_codes_of_shells(tmp_path: Path) -> None:
+def test_wrong_usage_exits_with_2_and_an_unknown_command_with_127(tmp_path: Path) -> None:
     command = [sys.executable, str(DOCKER / "entrypoint.py")]
     variables = os.environ | {"NUM_PROCESSES": "many"}
     wrong = subprocess.run(command, env=variables, cwd=PROJECT_FOLDER, capture_output=True, text=True)
@@ -327,7 +315,7 @@ def test_wrong_usage_and_unknown_commands_end_with_the_codes_of_shells(tmp_path:
 
 @pytest.fixture
 def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The step of each state.json that is written."""
+    """The step in each state.json written."""
     steps: list[int] = []
     note = Run.note
 
@@ -339,20 +327,20 @@ def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-def test_the_training_loop_and_the_evaluation_renew_the_state_of_a_run_as_they_move(
+def test_training_and_evaluation_send_heartbeats(
     run_here: RunHere, noted_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mnist.runs.folder.SECONDS_BETWEEN_HEARTBEATS", 0.0)
-    run_here("x")  # 20 steps, a batch each of training and of test images, a checkpoint, the end
+    run_here("x")  # 20 steps, 2 batches of evaluation, a checkpoint, the end
     assert noted_steps == [0, *range(1, 21), 20, 20, 20, 20]
 
 
-def test_a_heartbeat_is_written_no_more_often_than_every_ten_seconds(run_here: RunHere, noted_steps: list[int]) -> None:
+def test_heartbeats_are_at_least_ten_seconds_apart(run_here: RunHere, noted_steps: list[int]) -> None:
     run_here("x")
     assert noted_steps == [0, 20, 20]
 
 
-def test_a_container_is_healthy_while_its_newest_run_moves(tmp_path: Path) -> None:
+def test_a_container_is_healthy_while_its_newest_run_progresses(tmp_path: Path) -> None:
     def state(name: str, seconds: float, host: str = "here", status: str = "running") -> None:
         (tmp_path / name).mkdir(exist_ok=True)
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(1_000_000 + seconds))
@@ -373,12 +361,12 @@ def test_a_container_is_healthy_while_its_newest_run_moves(tmp_path: Path) -> No
     assert healthcheck.verdict(tmp_path, "here", 1_000_161, 60) == (False, "new: step 7, 61 s ago")
     for name in ("old", "new"):
         state(name, 100, status="finished")
-    assert healthy(10_000)  # what keeps the container now is no training
-    (tmp_path / "elsewhere" / "state.json").write_text("{}")  # not a run's
+    assert healthy(10_000)  # not training any more
+    (tmp_path / "elsewhere" / "state.json").write_text("{}")  # not a run
     assert healthy(10_000)
 
 
-def test_the_health_check_reads_what_a_run_has_written(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_check_reads_the_state_of_a_run(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_here("x")
     state = json.loads((folder / "state.json").read_text()) | {"status": "running"}
     (folder / "state.json").write_text(json.dumps(state))
@@ -398,7 +386,7 @@ def manifests(name: str) -> list[dict[str, Any]]:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """What each manifest makes of a pod, as a Pod; that of the TrainJob in the place where Kubeflow puts it."""
+    """The pod of each manifest; that of the TrainJob assembled as Kubeflow does."""
     job, train_job = manifests("job.yaml")[1], manifests("trainjob.yaml")[0]
     trainer = train_job["spec"]["trainer"]
     (patch,) = train_job["spec"]["runtimePatches"]
@@ -414,7 +402,7 @@ def pods() -> dict[str, dict[str, Any]]:
     }
 
 
-def test_kubernetes_accepts_the_job_and_the_pods_of_both() -> None:
+def test_kubernetes_accepts_the_job_and_both_pods() -> None:
     for manifest in [*manifests("job.yaml"), *pods().values()]:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     wrong = pods()["trainjob.yaml"]
@@ -423,7 +411,7 @@ def test_kubernetes_accepts_the_job_and_the_pods_of_both() -> None:
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-def test_the_train_job_has_only_what_kubeflow_knows() -> None:
+def test_the_train_job_matches_the_schema_of_kubeflow() -> None:
     schema = json.loads((PROJECT_FOLDER / "tests" / "container" / "trainjob.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     (train_job,) = manifests("trainjob.yaml")
@@ -435,7 +423,7 @@ def test_the_train_job_has_only_what_kubeflow_knows() -> None:
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "trainjob.yaml"])
-def test_pods_are_as_restricted_as_kubernetes_can_ask_and_write_only_into_volumes(name: str) -> None:
+def test_pods_are_restricted_and_write_only_to_volumes(name: str) -> None:
     pod = pods()[name]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"]
@@ -458,7 +446,7 @@ def test_pods_are_as_restricted_as_kubernetes_can_ask_and_write_only_into_volume
     parse_command_line(RECIPES, container["args"])
 
 
-def test_every_service_of_compose_is_restricted_and_its_command_is_understood() -> None:
+def test_compose_services_are_restricted_and_their_commands_valid() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     services = compose["services"]
     assert services.keys() == {"train", "train-gpu", "draw", "node-0", "node-1"}
@@ -491,25 +479,25 @@ def test_actions_are_pinned_to_commits() -> None:
 
 
 def pins(name: str) -> dict[str, tuple[str, str]]:
-    """Version and rest of the line of each package of a lock file."""
+    """Version and rest of the line, per package of a lock file."""
     lines = (DOCKER / name).read_text().splitlines()
     words = [line.partition("==") for line in lines if not line.startswith("#")]
     return {package: (rest.split()[0], rest.partition(" ")[2]) for package, _, rest in words}
 
 
-def test_the_image_installs_exact_versions_with_checksums_that_satisfy_the_project() -> None:
+def test_the_lock_file_pins_versions_and_checksums_that_fit_the_project() -> None:
     cuda = pins("requirements-cuda.lock")
     assert "://" not in (DOCKER / "requirements-cuda.lock").read_text()
     for name, (version, rest) in cuda.items():
         assert re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", rest), name
         assert version
     for requirement in map(Requirement, requires("mnist-trainer") or []):
-        if requirement.marker is None:  # no extra's
+        if requirement.marker is None:  # not of an extra
             assert cuda[requirement.name][0] in requirement.specifier, requirement
     assert "dumb-init" in cuda
 
 
-def test_the_lock_of_the_index_that_was_not_reached_differs_in_torch_alone_and_is_marked() -> None:
+def test_the_cpu_lock_file_differs_in_torch_only_and_is_marked_not_built() -> None:
     cuda, cpu = pins("requirements-cuda.lock"), pins("requirements-cpu.lock")
     unchecked = {name for name, (_, rest) in cpu.items() if not rest}
     assert unchecked == {"torch", "torchvision"}
@@ -519,7 +507,7 @@ def test_the_lock_of_the_index_that_was_not_reached_differs_in_torch_alone_and_i
     assert (DOCKER / "requirements-cpu.lock").read_text().startswith("# NOT BUILT")
 
 
-def test_a_lock_has_a_line_a_package_and_no_address() -> None:
+def test_a_lock_file_has_one_line_per_package_and_no_url() -> None:
     package = {
         "metadata": {"name": "Torch", "version": "2.14.1"},
         "download_info": {"url": "https://example.org/torch.whl", "archive_info": {"hashes": {"sha256": "ab"}}},
@@ -576,14 +564,14 @@ def start_batch(folder: Path, nodes: int, *flags: str, **more: str) -> "subproce
     ("nodes", "array", "task"),
     [(1, {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77_3"), (2, {}, r"\d+")],
 )
-def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_on(
+def test_a_run_warned_by_slurm_saves_is_requeued_and_resumes(
     nodes: int, array: dict[str, str], task: str, tmp_path: Path
 ) -> None:
     run, calls, output = tmp_path / "runs" / "x", tmp_path / "calls", tmp_path / "output"
     batch = start_batch(tmp_path, nodes, "--epochs=100000", "--log-every=10", **array)
     try:
         wait_for(run / "metrics.jsonl", batch, output)
-        os.kill(batch.pid, signal.SIGUSR1)  # to the script alone, as --signal=B: does
+        os.kill(batch.pid, signal.SIGUSR1)  # to the script only, as with --signal=B:
         assert batch.wait(timeout=60) == 75, output.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -597,10 +585,10 @@ def test_slurm_warns_a_run_that_saves_itself_goes_back_into_the_queue_and_goes_o
     assert again.wait(timeout=120) == 0, output.read_text()
     assert (state_of(run)["status"], state_of(run)["step"]) == ("finished", state["step"] + 5)
     assert "resumed     from step-" in output.read_text()
-    assert len(calls.read_text().splitlines()) == 1  # a finished run is not put back
+    assert len(calls.read_text().splitlines()) == 1  # a finished run is not requeued
 
 
-def test_a_job_that_fails_is_not_put_back_into_the_queue_by_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+def test_a_failed_job_is_not_requeued_because_of_an_earlier_attempt(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     (run / "state.json").write_text(json.dumps({"status": "interrupted", "exit_code": 75}, indent=2))
@@ -613,7 +601,7 @@ def test_a_job_that_fails_is_not_put_back_into_the_queue_by_what_an_earlier_atte
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """What people copy from, by name, with lines joined that go on below."""
+    """Files with command lines, by name, with continued lines joined."""
     for pattern in ("*.md", "docs/*.md", "deploy/*", "docker/*", "accelerate_configs/*", "train.py", "Makefile"):
         for path in sorted(PROJECT_FOLDER.glob(pattern)):
             if path.is_file():
@@ -622,26 +610,24 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def command_lines(beginning: str) -> list[tuple[str, str]]:
-    """Each command line that begins so, up to a comment, a backtick or whatever else ends it, and where it stands."""
-    found = [
-        (name, re.sub(r"\$\w+", "1", match.group()).strip().removesuffix(" ..."))
+    """(file, line) of each distinct command line with this beginning, up to a comment, backtick or pipe."""
+    files = {
+        re.sub(r"\$\w+", "1", match.group()).strip().removesuffix(" ..."): name
         for name, text in texts()
         if name != "deploy/train.sbatch"  # run by a test above
         for match in re.finditer(rf"\b{beginning}(?= )[^`|#&>\n]*", text)
-    ]
-    assert found
-    return found
+    }
+    assert files
+    return [(name, line) for line, name in files.items()]
 
 
 @pytest.fixture
-def folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "PetImages").mkdir()
     monkeypatch.chdir(tmp_path)
 
 
-def test_every_line_with_accelerate_launch_is_one_that_accelerate_and_train_py_understand(
-    folder_of_pictures: None,
-) -> None:
+def test_accelerate_launch_lines_in_the_docs_are_valid(folder_of_images: None) -> None:
     checked, parser = 0, launch_command_parser()
     for name, line in command_lines("accelerate launch"):
         words = shlex.split(line)[2:]
@@ -655,7 +641,7 @@ def test_every_line_with_accelerate_launch_is_one_that_accelerate_and_train_py_u
     assert checked > 30
 
 
-def test_every_line_with_torchrun_is_one_that_torchrun_and_train_py_understand(folder_of_pictures: None) -> None:
+def test_torchrun_lines_in_the_docs_are_valid(folder_of_images: None) -> None:
     for name, line in command_lines("torchrun"):
         words = shlex.split(line.replace("'s", ""))[1:]
         if words and words[0].startswith("-"):
@@ -664,13 +650,11 @@ def test_every_line_with_torchrun_is_one_that_torchrun_and_train_py_understand(f
             parse_command_line(RECIPES, arguments.training_script_args)
 
 
-def test_every_line_with_docker_run_is_one_that_the_entrypoint_and_train_py_understand(
-    folder_of_pictures: None,
-) -> None:
+def test_docker_run_lines_in_the_docs_are_valid(folder_of_images: None) -> None:
     for name, line in command_lines("docker run"):
         words = shlex.split(line)
         image = next((place for place, word in enumerate(words) if word.startswith("mnist-trainer")), None)
-        if image is None:  # an option of Docker alone
+        if image is None:  # only options of Docker
             continue
         command = plan(words[image + 1 :], {}, 1).command
         if command[:2] == TRAIN:

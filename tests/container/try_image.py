@@ -1,7 +1,7 @@
-"""Build the image and try what docs/docker.md promises of it; every check says what it saw.
+"""Build the image and check what docs/docker.md promises; every check prints what it saw.
 
-    make image-test                            # with the Docker engine that there is, or with one of its own (as root)
-    python tests/container/try_image.py health stop    # builds the image; only checks with these words in their name
+    make image-test                            # with the installed Docker engine, or a private one (as root)
+    python tests/container/try_image.py health stop    # only checks with these words in their names
 
 Ends with 1 if a check fails. Needs Linux, room for 25 GB, and some minutes.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 IMAGE = "mnist-trainer:test"
-USER = 1234  # whom nobody knows
+USER = 1234  # not in the image's /etc/passwd
 RESTRICTED = (
     *("--network=none", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
     f"--user={USER}",
@@ -50,7 +50,7 @@ print(int(data.labels[0]))
 
 
 def docker(*arguments: str, check: bool = True) -> str:
-    """What the client prints, standard error included."""
+    """The client's output, including standard error."""
     done = subprocess.run(["docker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if check and done.returncode:
         raise AssertionError(f"docker {shlex.join(arguments)} ended with {done.returncode}:\n{done.stdout}")
@@ -58,7 +58,7 @@ def docker(*arguments: str, check: bool = True) -> str:
 
 
 def shell(script: str) -> str:
-    """What a shell in the image prints, without the entrypoint; its errors are no part of it."""
+    """Standard output of a shell in the image, without the entrypoint."""
     command = ["docker", "run", "--rm", "--network=none", "--entrypoint=sh", IMAGE, "-c", script]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
 
@@ -74,7 +74,7 @@ def require(holds: object, problem: str) -> None:
 
 
 class Container:
-    """One that runs, with a folder of this machine at /runs, and is gone when the block ends."""
+    """A running container with a folder mounted at /runs, removed when the block ends."""
 
     def __init__(self, runs: Path, *command: str, options: tuple[str, ...] = RESTRICTED) -> None:
         self.runs = runs
@@ -102,7 +102,7 @@ class Container:
         return self.inspect("{{.State.Health.Status}}")
 
     def wait_until(self, what: Callable[[], object], seconds: float = 120) -> float:
-        """Until it holds; how long that took."""
+        """Wait until `what` returns true; returns the seconds."""
         started = time.monotonic()
         while not what():
             require(time.monotonic() - started < seconds, f"not within {seconds} s:\n{self.logs()}")
@@ -117,7 +117,7 @@ class Container:
 
 @contextlib.contextmanager
 def runs_folder() -> Iterator[Path]:
-    """A folder into which anybody may write, as the containers' user is not this one."""
+    """A world-writable folder: the containers run as another user."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "runs"
         folder.mkdir()
@@ -125,7 +125,7 @@ def runs_folder() -> Iterator[Path]:
         Path(name).chmod(0o755)
         try:
             yield folder
-        finally:  # what they have left there is theirs
+        finally:  # their files belong to another user
             clean = "--rm", "--user=0", "--network=none", "--entrypoint=find", f"--volume={folder}:/runs"
             docker("run", *clean, IMAGE, "/runs", "-mindepth", "1", "-delete")
 
@@ -139,7 +139,7 @@ def megabytes(count: float) -> str:
 
 
 def build() -> None:
-    """The image, from the project's folder, with what the engine needs for it."""
+    """Build the image from the project's folder."""
     started = time.monotonic()
     arguments = shlex.split(os.environ.get("BUILD_ARGS", ""))
     command = ["docker", "build", *arguments, "-f", "docker/Dockerfile", "-t", IMAGE, "."]
@@ -241,7 +241,7 @@ def check_two_processes_train_as_one() -> str:
         return next(line for line in it.logs().splitlines() if "launched" in line).strip()
 
 
-def check_stop_in_mid_training_saves_and_the_next_container_goes_on() -> str:
+def check_stop_in_mid_training_saves_and_the_next_container_resumes() -> str:
     seen = []
     for processes in (1, 2):
         options = (*RESTRICTED, f"--env=NUM_PROCESSES={processes}")

@@ -1,4 +1,4 @@
-"""sweep.yaml: the command lines that W&B's agents make of it, run."""
+"""sweep.yaml: the command lines that W&B's agents make from it are valid and train."""
 
 import shlex
 from pathlib import Path
@@ -17,7 +17,7 @@ SWEEP: dict[str, Any] = yaml.safe_load((PROJECT_FOLDER / "sweep.yaml").read_text
 
 
 def agents_command(values: dict[str, Any]) -> list[str]:
-    """What an agent runs for the values that the server has chosen: what wandb/wandb_agent.py does, with its parts."""
+    """The command that an agent runs for these values, built with the functions of wandb/wandb_agent.py."""
     arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
     words: list[str] = []
     for word in create_sweep_command(list(SWEEP["command"])):
@@ -26,17 +26,15 @@ def agents_command(values: dict[str, Any]) -> list[str]:
 
 
 def extremes(choose: Any) -> dict[str, Any]:
-    """The first or the last of what each parameter may be."""
-    chosen = {}
-    for name, it in SWEEP["parameters"].items():
-        chosen[name] = (
-            it["value"] if "value" in it else choose(it["values"] if "values" in it else [it["min"], it["max"]])
-        )
-    return chosen
+    """The first or the last possible value of each parameter."""
+    return {
+        name: each["value"] if "value" in each else choose(each.get("values") or [each["min"], each["max"]])
+        for name, each in SWEEP["parameters"].items()
+    }
 
 
 @pytest.mark.parametrize("choose", [lambda values: values[0], lambda values: values[-1]])
-def test_every_end_of_the_sweep_is_a_command_line_that_is_understood(choose: Any) -> None:
+def test_the_extremes_of_the_sweep_are_valid_command_lines(choose: Any) -> None:
     values = extremes(choose)
     assert {"learning_rate", "batch_size", "optimizer", "schedule"} <= values.keys()
     *start, _ = shlex.join(agents_command(values)).partition("train.py")
@@ -45,15 +43,15 @@ def test_every_end_of_the_sweep_is_a_command_line_that_is_understood(choose: Any
     assert {name: getattr(config, name) for name in values} == values
 
 
-def test_it_chooses_by_the_validation_images_that_it_cuts_off() -> None:
+def test_the_sweep_optimizes_the_loss_on_held_out_validation_images() -> None:
     assert SWEEP["metric"]["name"] == "val/loss"
     assert SWEEP["parameters"]["validation_size"]["value"] > 0
 
 
-def test_the_agents_own_flags_and_variables_train(main_here: MainHere, tmp_path: Path) -> None:
+def test_a_run_started_by_an_agent_trains_with_its_settings(main_here: MainHere, tmp_path: Path) -> None:
     values = extremes(lambda values: values[-1]) | {"validation_size": 100, "epochs": 1}
     small = ("--limit-train-images=500", "--limit-test-images=100", f"--output-dir={tmp_path}", "--run-name=swept")
-    # as an agent sets them, apart from the mode: there is no server
+    # as set by an agent, except for the mode
     variables = {"WANDB_SWEEP_ID": "abc123", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
     done = main_here(*agents_command(values)[3:], *small, **variables)
     assert done.returncode == 0, done.stderr

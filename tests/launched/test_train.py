@@ -1,4 +1,4 @@
-"""Whole runs, most of them through the real launcher."""
+"""Whole runs."""
 
 import fcntl
 import json
@@ -17,24 +17,25 @@ from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import Launch, MainHere, RunHere, metrics_of, state_of
 
 
-def test_the_loop_learns(run_here: RunHere) -> None:
-    folder = run_here("learns", limit_train_images=6000, limit_test_images=1000, epochs=2)
+@pytest.mark.parametrize(
+    ("images", "floor", "settings"),
+    [
+        (6000, 0.8, {}),  # usually 0.90
+        (1500, 0.7, {"model": "cnn"}),
+        (3000, 0.7, {"loss": "mse"}),
+        (4000, 0.7, {"schedule": "cosine", "optimizer": "radam"}),
+    ],
+)
+def test_models_losses_and_optimizers_learn(
+    images: int, floor: float, settings: dict[str, str], run_here: RunHere
+) -> None:
+    folder = run_here("learns", limit_train_images=images, limit_test_images=1000, epochs=2, **settings)
     first, last = (line for line in metrics_of(folder) if "test/loss" in line)
     assert last["train/loss"] < first["train/loss"]
-    assert last["test/accuracy"] > 0.8  # usually 0.90
-    assert last["train/accuracy"] > 0.8
+    assert min(last["train/accuracy"], last["test/accuracy"]) > floor
 
 
-@pytest.mark.parametrize(
-    ("images", "settings"),
-    [(1500, {"model": "cnn"}), (3000, {"loss": "mse"}), (4000, {"schedule": "cosine", "optimizer": "radam"})],
-)
-def test_every_way_of_learning_learns(images: int, settings: dict[str, str], run_here: RunHere) -> None:
-    folder = run_here("learns", limit_train_images=images, limit_test_images=500, epochs=2, **settings)
-    assert metrics_of(folder)[-1]["test/accuracy"] > 0.7
-
-
-def test_the_same_seed_gives_the_same_result_to_the_bit_and_another_seed_another(run_here: RunHere) -> None:
+def test_the_seed_determines_weights_and_metrics_to_the_bit(run_here: RunHere) -> None:
     folders = [run_here(name, seed=seed, log_every=1) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1] != weights[2]
@@ -42,23 +43,12 @@ def test_the_same_seed_gives_the_same_result_to_the_bit_and_another_seed_another
     assert a == b
 
 
-def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHere) -> None:
+def test_the_files_and_metric_keys_of_a_run(run_here: RunHere) -> None:
     folder = run_here("whole", report=True, limit_train_images=1000, epochs=2, log_every=40, validation_size=100)
     assert {path.name for path in folder.iterdir()} == {
-        ".lock",
-        "best",
-        "checkpoints",
-        "config.yaml",
-        "environment.json",
-        "evaluation.json",
-        "metrics.jsonl",
-        "state.json",
-        "model",
-        "report.html",
-        "curves.png",
-        "confusion.png",
-        "mistakes.png",
-        "prediction.png",
+        *(".lock", "config.yaml", "environment.json", "evaluation.json", "metrics.jsonl", "state.json"),
+        *("best", "checkpoints", "model"),
+        *("report.html", "curves.png", "confusion.png", "mistakes.png", "prediction.png"),
     }
     lines = metrics_of(folder)
     assert [line["step"] for line in lines] == [40, 80, 100, 120, 160, 200, 200]
@@ -73,16 +63,12 @@ def test_a_run_leaves_settings_metrics_state_model_and_pictures(run_here: RunHer
     assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)
 
 
-def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_and_it_is_measured(run_here: RunHere) -> None:
+def test_max_steps_ends_a_run_in_mid_epoch_with_one_evaluation(run_here: RunHere) -> None:
     lines = metrics_of(run_here("short", max_steps=7, gradient_accumulation_steps=2, epochs=5))
-    assert lines[-1]["step"] == 7
-    assert "test/accuracy" in lines[-1]
-    assert len([line for line in lines if "test/accuracy" in line]) == 1
+    assert [line["step"] for line in lines if "test/accuracy" in line] == [7] == [lines[-1]["step"]]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_and_nothing_of_it_is_saved(
-    main_here: MainHere, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(main_here: MainHere, tmp_path: Path) -> None:
     done = main_here(
         *("--optimizer=sgd", "--learning-rate=1e30", "--log-every=20", "--limit-train-images=1000"),
         *("--trackers=none", f"--output-dir={tmp_path / 'runs'}", "--run-name=diverged"),
@@ -94,17 +80,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_and_nothing_of_i
     folder = tmp_path / "runs" / "diverged"
     assert not (folder / "model").exists()
     assert metrics_of(folder) == []
-    state = state_of(folder)
-    assert state["status"] == "failed"
-    assert "step 20" in state["error"]
+    assert state_of(folder)["status"] == "failed"
+    assert "step 20" in state_of(folder)["error"]
 
 
-def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
+def test_a_terminal_shows_a_progress_bar_and_a_digit(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows, columns
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--trackers=none", "--limit-train-images=3000", "--epochs=1", "--log-every=10"]
-        + [f"--output-dir={tmp_path}"],
+        [sys.executable, "train.py", "--trackers=none", "--limit-train-images=3000", "--limit-test-images=100"]
+        + ["--epochs=1", "--log-every=10", f"--output-dir={tmp_path}"],
         cwd=PROJECT_FOLDER,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         stdin=subprocess.DEVNULL,
@@ -116,7 +101,7 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
     try:
         while piece := os.read(ours, 65536):
             shown += piece
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # on Linux: the other end is closed
         os.close(ours)
     assert process.wait() == 0
     text = shown.decode()
@@ -129,7 +114,7 @@ def test_on_a_terminal_a_bar_moves_and_a_digit_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's namespaces")
-def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_path: Path) -> None:
+def test_training_needs_no_network_no_home_and_no_writable_checkout(tmp_path: Path) -> None:
     script = """
         mount --bind "$CHECKOUT" "$CHECKOUT" && mount -o remount,ro,bind "$CHECKOUT"
         if touch "$CHECKOUT/x" 2>/dev/null; then echo "still writable"; exit 9; fi
@@ -139,14 +124,8 @@ def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_pat
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "--net", "sh", "-c", script],
         cwd=PROJECT_FOLDER,
-        env={
-            "PATH": os.environ["PATH"],
-            "HOME": "/proc/nowhere",
-            "CUDA_VISIBLE_DEVICES": "",
-            "CHECKOUT": str(PROJECT_FOLDER),
-            "PYTHON": sys.executable,
-            "OUTPUT": str(tmp_path / "runs"),
-        },
+        env={"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "CUDA_VISIBLE_DEVICES": ""}
+        | {"CHECKOUT": str(PROJECT_FOLDER), "PYTHON": sys.executable, "OUTPUT": str(tmp_path / "runs")},
         capture_output=True,
         text=True,
         timeout=240,
@@ -162,7 +141,7 @@ def test_it_trains_from_a_read_only_checkout_with_no_network_and_no_home(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_tutorials_recipe_passes_095_and_cnn_and_fast_099(launch: Launch, tmp_path: Path) -> None:
+def test_tutorial_reaches_95_percent_accuracy_cnn_and_fast_99(launch: Launch, tmp_path: Path) -> None:
     for recipe, floor in (("tutorial", 0.95), ("cnn", 0.99), ("fast", 0.99)):
         done = launch("--recipe", recipe, f"--output-dir={tmp_path}", f"--run-name={recipe}", "--trackers=none")
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The package installed from a wheel, away from the checkout: it applies models and reads runs."""
+"""The package installed from a wheel applies models and reads runs without the checkout."""
 
 import os
 import re
@@ -24,7 +24,7 @@ Installed = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel in it; what the wheel requires is found where it is installed already."""
+    """A virtual environment with the wheel, which finds its requirements in the present one."""
     folder = tmp_path_factory.mktemp("wheel")
     sources, place = folder / "sources", folder / "environment"
     shutil.copytree(PROJECT_FOLDER / "mnist", sources / "mnist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -32,7 +32,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(PROJECT_FOLDER / name, sources)
     venv.create(place)
     (packages,) = place.glob("lib/python*/site-packages")
-    (packages / "requirements.pth").write_text("\n".join(it for it in sys.path if it.endswith("-packages")))
+    (packages / "requirements.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-index", "--quiet"]
     wheel = [*pip, "wheel", *options, "--no-build-isolation", f"--wheel-dir={folder}", str(sources)]
@@ -44,7 +44,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def installed(environment: Path, tmp_path: Path) -> Installed:
-    """Run a program of that environment in an empty folder."""
+    """Run a program of that environment in tmp_path."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -61,12 +61,12 @@ def seven(tmp_path: Path, digits: ImageData) -> None:
     Image.fromarray(digits.test.images[0].numpy()).save(tmp_path / "seven.png")
 
 
-def test_a_wheel_applies_models_by_its_command_as_a_module_and_from_python(
+def test_a_wheel_applies_models_from_its_command_a_module_and_python(
     installed: Installed, environment: Path, seven: None
 ) -> None:
     by_command, as_module = installed("mnist", "--help"), installed("python", "-m", "mnist", "--help")
     assert by_command.stdout == as_module.stdout
-    assert "Training starts in a checkout" in by_command.stdout
+    assert "in a checkout of the project" in by_command.stdout
     answer = installed("mnist", "predict", "seven.png", "--model", "model").stdout
     script = "import mnist; print(mnist.__file__, mnist.load('model').predict('seven.png').label)"
     file, label = installed("python", "-c", script).stdout.split()
@@ -74,7 +74,7 @@ def test_a_wheel_applies_models_by_its_command_as_a_module_and_from_python(
     assert re.match(rf"seven\.png  {label} +\d", answer)
 
 
-def test_a_wheel_reads_data_from_the_current_folder_and_writes_none_among_its_packages(
+def test_a_wheel_has_its_data_in_the_current_folder_not_in_site_packages(
     installed: Installed, environment: Path, seven: None, tmp_path: Path
 ) -> None:
     (tmp_path / "data").symlink_to(PROJECT_FOLDER / "data")
@@ -82,7 +82,7 @@ def test_a_wheel_reads_data_from_the_current_folder_and_writes_none_among_its_pa
     assert not list(environment.glob("lib/python*/site-packages/data"))
 
 
-def test_a_wheel_has_the_report_page_and_the_page_to_draw_on(
+def test_a_wheel_includes_the_report_and_drawing_pages(
     installed: Installed, environment: Path, run_here: RunHere, seven: None, tmp_path: Path
 ) -> None:
     installed("mnist", "report", str(run_here("x")), "--output", "page.html")
