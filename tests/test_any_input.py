@@ -255,7 +255,7 @@ def test_caches(data: st.DataObject, tmp_path: Path) -> None:
     after = load_dataset(str(pets), tmp_path)
     images, refusal = outcome(lambda: after.train.images[:], UserError)
     cache.unlink()
-    assert torch.equal(images, expected) if images is not None else "is not what was decoded" in refusal
+    assert torch.equal(images, expected) if images is not None else "does not match its checksum" in refusal
 
 
 @each

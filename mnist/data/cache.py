@@ -1,11 +1,11 @@
-"""The pictures of a folder, decoded once into a file that all processes of a machine map.
+"""Decode a folder of images once, into a file that all processes on a machine map.
 
 cache = open_cache(find_files("PetImages"), Path("data/cache"), image_size=None)
-cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 64, 64] where all are grey
+cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 64, 64] if all are gray
 
-The file's name tells the folder and the size, and the state of the folder's files: whatever is added, removed or
-changed, by name, size or time, has it made anew. How the images are split is no part of it. It holds all pixels, then
-digest and sums of each image, a JSON text with the rest, and FOOTER: one file, so that it is there whole or not.
+The file name encodes the folder, the image size and the state of the folder's files, so any change in a name, size or
+time makes a new cache. The split does not matter. One file, so it is complete or absent: all pixels, then the digest
+and sums of each image, JSON with the rest, and FOOTER.
 """
 
 import contextlib
@@ -41,55 +41,54 @@ from mnist.files import flush, knows_locks, remove_leftovers, storage_errors, te
 from mnist.launch.hardware import available_cores
 from mnist.launch.streams import printable
 
-FORMAT = 2  # of the file, and of how images are read and fitted: a new number has all of them made anew
-FOOTER = struct.Struct("<Q8s")  # at the end: the length of the text before it, and who wrote it
+FORMAT = 2  # of the file, and of how images are read and resized: increment to invalidate all caches
+FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, MAGIC
 MAGIC = b"mnist-u8"
 SIZE, SMALL_SIZE = 64, 28
-LARGEST_SIDE = 1024  # pixels, as of --image-size
-ABOUT_SMALL = 32  # pixels of the shorter side, at the median, up to which grey images become small ones
+MAX_SIDE = 1024  # pixels, as of --image-size
+ABOUT_SMALL = 32  # gray images whose median shorter side is at most this become SMALL_SIZE
 MOST_BROKEN = 0.1  # of the files that should be images
-CHUNK = 16  # images that a process decodes before it hands them over
-SPARE_BYTES = 64 << 20  # on the disk, when the file has been written
+CHUNK = 16  # images per task of a decoding process
+SPARE_BYTES = 64 << 20  # left on the disk once the file is written
 
 Answer = TypeVar("Answer")
-Task = tuple[Path, str]  # a file, and its name below the folder
+Task = tuple[Path, str]  # a file, and its name relative to the folder
 
 
 class Cache(NamedTuple):
-    """A decoded folder: the images that could be read, in the order of its files."""
+    """A decoded folder: its readable images, in the order of its files."""
 
     images: MappedImages
     digests: NDArray[np.uint8]  # [N, 16]
-    sums: NDArray[np.int64]  # [N, 2 x channels]: of the pixels of each channel, then of their squares
-    broken: dict[str, str]  # the names of the other files, and why
-    scale: Scale | None  # of the images of more than 8 bits per pixel, where there are some
+    sums: NDArray[np.int64]  # [N, 2 x channels]: sums of each channel's pixels, then of their squares
+    broken: dict[str, str]  # name of each unreadable file -> reason
+    scale: Scale | None  # of the images with more than 8 bits per pixel, if any
 
 
 def record_type(channels: int) -> np.dtype[Any]:
-    """What follows the pixels for each image."""
+    """What the file stores per image after the pixels."""
     return np.dtype([("digest", np.uint8, (16,)), ("sums", "<i8", (2 * channels,))])
 
 
 def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: Scale | None = None) -> Cache:
-    """The folder's images, decoded by this process or by another, now or earlier.
+    """The folder's images, decoded now if no process has done so yet.
 
-    `scale` is that of a model for images of more than 8 bits per pixel; without one the folder gets its own.
-
-    Other caches of the folder with the same settings are of files as they were, and removed: a job that still maps
-    one keeps it until it ends.
+    `scale` maps images with more than 8 bits per pixel, as a model was trained; by default the folder gets its own.
+    Outdated caches of the same folder and settings are deleted; a job that still maps one keeps it until it ends.
+    Raises UserError if the images cannot be decoded or the file cannot be written.
     """
     place = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
-    state = hashlib.sha256(os.fsencode("\n".join(f"{it.name}\0{it.stamp}" for it in folder.files)))
+    state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
     state.update(f"\0{FORMAT}".encode())
     stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
     path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
     if path.is_dir():
-        raise UserError(f"{path}: a folder, where the decoded images are to be. Remove it.")
+        raise UserError(f"{path}: a folder, not a file of decoded images. Remove it.")
     if (cache := _read(path, folder, image_size)) is not None:
         return cache
     with _turn(folder, cache_dir) as locked:
         if (cache := _read(path, folder, image_size)) is None:
-            if locked:  # else others may be writing theirs
+            if locked:  # otherwise another process may be writing there
                 remove_leftovers(cache_dir)
             with storage_errors(path, "start again."):
                 _build(folder, path, image_size, scale)
@@ -98,14 +97,14 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: S
                     other.unlink(missing_ok=True)
             cache = _read(path, folder, image_size)
     if cache is None:
-        raise UserError(f"{path}: gone, or changed, as soon as it was written. Start again.")
+        raise UserError(f"{path}: disappeared or changed right after it was written. Start again.")
     return cache
 
 
 def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
-    """A cache, mapped; None where there is none, or what is there is not a whole one of this folder."""
+    """The cache, mapped; None if there is no complete one of this folder."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
+        if path.exists() and not path.is_file():  # reading a pipe would never end
             return None
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -114,9 +113,9 @@ def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
             if magic != MAGIC or length > size - FOOTER.size:
                 return None
             file.seek(size - FOOTER.size - length)
-            text = json.loads(file.read(length))
-            shape, broken = tuple(text["shape"]), dict(text["broken"])
-            scale = None if text["scale"] is None else (float(text["scale"][0]), float(text["scale"][1]))
+            header = json.loads(file.read(length))
+            shape, broken = tuple(header["shape"]), dict(header["broken"])
+            scale = None if header["scale"] is None else (float(header["scale"][0]), float(header["scale"][1]))
             if not _fits(shape, len(folder.files) - len(broken), image_size):
                 return None
             kind = record_type(3 if len(shape) == 4 else 1)
@@ -125,31 +124,28 @@ def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
             file.seek(math.prod(shape))
             records = np.frombuffer(file.read(shape[0] * kind.itemsize), kind)
         return Cache(MappedImages(path, shape, records["digest"]), records["digest"], records["sums"], broken, scale)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):  # or foreign JSON
         return None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Mend that, or remove it.") from error
-    except (ValueError, KeyError, TypeError, RecursionError):  # another's text
-        return None
+        raise UserError(f"{path}: cannot be read: {error.strerror}. Fix that or remove it.") from error
 
 
 def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
-    """Whether a shape is that of `count` square images, grey or in color."""
+    """Whether it is the shape of `count` square images, gray or in color."""
     return (
-        all(type(it) is int for it in shape)
+        all(type(side) is int for side in shape)
         and len(shape) in (3, 4)
         and (shape[0], shape[3:]) in ((count, ()), (count, (3,)))
         and shape[1] == shape[2] == (image_size or shape[1])
-        and 0 < shape[1] <= LARGEST_SIDE
+        and 0 < shape[1] <= MAX_SIDE
     )
 
 
 @contextlib.contextmanager
 def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
-    """Hold the lock on the folder of caches, and say so where another process has had it for over a second.
+    """Hold the lock of the cache folder, with a message if that takes over a second; yields whether it is locked.
 
-    A file system without locks is no obstacle: what two write at the same time is written twice. Yields whether there
-    is a lock.
+    A file system without locks is fine: two processes may then write the same cache twice.
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -158,13 +154,13 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
             lock.acquire(timeout=1)
         except (Timeout, NotImplementedError, OSError):
             if knows_locks(cache_dir):
-                if os.environ.get("LOCAL_RANK", "0") == "0":  # one of a job says it for all
-                    print(f"Waiting for another process, which decodes images into {cache_dir} ...", flush=True)
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # once per job
+                    print(f"Waiting for another process to decode images into {cache_dir} ...", flush=True)
                 lock.acquire()
     except OSError as error:
         raise UserError(
             f"{cache_dir}: cannot be written ({error.strerror}), and {printable(folder.path.name)} is not decoded there"
-            " yet. Name a folder for data that can: --data-dir PATH"
+            " yet. Choose a writable folder: --data-dir PATH"
         ) from error
     try:
         yield lock.is_locked
@@ -173,18 +169,18 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
 
 
 def _build(folder: Folder, path: Path, image_size: int | None, scale: Scale | None) -> None:
-    """Decode a folder into a cache, on all cores; nothing is left of it where that fails."""
+    """Decode a folder into a cache, on all cores. On failure nothing is left behind."""
     tasks = [(folder.path / file.name, file.name) for file in folder.files]
     temporary = temporary_name(path, "new")
     with _pool(folder, len(tasks)) as pool:
-        colour, size = _survey(pool, tasks)
+        color, size = _survey(pool, tasks)
         size = image_size or size
-        shape = (size, size, 3) if colour else (size, size)
+        shape = (size, size, 3) if color else (size, size)
         _announce(folder, path, shape)
         try:
             with temporary.open("wb") as file:
                 if not _write(file, pool, folder, tasks, shape, scale):
-                    ranges = [it for found in _on_all_cores(pool, ranges_of, tasks) for it in found]
+                    ranges = [it for chunk in _on_all_cores(pool, ranges_of, tasks) for it in chunk]
                     file.seek(0)
                     file.truncate()
                     _write(file, pool, folder, tasks, shape, scale_of(ranges))
@@ -197,12 +193,12 @@ def _build(folder: Folder, path: Path, image_size: int | None, scale: Scale | No
 
 
 def _survey(pool: ProcessPoolExecutor | None, tasks: Sequence[Task]) -> tuple[bool, int]:
-    """Whether the images are in colour, and the size that they are brought to unless the user names one."""
+    """Whether any image is in color, and the default image size."""
     sides: list[int] = []
-    for found in _on_all_cores(pool, survey_images, tasks):
-        if found.any_in_colour:
+    for any_in_color, chunk in _on_all_cores(pool, survey_images, tasks):
+        if any_in_color:
             return True, SIZE
-        sides += found.sides
+        sides += chunk
     return False, SMALL_SIZE if sides and statistics.median(sides) <= ABOUT_SMALL else SIZE
 
 
@@ -214,9 +210,9 @@ def _write(
     shape: tuple[int, ...],
     scale: Scale | None,
 ) -> bool:
-    """Write a whole cache; False, half way, where an image needs a scale and there is none."""
-    records, broken, colour = [], {}, len(shape) == 3
-    work = partial(decode_images, size=shape[0], colour=colour, scale=scale)
+    """Write a complete cache; stops and returns False if an image needs a scale and there is none."""
+    records, broken, color = [], {}, len(shape) == 3
+    work = partial(decode_images, size=shape[0], color=color, scale=scale)
     with tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar:
         decoded = (image for images in _on_all_cores(pool, work, tasks) for image in images)
         for (_, name), image in zip(tasks, decoded, strict=True):
@@ -230,46 +226,43 @@ def _write(
             bar.update()
     _check_readable(folder, broken)
     text = json.dumps({"shape": [len(records), *shape], "scale": scale, "broken": broken}).encode()
-    file.write(np.array(records, record_type(3 if colour else 1)).tobytes())
+    file.write(np.array(records, record_type(3 if color else 1)).tobytes())
     file.write(text + FOOTER.pack(len(text), MAGIC))
     return True
 
 
 def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
-    """Say how large the cache is going to be; raises UserError where the disk has no room for it."""
+    """Print the size of the cache to be written; raises UserError if the disk has no room for it."""
     size, free = len(folder.files) * math.prod(shape), shutil.disk_usage(path.parent).free
     mebibytes = f"{math.ceil(size / 2**20):,} MiB"
     name, pixels = printable(folder.path.name), f"{shape[0]} x {shape[1]}"
     if size + SPARE_BYTES > free:
         raise UserError(
-            f"{path.parent}: {mebibytes} are needed for the {len(folder.files):,} images of {name} at {pixels}, and"
-            f" {SPARE_BYTES >> 20} MiB to spare; {free >> 20:,} MiB are free. Make room, name another disk with"
-            " --data-dir, or a smaller --image-size."
+            f"{path.parent}: the {len(folder.files):,} images of {name} at {pixels} need {mebibytes} plus"
+            f" {SPARE_BYTES >> 20} MiB to spare, but only {free >> 20:,} MiB are free. Make room, or choose another"
+            " disk (--data-dir) or a smaller --image-size."
         )
-    colour = "colour" if len(shape) == 3 else "grey"
-    print(f"Decoding {len(folder.files):,} images of {name} at {pixels} in {colour} into {path} ({mebibytes}) ...")
-    sys.stdout.flush()
+    color = "color" if len(shape) == 3 else "gray"
+    count = f"{len(folder.files):,}"
+    print(f"Decoding {count} images of {name} at {pixels} in {color} into {path} ({mebibytes}) ...", flush=True)
 
 
 def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
-    """Raises UserError where too many images cannot be read to be sure that this is meant, or all of a class."""
+    """Raise UserError if over MOST_BROKEN of the images, all of a split or all of a class cannot be read."""
     if len(broken) > MOST_BROKEN * len(folder.files):
         raise UserError(
-            f"{folder.flag}: {len(broken):,} of {len(folder.files):,} images cannot be read, over"
-            f" one in ten: {reasons(broken.items())}. For example {a_few([printable(name) for name in broken])}."
-            " Mend or remove them."
+            f"{folder.flag}: {len(broken):,} of {len(folder.files):,} images (over {MOST_BROKEN:.0%}) cannot be read:"
+            f" {reasons(broken.items())}. Fix or remove them: {a_few([printable(name) for name in broken])}."
         )
-    there = {(file.part, file.label) for file in folder.files}
-    left = {(file.part, file.label) for file in folder.files if file.name not in broken}
-    for part in {part for part, _ in there} - {part for part, _ in left}:
-        raise UserError(f"{folder.flag}: no image of the {part} part can be read. Mend some.")
-    lost_classes = there - left
+    every = {(file.part, file.label) for file in folder.files}
+    readable = {(file.part, file.label) for file in folder.files if file.name not in broken}
+    for part in {part for part, _ in every} - {part for part, _ in readable}:
+        raise UserError(f"{folder.flag}: no image of the {part} split can be read. Fix some.")
     for label, name in enumerate(folder.class_names):
-        if ("train", label) in lost_classes:
+        if ("train", label) in every - readable:
             lost = [(it.name, broken[it.name]) for it in folder.files if (it.part, it.label) == ("train", label)]
             raise UserError(
-                f"{folder.flag}: no image of the class {name} can be read: {reasons(lost)}. Mend some, or remove its"
-                " folder."
+                f"{folder.flag}: no image of class {name} can be read: {reasons(lost)}. Fix some or remove its folder."
             )
 
 
@@ -278,43 +271,42 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes to decode with, one a core; None where that is not worth their start."""
+    """Decoding processes, one per core; None if starting them is not worth it."""
     workers = min(available_cores(), images // CHUNK)
     if workers < 2:
         yield None
         return
-    # started anew: a process that has loaded torch has threads, and a fork of it may hang
+    # spawn: torch has started threads in this process, and a fork of it may hang
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
         yield pool
     except BrokenProcessPool as error:
         raise UserError(
-            f"{folder.flag}: a process that decoded images was ended from outside, perhaps for"
-            " want of memory. Start again, with more of it, or with fewer cores (taskset)."
+            f"{folder.flag}: a process decoding images was killed, probably out of memory. Start again with more"
+            " memory or fewer cores (taskset)."
         ) from error
     finally:
-        # After Ctrl-C or on a full disk too they end what they are at, a few chunks: one that is ended while it hands
-        # something over has this process wait for the rest of it for ever, and so does one that is not waited for.
+        # Also after Ctrl-C or on a full disk, workers finish their chunks: if one is killed while it sends a result,
+        # this process waits for the rest forever.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _on_all_cores(
     pool: ProcessPoolExecutor | None, work: Callable[[Sequence[Task]], Answer], tasks: Sequence[Task]
 ) -> Iterator[Answer]:
-    """work(chunk) for one chunk of the tasks after another, in their order, and only so far ahead as memory allows."""
+    """Yield work(chunk) for each chunk of the tasks in order, with a bounded number of chunks in flight."""
     chunks = (tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK))
     if pool is None:
         yield from map(work, chunks)
         return
-    waiting: deque[Future[Any]] = deque()
-    most = 4 * available_cores()
+    pending: deque[Future[Any]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(work, chunk))
-            if len(waiting) > most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, chunk))
+            if len(pending) > 4 * available_cores():
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in waiting:
+        for future in pending:
             future.cancel()

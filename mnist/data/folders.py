@@ -1,10 +1,10 @@
-"""What lies in a person's folder of images, before any of them is opened.
+"""List the images of a folder and their classes, without opening any of them.
 
     folder = find_files("PetImages")
     folder.class_names, folder.files       # ("Cat", "Dog"), [File("Cat/0.jpg", 0, "train", ...), ...]
-    folder.skipped                         # [("Cat/Thumbs.db", "left by a system"), ...]
+    folder.skipped                         # [("Cat/Thumbs.db", "system file"), ...]
 
-layout.py says which folders are classes. Images may lie deeper in them. Links are followed, each real file once.
+layout.py decides which folders are classes. Images may be nested deeper. Links are followed, each real file once.
 """
 
 import os
@@ -23,21 +23,21 @@ from mnist.launch.streams import printable
 class File(NamedTuple):
     """A file that should be an image."""
 
-    name: str  # below the folder, with slashes
+    name: str  # relative to the folder, with slashes
     label: int
-    part: str  # "train", "val" or "test", where the folder says so
-    stamp: tuple[int, ...]  # by which a change of it is noticed
+    part: str  # "train", "val" or "test"; always "train" if the folder is not split
+    stamp: tuple[int, ...]  # changes if the file does
 
 
 @dataclass
 class Folder:
-    """What a walk through a folder finds, before any image is opened."""
+    """The files of a data set."""
 
-    path: Path  # without links
+    path: Path  # resolved
     class_names: tuple[str, ...] = ()
     files: list[File] = field(default_factory=list)  # sorted by name
     is_split: bool = False  # into train/ and test/ or val/, or all three
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # what is no image, and why
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # name and reason
     notes: list[str] = field(default_factory=list)
 
     def error(self, problem: str) -> ConfigError:
@@ -45,20 +45,20 @@ class Folder:
 
     @property
     def flag(self) -> str:
-        """How messages begin."""
+        """The start of messages."""
         return f"--dataset {printable(str(self.path))}"
 
 
 def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Folder:
-    """Walk through a folder of images; raises ConfigError where it is no data set.
+    """Walk a folder of images. Raises ConfigError if it is not a data set, UserError if it cannot be read.
 
-    `class_names` are those of a model that is to be tested on it: the folder may lack some of them.
+    To test a model, pass its `class_names`; the folder may lack some of them.
     """
     folder = Folder(Path(path).resolve())
     if not folder.path.exists():
-        raise folder.error("no such folder. If it has moved, name its new place: --dataset PATH")
+        raise folder.error("no such folder. If it has moved, pass its new path: --dataset PATH")
     if not folder.path.is_dir():
-        raise folder.error("a file, where a folder with one folder per class is needed.")
+        raise folder.error("a file, not a folder with one folder per class.")
     tree = Tree(folder.path)
     try:
         layout = find_layout(tree, folder.error, class_names)
@@ -69,53 +69,50 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
     folder.class_names, folder.is_split = layout.class_names, "test" in layout.parts
-    folder.files = sorted(files)  # by name, whatever classes a model numbers: so their decoded pixels are the same file
+    folder.files = sorted(files)  # by name, however a model orders its classes: both share one cache
     folder.skipped = [*layout.skipped, *walk.skipped]
     folder.notes = layout.notes
     if walk.outside:
-        folder.notes.append(f"links that lead out of the folder are followed: {printable(a_few(walk.outside))}")
+        folder.notes.append(f"followed links to outside the folder: {printable(a_few(walk.outside))}")
     _check_images(folder, layout, class_names is None)
     return folder
 
 
 def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:
-    """Raise ConfigError where a class to train on, or all that is to be tested on, has no image."""
+    """Raise ConfigError if a class to train on has no image, or there is none to test on."""
     counts = Counter((file.part, file.label) for file in folder.files)
-    for label, name in layout.parts.get("train", {}).items():
-        if trains and not counts["train", label]:
-            raise folder.error(f"{_holds_none(folder, name)}. Put some there, or remove it.")
-    if not folder.files:
-        raise folder.error("its folders hold no image.")
+    empty = [name for label, name in layout.parts.get("train", {}).items() if trains and not counts["train", label]]
+    if not empty and not folder.files:
+        raise folder.error("its folders contain no images.")
     if folder.is_split and not any(file.part == "test" for file in folder.files):
-        raise folder.error(f"{_holds_none(folder, layout.splits['test'])}. Put some there, or remove it.")
-
-
-def _holds_none(folder: Folder, name: str) -> str:
-    below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
-    return f"{printable(name)}/ holds no image{f', only what is skipped: {reasons(below)}' if below else ''}"
+        empty.append(layout.splits["test"])
+    for name in empty:
+        below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
+        only = f", only skipped files: {reasons(below)}" if below else ""
+        raise folder.error(f"{printable(name)}/ contains no images{only}. Add some or remove it.")
 
 
 class Walk:
-    """The images of the classes, each real file once: what is there itself comes before what links lead to."""
+    """Collects the images of the classes, each real file once; a file itself takes precedence over links to it."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.found: list[tuple[str, int, str]] = []  # part, label and name of an image
         self.links: list[tuple[str, int, str]] = []  # the same of a link to an image or a folder
         self.skipped: list[tuple[str, str]] = []
-        self.outside: list[str] = []  # links that lead out of the data set
-        self.folders: set[str] = set()  # real paths of those that were walked through: so circles end
-        self.files: set[str] = set()  # real paths of the images, once there are links to compare with
+        self.outside: list[str] = []  # links out of the data set
+        self.folders: set[str] = set()  # real paths of visited folders, to end cycles
+        self.files: set[str] = set()  # real paths of images, filled only if there are links
 
     def classes(self, classes: Sequence[tuple[str, int, str]]) -> None:
-        """Walk through the folders of the classes: (part, label, name of the folder)."""
+        """Walk the folders of the classes, each given as (part, label, name of the folder)."""
         self.links = [it for it in classes if os.path.islink(self.tree.path / it[2])]
-        for it in classes:
-            if it not in self.links:
-                self._below(*it)
+        for class_folder in classes:
+            if class_folder not in self.links:
+                self._below(*class_folder)
         if self.links:
             self.files.update(self.tree.real(name) for _, _, name in self.found)
-        for part, label, name in self.links:  # which grows, where a link leads to a folder with links
+        for part, label, name in self.links:  # grows while linked folders contain links
             self._follow(part, label, name)
 
     def _below(self, part: str, label: int, top: str) -> None:
@@ -136,7 +133,7 @@ class Walk:
     def _follow(self, part: str, label: int, link: str) -> None:
         real, count = self.tree.real(link), len(self.found)
         if self.tree.path.is_relative_to(real):
-            self.skipped.append((link, "a link to a folder around the data set"))
+            self.skipped.append((link, "link to a parent of the data set"))
             return
         if not Path(real).is_relative_to(self.tree.path):
             self.outside.append(link)
@@ -149,19 +146,19 @@ class Walk:
             self.files.add(real)
             self.found += [] if known else [(part, label, link)]
         if known:
-            self.skipped.append((link, "a link to what is read already"))
+            self.skipped.append((link, "link to something already read"))
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Size, time of the last change, and mode: a file that was forbidden may have become readable."""
+    """Size, modification time and mode (changed permissions may make a file readable); () for a dangling link."""
     try:
-        found = path.stat()
-    except OSError:  # a link to nothing, say: counted with those that cannot be read
+        status = path.stat()
+    except OSError:
         return ()
-    return (found.st_size, found.st_mtime_ns, found.st_mode)
+    return (status.st_size, status.st_mtime_ns, status.st_mode)
 
 
 def reasons(skipped: Any) -> str:
-    """(name, reason) -> `an empty file (2), hidden (1)`, without what differs from one file to the next."""
+    """(name, reason) pairs -> `an empty file (2), hidden (1)`, without the details of single files."""
     kinds = Counter(re.split(r" \(|; |, or ", re.sub(r"^\d+ x \d+ (is |pixels, )?", "", it))[0] for _, it in skipped)
     return ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())

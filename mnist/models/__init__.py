@@ -1,1 +1,1 @@
-"""Networks by name, and trained ones in files and on the Hugging Face Hub."""
+"""Networks by name; trained models in files and on the Hugging Face Hub."""

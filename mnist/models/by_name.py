@@ -1,4 +1,4 @@
-"""Networks by name: the project's own, and the classification models of torchvision.
+"""Build networks by name: the project's own, and torchvision's classification models.
 
 model = build_model("mlp", num_classes=10)
 model = build_model("resnet18", num_classes=3, image_shape=(3, 64, 64), pretrained=True)
@@ -22,7 +22,7 @@ from mnist.models.networks import MODELS, ImageShape, Normalized
 
 
 def check_batch(model: nn.Module, images: int, image_shape: ImageShape) -> None:
-    """Raise ConfigError where a process takes one image at a time, and a BatchNorm has one value of each channel."""
+    """Raise ConfigError if a BatchNorm would get a single value per channel, from one image per process."""
     if images > 1:
         return
     try:
@@ -30,7 +30,7 @@ def check_batch(model: nn.Module, images: int, image_shape: ImageShape) -> None:
             copy.deepcopy(model).train()(torch.zeros(1, *image_shape))
     except ValueError as error:
         raise ConfigError(
-            f"--batch-size 1: this network has BatchNorm, and needs two images per process or more ({error})."
+            f"--batch-size 1: this network has BatchNorm and needs at least 2 images per process ({error})."
         ) from error
 
 
@@ -38,17 +38,15 @@ INCEPTIONS = ("googlenet", "inception_v3")
 
 
 class TorchvisionModel(nn.Module):
-    """A classification model of torchvision's, with a new last layer, for images of one or three channels.
+    """A torchvision classification model with a new last layer, for images with one or three channels.
 
-    Images are normalised in here, by the mean and the deviation that the pretrained weights were made with. The first
-    convolution of a model for grey images has the sum of the weights of the three colours: it answers as the one in
-    colour would to a grey picture. Auxiliary heads are left away.
+    It normalizes images by the mean and standard deviation of the pretrained weights. For gray images, the first
+    convolution sums the weights over the three colors, so its output equals that for a gray RGB image. Auxiliary heads
+    are removed.
 
-    Many of these models have BatchNorm. In training it takes the statistics of a process's own share of a batch, so n
-    processes do not train to exactly the weights of one, and a share of one image is refused by torch where the last
-    map is a single pixel. Images that fill up the last batch take part in them: they weigh nothing in the loss, but are
-    real ones. The running statistics, those of evaluation, are alike in all processes: DistributedDataParallel sends
-    them out from the first one.
+    BatchNorm, if any, uses the statistics of a process's own share of a batch, including padding (real images with
+    weight 0 in the loss), so n processes do not train to exactly the weights of one. DistributedDataParallel broadcasts
+    the running statistics, used in evaluation, from the first process.
     """
 
     mean: Tensor
@@ -59,21 +57,21 @@ class TorchvisionModel(nn.Module):
         channels = image_shape[0]
         self.net, mean, std = _from_torchvision(name, image_shape, pretrained)
         layers = [(path, it) for path, it in self.net.named_modules() if isinstance(it, (nn.Conv2d, nn.Linear))]
-        first = next(it for _, it in layers if isinstance(it, nn.Conv2d))
+        first = next(layer for _, layer in layers if isinstance(layer, nn.Conv2d))
         path, last = layers[-1]
         bias = last.bias is not None
-        if isinstance(last, nn.Conv2d):  # SqueezeNet's, before the mean over all places
+        if isinstance(last, nn.Conv2d):  # SqueezeNet's, before global average pooling
             self.net.set_submodule(path, nn.Conv2d(last.in_channels, num_classes, 1, bias=bias))
         else:
             self.net.set_submodule(path, nn.Linear(last.in_features, num_classes, bias=bias))
         if channels == 1:
             first.weight, first.in_channels = nn.Parameter(first.weight.detach().sum(dim=1, keepdim=True)), 1
             mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-        self.register_buffer("mean", mean)  # saved with the weights, which are of no use without them
+        self.register_buffer("mean", mean)  # saved with the weights
         self.register_buffer("std", std)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, also without the versions of the layers, which MNASNet needs and a file of tensors has not."""
+        """Like torch's, but supplies the layer versions that MNASNet needs and safetensors files lack."""
         state = OrderedDict(state_dict)
         state._metadata = self.state_dict()._metadata  # type: ignore[attr-defined]
         return super().load_state_dict(state, strict, assign)
@@ -83,10 +81,10 @@ class TorchvisionModel(nn.Module):
 
 
 def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model as torchvision builds it, for images in colour; mean and deviation [3, 1, 1] of what it was made for.
+    """torchvision's model for RGB images, with the mean and standard deviation [3, 1, 1] of its training images.
 
-    Raises UserError where pretrained weights cannot be had; ValueError or AssertionError, as torchvision does, for a
-    size that is not that of the weights or no multiple of what it must be.
+    Raises UserError if pretrained weights are not available; torchvision raises ValueError or AssertionError for some
+    image sizes.
     """
     from torchvision import models
 
@@ -107,13 +105,13 @@ def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> t
         folder, address = Path(torch.hub.get_dir()) / "checkpoints", urlsplit(weights.url)
         file = folder / Path(address.path).name
         raise UserError(
-            f"--pretrained: the weights of {name} cannot be had ({type(error).__name__}: {error}).\n"
-            f"They are downloaded from {address.netloc}. Without a network, fetch {weights.url} elsewhere and put it by"
-            f" hand here: {file}\nA damaged file of that name must be deleted."
+            f"--pretrained: the weights of {name} are not available ({type(error).__name__}: {error}).\n"
+            f"They are downloaded from {address.netloc}. Without a network, download {weights.url} elsewhere and save"
+            f" it as {file}\nIf that file is damaged, delete it."
         ) from error
     preset = weights.transforms()
     mean, std = preset.mean, preset.std
-    if name in INCEPTIONS:  # their weights are TensorFlow's; the model would correct for it, but in colour only
+    if name in INCEPTIONS:  # TensorFlow's weights; the model's own transform_input handles only color
         net.aux_logits = net.transform_input = False
         net.aux1 = net.aux2 = net.AuxLogits = None
         mean = std = (0.5, 0.5, 0.5)
@@ -128,18 +126,16 @@ def build_model(
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     batch_size: int = 2,
 ) -> nn.Module:
-    """The network called `name`, of MODELS or of torchvision's classification models, for images of that shape.
+    """The network called `name`, from MODELS or torchvision's classification models.
 
-    Fresh weights are from torch's global random generator. `pretrained` takes torchvision's for all but the last layer,
-    from its cache or its server; to load others into the model afterwards, omit it. `normalization` is the mean and the
-    standard deviation of each channel, which a network of the project's own is to take off its images and divide them
-    by; torchvision's have those of their weights. `batch_size` is the number of images per process that it trains on.
-    Raises ConfigError for an unknown name and for images of a size that the network does not take, UserError for
-    pretrained weights that cannot be had.
+    New weights are drawn from torch's global generator. `pretrained` loads torchvision's weights, from its cache or
+    server, for all but the last layer. `normalization`, the mean and standard deviation of each channel, is for the
+    networks of MODELS; torchvision's have their own. `batch_size` is the number of images per process in training.
+    Raises ConfigError for an unknown name or an unsupported image size, UserError if weights are not available.
     """
     if name in MODELS:
         if pretrained:
-            raise ConfigError(f"--pretrained: there are no such weights for {name}, only for torchvision's models.")
+            raise ConfigError(f"--pretrained: {name} has no pretrained weights, only torchvision's models do.")
         net = MODELS[name](num_classes, image_shape)
         return net if normalization is None else Normalized(net, *normalization)
     from torchvision import models
@@ -155,8 +151,7 @@ def build_model(
         _, height, width = image_shape
         size = max(models.get_model_weights(name).DEFAULT.meta["min_size"])
         raise ConfigError(
-            f"--model {name}: does not take images of {width} x {height} pixels ({error}). It takes those of"
-            f" --image-size {size}."
+            f"--model {name}: does not accept images of {width} x {height} pixels ({error}). Try --image-size {size}."
         ) from error
     check_batch(model, batch_size, image_shape)
     return model.train()

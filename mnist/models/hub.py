@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, by huggingface_hub's own mixin: the files are those of a run's model/ folder.
+"""Models on the Hugging Face Hub, with huggingface_hub's mixin and the files of a run's model/ folder.
 
 net, config = load_from_hub("somebody/mnist-cnn")
 HubModel(net, config).push_to_hub("somebody/mnist-cnn")
@@ -15,11 +15,11 @@ from torch import nn
 from mnist.errors import ConfigError, UserError
 from mnist.models.saved import ModelConfig, load_model, save_model
 
-SECONDS_FOR_ANSWER = 5
+CONNECT_SECONDS = 5
 
 
 class HubModel(ModelHubMixin):
-    """A model that can be pushed to the Hub and loaded from it: `from_pretrained`, `save_pretrained`, `push_to_hub`."""
+    """A model with `from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
     def __init__(self, net: nn.Module, model_config: ModelConfig) -> None:
         self.net = net
@@ -40,25 +40,24 @@ class HubModel(ModelHubMixin):
 
 
 def load_from_hub(name: str) -> tuple[nn.Module, ModelConfig]:
-    """The model called user/name, from the cache where there is no network; UserError where it cannot be had."""
+    """The model called user/name, from the cache if there is no network. Raises UserError if it is not available."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     reachable = True
-    try:  # else it would be asked for five times, with a line on the terminal each
-        urllib.request.urlopen(constants.ENDPOINT, timeout=SECONDS_FOR_ANSWER).close()
+    try:  # otherwise huggingface_hub would retry five times, with a line on the terminal each
+        urllib.request.urlopen(constants.ENDPOINT, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # it answers
+        pass  # an answer
     except ValueError as error:
-        raise ConfigError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; it begins with https://.") from error
+        raise ConfigError(f"HF_ENDPOINT={constants.ENDPOINT}: not a URL. It must begin with https://.") from error
     except OSError:
         reachable = False
     try:
         model = HubModel.from_pretrained(name, local_files_only=not reachable)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        why = "it has no such model" if reachable else "it cannot be reached, and nothing of it is in the cache"
+        why = "has no such model" if reachable else "cannot be reached, and the model is not in the cache"
         raise UserError(
-            f"--model {name}: no folder of that name is here, and the Hugging Face Hub ({constants.ENDPOINT}): {why}"
-            f" ({type(error).__name__})."
+            f"--model {name}: no such folder, and {constants.ENDPOINT} {why} ({type(error).__name__})."
         ) from error
     return model.net, model.model_config

@@ -16,11 +16,7 @@ ImageShape = tuple[int, int, int]  # channels, height, width
 
 
 class Net(nn.Module):
-    """The tutorial's network, an MLP 784-64-64-64-10; a state_dict saved by the tutorial's own code loads.
-
-    Images of another shape change the size of its first layer. Source: the PyTorch MNIST tutorial (layers fc1 to fc4,
-    ReLU between them, log-softmax).
-    """
+    """The PyTorch MNIST tutorial's MLP, 784-64-64-64-10 with ReLU and log-softmax; the tutorial's state_dict loads."""
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
@@ -38,18 +34,16 @@ class Net(nn.Module):
 
 
 def pooling(sides: tuple[int, int], places: tuple[int, int]) -> nn.MaxPool2d:
-    """Max-pooling of a map with such sides that leaves so many places, and cuts nothing off."""
+    """Max-pooling from `sides` to exactly `places`, with overlapping windows if they do not divide."""
     strides = sides[0] // places[0], sides[1] // places[1]
-    # fields that overlap where the side does not divide
-    fields = [side - (count - 1) * stride for side, count, stride in zip(sides, places, strides, strict=True)]
-    return nn.MaxPool2d((fields[0], fields[1]), strides)
+    windows = [side - (count - 1) * stride for side, count, stride in zip(sides, places, strides, strict=True)]
+    return nn.MaxPool2d((windows[0], windows[1]), strides)
 
 
 class Normalized(nn.Module):
-    """A network for images of which the mean of each channel is taken off, and which are divided by its deviation.
+    """A network that normalizes its images by the mean and standard deviation of each channel, saved as buffers.
 
-    A network learns slowly from images that are far from zero on average, as drawings on white are. Both numbers are
-    buffers, saved with the weights, which are of no use without them.
+    Networks learn slowly from images whose mean is far from zero, such as drawings on white.
     """
 
     mean: Tensor
@@ -67,23 +61,22 @@ class Normalized(nn.Module):
 
 
 class CNN(nn.Module):
-    """A small convolutional network in the line of LeNet-5 (LeCun et al., 1998), with ReLU and max-pooling.
+    """A small convolutional network in the style of LeNet-5 (LeCun et al., 1998), with ReLU and max-pooling.
 
-    Of images larger than 28 pixels the second pooling leaves 7 x 7 places too: the first dense layer would otherwise
-    have 12.8 million weights at 224 x 224. Of 360 photographs made up of three shapes, 64 x 64 in colour, it knew 98 %
-    after 8 epochs of 1,441, with one-cycle to 3e-3 (three seeds); 96 % with fields side by side that leave 8 x 8.
-    No BatchNorm: then the gradient of a batch is the sum over its images, and any number of processes that share the
-    batch finds the same one. Raises ConfigError for images of which pooling leaves nothing.
+    The second pooling leaves 7 x 7 places of larger images too; at 224 x 224 the first dense layer would otherwise have
+    12.8 million weights. On 360 generated photographs of three shapes, 64 x 64 in color, it reached 98 % after 8 epochs
+    of 1,441, one-cycle to 3e-3 (three seeds); 96 % with non-overlapping windows that leave 8 x 8. No BatchNorm, so the
+    gradient of a batch does not depend on the number of processes. Raises ConfigError if images are too small.
     """
 
-    SMALLEST = 4  # pixels, pooled twice
+    SMALLEST = 4  # pixels, for pooling twice
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
         channels, height, width = image_shape
         if min(height, width) < self.SMALLEST:
             raise ConfigError(
-                f"--model cnn: does not take images of {width} x {height} pixels; each side needs {self.SMALLEST}."
+                f"--model cnn: does not accept images of {width} x {height} pixels; each side needs {self.SMALLEST}."
             )
         self.conv1 = nn.Conv2d(channels, 16, 5, padding=2)
         self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
@@ -101,17 +94,15 @@ class CNN(nn.Module):
 
 
 class Strided(nn.Module):
-    """Convolutions, of which some take every second place instead of pooling (Springenberg et al., 2015), and one dense
-    layer on the 3 x 3 places to which what they find is pooled.
+    """Convolutions with strides instead of pooling (Springenberg et al., 2015), pooling to 3 x 3 and a dense layer.
 
-    The images are laid out channels last, and so is all that follows: on a CPU a step takes half the time. The weights
-    are He's (He et al., 2015), for there is no BatchNorm here either, and torch's own would make what comes in smaller
-    layer by layer. Raises ConfigError for images of which nothing would be left.
+    Channels-last layout halves the time of a step on a CPU. He initialization (He et al., 2015): without BatchNorm,
+    torch's default would shrink activations layer by layer. Raises ConfigError if images are too small.
     """
 
     name: str
     layers: tuple[tuple[int, int, int], ...]  # channels, size and stride of each convolution
-    padded: bool  # whether they look beyond the edge too, so that only strides make the image smaller
+    padded: bool  # if True, only strides reduce the image size
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
@@ -122,8 +113,8 @@ class Strided(nn.Module):
             height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
             if min(height, width) < 1:
                 raise ConfigError(
-                    f"--model {self.name}: does not take images of {image_shape[2]} x {image_shape[1]} pixels, of which"
-                    f" nothing would be left. --model cnn takes them from {CNN.SMALLEST} x {CNN.SMALLEST} on."
+                    f"--model {self.name}: does not accept images of {image_shape[2]} x {image_shape[1]} pixels, which"
+                    f" are too small. --model cnn accepts {CNN.SMALLEST} x {CNN.SMALLEST} and up."
                 )
             convolution = nn.Conv2d(channels, filters, size, stride, padding)
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
@@ -136,38 +127,34 @@ class Strided(nn.Module):
         self.fc = nn.Linear(channels * math.prod(places), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.channels_last)  # which contiguous() would not do to images of one channel
+        x = x.clone(memory_format=torch.channels_last)  # contiguous() would not change images with one channel
         x = self.pool(self.convolutions(x))  # [B, channels, 3, 3]
         return F.log_softmax(self.fc(x.flatten(1)), dim=1)
 
 
 class QuickCNN(Strided):
-    """Three convolutions with little work in them: of 28 pixels a side they leave 12, 5 and 3."""
+    """Three small convolutions: 28 x 28 -> 12, 5 and 3 pixels a side."""
 
     name, padded = "cnn-quick", False
     layers = ((24, 5, 2), (32, 3, 2), (48, 3, 1))
 
 
 class DeepCNN(Strided):
-    """Five convolutions with 40 times as much work: of 28 pixels a side they leave 14, 14, 7, 7 and 7."""
+    """Five convolutions with 40 times the work: 28 x 28 -> 14, 14, 7, 7 and 7 pixels a side."""
 
     name, padded = "cnn-deep", True
     layers = ((32, 5, 2), (64, 3, 1), (64, 3, 2), (128, 3, 1), (128, 3, 1))
 
 
-MODELS: dict[str, Callable[[int, ImageShape], nn.Module]] = {
-    "mlp": Net,
-    "cnn": CNN,
-    "cnn-quick": QuickCNN,
-    "cnn-deep": DeepCNN,
-}
+MODELS: dict[str, Callable[[int, ImageShape], nn.Module]]
+MODELS = {"mlp": Net, "cnn": CNN, "cnn-quick": QuickCNN, "cnn-deep": DeepCNN}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers training changes."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def non_finite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that hold a NaN or an infinity."""
+    """Names of the parameters and buffers that contain NaN or infinity."""
     return [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]

@@ -1,4 +1,4 @@
-"""A trained model in files that others can load: model.safetensors, and config.json from which it is built again.
+"""Save and load a trained model: the weights in model.safetensors, the architecture in config.json.
 
 save_model(model, folder / "model", ModelConfig("mlp", ("0", "1", ...), (28, 28), "mnist", preparation="digit"))
 model, config = load_model(folder / "model")
@@ -24,48 +24,47 @@ from mnist.launch.streams import printable
 from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
 
-LARGEST_SIDE = 1024  # pixels, as of --image-size: what a small file can make large is bounded
+LARGEST_SIDE = 1024  # pixels, as of --image-size: limits the memory that a small config.json can request
 MOST_CLASSES = 100_000
 LARGEST_HEADER = 1 << 20  # bytes of a model.safetensors: the largest networks need a fifth of it, and it takes time
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is needed, besides the weights, to build the model again and to name its answers."""
+    """What is needed, besides the weights, to rebuild a model and name its predictions."""
 
     architecture: str
     class_names: tuple[str, ...]
     image_size: tuple[int, int]  # height, width in pixels
     dataset: str
-    channels: int = 1  # 3 for images in colour
-    preparation: str = "none"  # of a person's image: "digit" as MNIST's were, "fit" to the size, "none" if it has it
-    normalized: bool = False  # whether mean and deviation of the images are among the weights (networks.Normalized)
-    scale: tuple[float, float] | None = None  # of images of more than 8 bits per pixel, if it was trained on such
+    channels: int = 1  # 3 for images in color
+    preparation: str = "none"  # of images: "digit" like MNIST's, "fit" to the size, "none" if they must have the size
+    normalized: bool = False  # whether the weights include the mean and standard deviation (networks.Normalized)
+    scale: tuple[float, float] | None = None  # of images with more than 8 bits per pixel, if trained on such
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
-        """The description of a model that was trained on `data`."""
-        height, width, *colours = data.train.images.shape[1:]
-        channels = colours[0] if colours else 1
+        """The description of a model trained on `data`."""
+        channels, height, width = data.image_shape
         normalized = data.normalization is not None and architecture in MODELS
         size = height, width
         return cls(architecture, data.class_names, size, data.name, channels, data.preparation, normalized, data.scale)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model takes."""
+        """Channels, height and width of the model's input."""
         return (self.channels, *self.image_size)
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """The same as pixels are kept: height and width, and in colour 3."""
+        """The shape of an image as uint8: height, width, and 3 in color."""
         return self.image_size if self.channels == 1 else (*self.image_size, self.channels)
 
 
 def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
-    """Write model.safetensors and config.json, both or neither, replacing what `folder` held.
+    """Replace the contents of `folder` by model.safetensors and config.json, both or neither.
 
-    Raises UserError for weights that are not finite: nothing is written then.
+    Raises UserError, and writes nothing, if weights are not finite.
     """
     check_finite(model)
     with new_folder(folder) as temporary:
@@ -74,9 +73,9 @@ def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
-    """Build the model that `save_model` wrote, in evaluation mode, on the CPU.
+    """Load a model that `save_model` wrote, in evaluation mode, on the CPU.
 
-    Raises UserError where `folder` holds none, or files that are not those of one.
+    Raises UserError if `folder` contains none or its files are invalid.
     """
     folder = Path(folder)
     try:
@@ -86,31 +85,29 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
         raise UserError(f"{folder}: no model here ({error.filename} is missing).") from error
     except OSError as error:
         raise UserError(f"{folder}: {error.filename} cannot be read: {error.strerror}.") from error
-    # what it is filled with comes with the weights
+    # placeholders, replaced by the weights
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
     try:
-        with init_empty_weights():  # shapes alone: what config.json can ask for takes gigabytes
+        with init_empty_weights():  # shapes only: what config.json can ask for takes gigabytes
             model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
     except ConfigError as error:
         raise UserError(f"{folder / 'config.json'}: {printable(str(error))}") from error
     kinds = {name: value.dtype for name, value in model.state_dict().items()}
-    # copied: what is loaded lies in the file itself, which somebody may cut off
+    # copied: what is loaded lies in the file itself, which somebody may truncate
     weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in weights.items()}
     try:
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # torch names all that does not fit
+    except RuntimeError as error:  # lists every mismatch
         problem = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: model.safetensors is not of the model in config.json: {problem}") from error
+        raise UserError(f"{folder}: model.safetensors does not match config.json: {problem}") from error
     if broken := non_finite_parameters(model):
-        raise UserError(
-            f"{folder}: the weights {', '.join(broken[:3])} hold NaN or infinity. Its answers would be none."
-        )
+        raise UserError(f"{folder}: the weights {', '.join(broken[:3])} contain NaN or infinity.")
     return model.eval(), config
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The description of a model in a config.json; UserError for what is none."""
+    """Read a config.json. Raises UserError if it does not describe a model."""
     try:
         values = json.loads(read_text(_regular(path)))
         config = ModelConfig(
@@ -118,7 +115,7 @@ def read_config(path: Path) -> ModelConfig:
             class_names=tuple(printable(_text(name)) for name in values["class_names"]),
             image_size=(_side(values["image_size"][0]), _side(values["image_size"][1])),
             dataset=printable(_text(values["dataset"])),
-            channels={1: 1, 3: 3}[values.get("channels", 1)],  # which the first versions did not write
+            channels={1: 1, 3: 3}[values.get("channels", 1)],  # missing in the first versions
             preparation=_text(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
             normalized=bool(values.get("normalized", False)),
             scale=_scale(values["scale"]) if values.get("scale") else None,
@@ -127,30 +124,30 @@ def read_config(path: Path) -> ModelConfig:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not the description of a model ({printable(problem)[:200]}).") from error
     if not 1 <= len(config.class_names) <= MOST_CLASSES:
-        raise UserError(f"{path}: {len(config.class_names):,} classes, where 1 to {MOST_CLASSES:,} can be.")
+        raise UserError(f"{path}: {len(config.class_names):,} classes; must be 1 to {MOST_CLASSES:,}.")
     return config
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError for what is none."""
+    """The tensors of a safetensors file. Raises UserError if it is not one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with _regular(path).open("rb") as file:
         start = file.read(100)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a pointer of Git LFS, not the weights. Fetch them: git lfs pull")
+        raise UserError(f"{path}: a Git LFS pointer, not the weights. Run: git lfs pull")
     try:
         if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
             raise ValueError(f"a header of {header:,} bytes")
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, of a shape
-        problem = "an empty file" if not start else f"cut off, or another format: {error}"
-        raise UserError(f"{path}: no safetensors ({printable(problem)[:200]}). Fetch it again.") from error
+        problem = f"truncated or another format: {error}" if start else "an empty file"
+        raise UserError(f"{path}: not a safetensors file ({printable(problem)[:200]}). Download it again.") from error
 
 
 def _regular(path: Path) -> Path:
-    """The path itself; OSError where it is no file that ends, as a pipe."""
+    """The path itself. Raises OSError if reading it might never end, such as a pipe."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
@@ -158,7 +155,7 @@ def _regular(path: Path) -> Path:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.50} is no text")
+        raise TypeError(f"{value!r:.50} is not a string")
     return value
 
 
@@ -171,16 +168,15 @@ def _scale(value: Any) -> tuple[float, float]:
 
 def _side(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= LARGEST_SIDE:
-        raise ValueError(f"a side of {value!r:.50} pixels, where 1 to {LARGEST_SIDE:,} can be")
+        raise ValueError(f"a side of {value!r:.50} pixels; must be 1 to {LARGEST_SIDE:,}")
     return value
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise UserError, with their names, for weights that hold NaN or infinity."""
+    """Raise UserError with the names of weights that contain NaN or infinity."""
     if broken := non_finite_parameters(model):
-        raise UserError(
-            f"The weights {', '.join(broken)} hold NaN or infinity: not saved. Try a lower --learning-rate."
-        )
+        names = ", ".join(broken)
+        raise UserError(f"The weights {names} contain NaN or infinity: not saved. Try a lower --learning-rate.")
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""From pixels to what the model sees, and the small changes of training images."""
+"""Scaling pixels and augmenting images."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ def parameters(**values: float) -> Tensor:
     return torch.tensor([[values.get(name, 0.0) for name in ("angle", "zoom", "right", "down", "mirrored")]])
 
 
-def test_colour_is_scaled_and_laid_out_as_to_tensor_does() -> None:
+def test_pixels_are_scaled_and_laid_out_like_to_tensor() -> None:
     images = torch.randint(0, 256, (4, 2, 9, 12, 3), dtype=torch.uint8)
     X = scale_pixels(images)
     assert X.shape == (4, 2, 3, 9, 12)
@@ -24,14 +24,11 @@ def test_colour_is_scaled_and_laid_out_as_to_tensor_does() -> None:
     to_tensor = torchvision.transforms.ToTensor()
     assert torch.equal(X[2, 1], to_tensor(images[2, 1].numpy()))
     assert torch.equal(scale_pixels(images[2, 1]), X[2, 1])
+    gray = images[..., 0]
+    assert torch.equal(scale_pixels(gray)[2, 1], to_tensor(gray[2, 1].numpy()))
 
 
-def test_grey_is_scaled_as_to_tensor_does() -> None:
-    images = torch.randint(0, 256, (4, 9, 12), dtype=torch.uint8)
-    assert torch.equal(scale_pixels(images)[1], torchvision.transforms.ToTensor()(images[1].numpy()))
-
-
-def test_parameters_are_a_function_of_seed_and_epoch_and_only_some_images_are_mirrored() -> None:
+def test_parameters_depend_on_seed_and_epoch_and_mirror_half_of_the_images() -> None:
     drawn = augmentation_parameters(1000, seed=3, epoch=2, flip=True)
     torch.rand(5)
     assert torch.equal(drawn, augmentation_parameters(1000, seed=3, epoch=2, flip=True))
@@ -44,7 +41,7 @@ def test_parameters_are_a_function_of_seed_and_epoch_and_only_some_images_are_mi
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 28, 28), (5, 3, 64, 48), (5, 3, 31, 9)])
-def test_zeros_leave_an_image_as_it_is(shape: tuple[int, ...]) -> None:
+def test_zeros_do_not_change_an_image(shape: tuple[int, ...]) -> None:
     X = torch.rand(shape)
     torch.testing.assert_close(augment(X, torch.zeros(5, 5)), X, atol=1e-5, rtol=0)
 
@@ -64,7 +61,7 @@ def test_each_parameter_does_what_its_name_says() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1024, 1, 28, 28), (60, 3, 64, 48)])
-def test_an_image_becomes_the_same_to_the_bit_however_many_are_changed_with_it(shape: tuple[int, ...]) -> None:
+def test_augmentation_does_not_depend_on_the_batch_size(shape: tuple[int, ...]) -> None:
     X, drawn = torch.rand(shape), augmentation_parameters(shape[0], seed=0, epoch=0, flip=True)
     together = augment(X, drawn)
     for size in (1, 7):
@@ -75,7 +72,7 @@ def test_an_image_becomes_the_same_to_the_bit_however_many_are_changed_with_it(s
     assert together.max() <= 1 + 1e-6
 
 
-def test_fewer_of_larger_images_are_given_to_a_network_at_once() -> None:
+def test_evaluation_batches_of_large_images_are_smaller() -> None:
     assert eval_batch_size((28, 28)) == 500
     assert eval_batch_size((224, 224, 3)) == 13
     assert eval_batch_size((3000, 3000, 3)) == 1

@@ -1,4 +1,4 @@
-"""Networks, and the folder from which one is built again."""
+"""Networks, and saving and loading them."""
 
 import json
 import warnings
@@ -23,24 +23,18 @@ DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Else each of many small operations waits for another thread, for long where the machine is busy."""
+    """Many small operations would wait for another thread, for long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def tutorial_state(path: Path) -> dict[str, Tensor]:
-    """What the tutorial's own code saves: the weights of four linear layers, fc1 to fc4."""
+def test_the_tutorials_state_dict_loads_and_gives_the_same_outputs(tmp_path: Path) -> None:
     sizes = [784, 64, 64, 64, 10]
-    layers = {f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(4)}
-    torch.save(nn.ModuleDict(layers).state_dict(), path)
-    state: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return state
-
-
-def test_a_state_dict_of_the_tutorials_code_loads_and_gives_the_same_outputs(tmp_path: Path) -> None:
-    state = tutorial_state(tmp_path / "net.pt")
+    layers = nn.ModuleDict({f"fc{i + 1}": nn.Linear(sizes[i], sizes[i + 1]) for i in range(4)})
+    torch.save(layers.state_dict(), tmp_path / "net.pt")  # as the tutorial's code does
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
     net = Net()
     net.load_state_dict(state)
     images = torch.rand(20, 1, 28, 28)
@@ -54,7 +48,7 @@ def test_a_state_dict_of_the_tutorials_code_loads_and_gives_the_same_outputs(tmp
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_normalized_network_sees_of_dark_on_white_the_negative_of_white_on_black(name: str) -> None:
+def test_normalization_makes_an_inverted_image_its_negative(name: str) -> None:
     images = torch.rand(8, 3, 64, 64).square()  # more dark than bright
     seen = []
     for pictures in (images, 1 - images):
@@ -70,17 +64,17 @@ def test_a_normalized_network_sees_of_dark_on_white_the_negative_of_white_on_bla
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("classes", [2, 7])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 8), (3, 64, 64), (1, 100, 40), (3, 31, 57), (3, 224, 224)])
-def test_every_network_gives_log_probabilities_for_any_shape_and_number_of_classes(
+def test_networks_return_log_probabilities_for_any_shape_and_number_of_classes(
     name: str, classes: int, shape: tuple[int, int, int]
 ) -> None:
-    if name == "cnn-quick":  # which takes them from 17 pixels a side on
+    if name == "cnn-quick":  # needs 17 pixels per side
         shape = (shape[0], max(17, shape[1]), max(17, shape[2]))
     output = build_model(name, classes, shape)(torch.rand(5, *shape))
     assert output.shape == (5, classes)
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(5))
 
 
-PLAIN: dict[str, Callable[[], nn.Module]] = {  # the networks for digits, as anybody would write them
+PLAIN: dict[str, Callable[[], nn.Module]] = {  # the same networks in plain layers
     "mlp": lambda: nn.Sequential(
         *(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()),
         *(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10), nn.LogSoftmax(dim=1)),
@@ -94,7 +88,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {  # the networks for digits, as any
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_the_networks_for_digits_begin_with_torchs_own_weights_and_compute_what_plain_layers_do(name: str) -> None:
+def test_networks_start_with_torchs_weights_and_compute_what_plain_layers_do(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(name, 10)
     torch.manual_seed(0)
@@ -106,25 +100,24 @@ def test_the_networks_for_digits_begin_with_torchs_own_weights_and_compute_what_
 
 
 @pytest.mark.parametrize(("name", "height"), [("cnn", 3), ("cnn-quick", 16)])
-def test_a_cnn_refuses_images_of_which_nothing_would_be_left(name: str, height: int) -> None:
+def test_a_cnn_refuses_images_that_are_too_small(name: str, height: int) -> None:
     build_model(name, 10, (1, height + 1, 28))
-    with pytest.raises(ConfigError, match=f"--model {name}: does not take images of 28 x {height} pixels"):
+    with pytest.raises(ConfigError, match=f"--model {name}: does not accept images of 28 x {height} pixels"):
         build_model(name, 10, (1, height, 28))
 
 
 def outputs_of_convolutions(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What each of them makes of the images."""
     seen: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda module, given, output: seen.append(output))
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model(images)
     return seen
 
 
 @pytest.mark.parametrize("name", ["cnn-quick", "cnn-deep"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_strided_networks_compute_channels_last_and_their_weights_stay_contiguous(name: str, channels: int) -> None:
+def test_strided_networks_compute_channels_last_with_contiguous_weights(name: str, channels: int) -> None:
     model = build_model(name, 10, (channels, 28, 28))
     outputs = outputs_of_convolutions(model, torch.rand(5, channels, 28, 28))
     assert all(output.is_contiguous(memory_format=torch.channels_last) for output in outputs)
@@ -134,20 +127,20 @@ def test_strided_networks_compute_channels_last_and_their_weights_stay_contiguou
     assert all(it.is_contiguous() and it.grad.is_contiguous() for it in convolutions if it.grad is not None)
 
 
-def test_what_comes_into_a_strided_network_neither_grows_nor_fades_on_its_way() -> None:
+def test_activations_of_strided_networks_neither_grow_nor_vanish() -> None:
     torch.manual_seed(0)
     first, *_, last = outputs_of_convolutions(build_model("cnn-deep", 10), torch.rand(50, 1, 28, 28))
     assert 0.3 < float(last.detach().square().mean() / first.detach().square().mean()) < 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_no_recipes_network_looks_at_the_whole_batch_or_draws_at_random(recipe: str) -> None:
+def test_recipes_networks_treat_each_image_alone_and_deterministically(recipe: str) -> None:
     model = build_model(RECIPES[recipe].model, 10).train()
     images = torch.rand(6, 1, 28, 28)
     torch.testing.assert_close(model(images), torch.cat([model(images[:2]), model(images[2:])]))
 
 
-FAMILIES = {  # of torchvision's models, the smallest of each, and a size that it takes
+FAMILIES = {  # the smallest model of each of torchvision's families, and an image size for it
     "resnet18": 28,
     "mobilenet_v2": 28,
     "mobilenet_v3_small": 28,
@@ -170,14 +163,14 @@ QUICK = {"resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet"}
     [pytest.param(*it, marks=[] if it[0] in QUICK else pytest.mark.slow) for it in FAMILIES.items()],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_models_of_torchvision_fit_channels_and_classes_and_are_built_again(
+def test_torchvisions_models_adapt_to_channels_and_classes_and_are_loaded_again(
     name: str, size: int, channels: int, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = build_model(name, 3, (channels, size, size))
     images = torch.rand(4, channels, size, size)
-    output = model(images)  # in training mode, where auxiliary heads would answer too
+    output = model(images)  # in training mode, in which auxiliary heads would return outputs too
     torch.testing.assert_close(output.exp().sum(dim=1), torch.ones(4))
     assert output.shape == (4, 3)
     output[:, 0].sum().backward()
@@ -201,15 +194,15 @@ def test_models_of_torchvision_fit_channels_and_classes_and_are_built_again(
         ("vit_b_32", (3, 28, 28), ["28 x 28", "--image-size 224"]),
     ],
 )
-def test_a_size_that_a_model_does_not_take_is_refused_with_one_that_it_takes(
+def test_an_unsupported_image_size_is_refused_with_a_supported_one(
     name: str, shape: tuple[int, int, int], words: list[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"--model {name}: does not take images of") as caught:
+    with pytest.raises(ConfigError, match=f"--model {name}: does not accept images of") as caught:
         build_model(name, 3, shape)
     assert all(word in str(caught.value) for word in words)
 
 
-def test_one_image_at_a_time_is_refused_for_a_network_with_batchnorm() -> None:
+def test_batch_size_1_is_refused_for_networks_with_batchnorm() -> None:
     with pytest.raises(ConfigError, match="--batch-size 1: this network has BatchNorm"):
         check_batch(build_model("resnet18", 3, (3, 32, 32)), 1, (3, 32, 32))
     model = build_model("resnet18", 3, (3, 64, 64))
@@ -224,26 +217,25 @@ def test_a_vision_transformer_is_built_for_the_size_of_the_images() -> None:
 
 
 @pytest.mark.parametrize("name", ["cnm", "raft_large", "quantized_resnet18"])
-def test_what_is_no_classification_model_is_refused(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"--model {name}: neither mlp nor cnn nor cnn-quick nor cnn-deep nor one of torchvision's"
-    ):
+def test_unknown_models_are_refused(name: str) -> None:
+    message = f"--model {name}: neither mlp nor cnn nor cnn-quick nor cnn-deep nor one of torchvision's"
+    with pytest.raises(ConfigError, match=message):
         build_model(name, 3)
 
 
-def test_a_model_for_grey_images_answers_as_that_in_colour_to_a_grey_picture() -> None:
+def test_a_model_for_gray_images_predicts_what_the_color_one_does() -> None:
     torch.manual_seed(0)
-    colour = build_model("resnet18", 3, (3, 32, 32)).eval()
+    color = build_model("resnet18", 3, (3, 32, 32)).eval()
     torch.manual_seed(0)
-    grey = build_model("resnet18", 3, (1, 32, 32)).eval()
+    gray = build_model("resnet18", 3, (1, 32, 32)).eval()
     images = torch.rand(4, 1, 32, 32)
-    normalised = (images - grey.mean) / grey.std * colour.std + colour.mean  # type: ignore[operator]
-    torch.testing.assert_close(grey(images), colour(normalised), atol=1e-4, rtol=1e-4)
+    normalized = (images - gray.mean) / gray.std * color.std + color.mean  # type: ignore[operator]
+    torch.testing.assert_close(gray(images), color(normalized), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
 def weights_of_resnet18(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """A file such as torchvision would download, where it would lie; and no network to download it again."""
+    """Weights in torchvision's cache, without a network to download them again."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -255,7 +247,7 @@ def weights_of_resnet18(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pretrained_weights_are_taken_for_all_but_the_last_layer(
+def test_pretrained_weights_are_loaded_for_all_but_the_last_layer(
     channels: int, weights_of_resnet18: dict[str, Tensor]
 ) -> None:
     model = build_model("resnet18", 3, (channels, 64, 64), pretrained=True)
@@ -267,7 +259,7 @@ def test_pretrained_weights_are_taken_for_all_but_the_last_layer(
         assert name.startswith("fc.") or torch.equal(found[name], value), name
 
 
-def test_a_saved_model_is_built_again_without_the_weights_that_it_began_with(
+def test_a_saved_model_is_loaded_without_its_pretrained_weights(
     weights_of_resnet18: dict[str, Tensor], tmp_path: Path
 ) -> None:
     model = build_model("resnet18", 3, (3, 64, 64), pretrained=True)
@@ -278,7 +270,7 @@ def test_a_saved_model_is_built_again_without_the_weights_that_it_began_with(
     assert torch.equal(again(images), model.eval()(images))
 
 
-def test_pretrained_weights_that_cannot_be_had_are_named_with_the_place_for_them(
+def test_unavailable_pretrained_weights_are_an_error_with_their_url_and_path(
     weights_of_resnet18: dict[str, Tensor], tmp_path: Path
 ) -> None:
     file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
@@ -286,15 +278,15 @@ def test_pretrained_weights_that_cannot_be_had_are_named_with_the_place_for_them
     with pytest.raises(UserError, match="damaged"):
         build_model("resnet18", 3, (3, 64, 64), pretrained=True)
     file.unlink()
-    with pytest.raises(UserError, match=r"--pretrained: the weights of resnet18 cannot be had \(URLError") as caught:
+    with pytest.raises(UserError, match=r"--pretrained: the weights of resnet18 are not available \(URLE") as caught:
         build_model("resnet18", 3, (3, 64, 64), pretrained=True)
     assert "download.pytorch.org" in str(caught.value)
     assert str(file) in str(caught.value)
-    with pytest.raises(ConfigError, match="--pretrained: there are no such weights for cnn"):
+    with pytest.raises(ConfigError, match="--pretrained: cnn has no pretrained weights"):
         build_model("cnn", 3, pretrained=True)
 
 
-def test_every_model_of_torchvision_has_pretrained_weights_and_a_smallest_size() -> None:
+def test_all_of_torchvisions_models_have_pretrained_weights_and_a_smallest_size() -> None:
     for name in models.list_models(module=models):
         weights = models.get_model_weights(name).DEFAULT
         assert weights.url.startswith("https://download.pytorch.org/models/")
@@ -302,7 +294,7 @@ def test_every_model_of_torchvision_has_pretrained_weights_and_a_smallest_size()
         assert weights.transforms().mean
 
 
-def test_choosing_the_threads_leaves_a_model_with_batchnorm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choosing_threads_does_not_change_batchnorm_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     model = build_model("resnet18", 3, (3, 64, 64))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -311,7 +303,7 @@ def test_choosing_the_threads_leaves_a_model_with_batchnorm_as_it_was(monkeypatc
     assert all(module.training for module in model.modules())
 
 
-def test_a_description_tells_colour_from_grey_and_an_old_one_means_grey(tmp_path: Path) -> None:
+def test_a_saved_model_keeps_its_channels_which_default_to_gray(tmp_path: Path) -> None:
     for channels, shape in ((1, (5, 20, 30)), (3, (5, 20, 30, 3))):
         split = Split(torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
         config = ModelConfig.of("cnn", ImageData("made up", ("a", "b"), split, None, split))
@@ -325,9 +317,9 @@ def test_a_description_tells_colour_from_grey_and_an_old_one_means_grey(tmp_path
     assert load_model(tmp_path / "model")[1] == DIGITS
 
 
-def test_a_saved_model_is_built_again_with_no_flag(tmp_path: Path) -> None:
-    model = build_model("cnn", 10)
-    config = ModelConfig("cnn", tuple("0123456789"), (28, 28), "mnist")
+def test_saving_replaces_the_model_and_loading_needs_no_settings(tmp_path: Path) -> None:
+    save_model(Net(), tmp_path / "model", DIGITS)
+    model, config = build_model("cnn", 10), ModelConfig("cnn", tuple("0123456789"), (28, 28), "mnist")
     save_model(model, tmp_path / "model", config)
     again, found = load_model(tmp_path / "model")
     images = torch.rand(3, 1, 28, 28)
@@ -337,7 +329,7 @@ def test_a_saved_model_is_built_again_with_no_flag(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text())["architecture"] == "cnn"
 
 
-def test_weights_that_are_not_finite_are_never_saved_and_the_model_before_stays(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     model = Net()
     save_model(model, tmp_path / "model", DIGITS)
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -349,14 +341,6 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_model_before_stays(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_saving_again_replaces_the_model(tmp_path: Path) -> None:
-    save_model(Net(), tmp_path / "model", DIGITS)
-    newer = Net()
-    save_model(newer, tmp_path / "model", DIGITS)
-    images = torch.rand(3, 1, 28, 28)
-    assert torch.equal(load_model(tmp_path / "model")[0](images), newer(images))
-
-
-def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing-here.*config\.json"):
         load_model(tmp_path / "nothing-here")

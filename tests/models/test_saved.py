@@ -1,4 +1,4 @@
-"""Folders that should hold a trained model and do not: one message, whatever is in them."""
+"""Damaged model folders: one message, whatever the damage."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def with_values(**values: Any) -> Callable[[Path], None]:
-    """Change what config.json says; None takes it away."""
+    """Change values of config.json; None removes one."""
 
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -40,7 +40,7 @@ def with_bytes(name: str, content: bytes) -> Callable[[Path], None]:
     return write
 
 
-def cut_off(folder: Path) -> None:
+def truncated(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -69,16 +69,16 @@ PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (with_bytes("model.safetensors", POINTER), "a pointer of Git LFS, not the weights"),
+        (with_bytes("model.safetensors", POINTER), "a Git LFS pointer, not the weights"),
         (with_bytes("model.safetensors", b""), "an empty file"),
-        (with_bytes("model.safetensors", PAGE), "cut off, or another format"),
-        (with_bytes("model.safetensors", b"\xff" * 64), "cut off, or another format"),
-        (cut_off, "cut off, or another format"),
-        (with_pipe("model.safetensors"), "no model is there|not a regular file"),
-        (with_tensors(lambda it: it.pop("fc1.weight")), "is not of the model in config.json: .*fc1.weight"),
-        (with_tensors(lambda it: it.update(more=torch.zeros(1))), "is not of the model in config.json"),
+        (with_bytes("model.safetensors", PAGE), "truncated or another format"),
+        (with_bytes("model.safetensors", b"\xff" * 64), "truncated or another format"),
+        (truncated, "truncated or another format"),
+        (with_pipe("model.safetensors"), "not a regular file"),
+        (with_tensors(lambda it: it.pop("fc1.weight")), "does not match config.json: .*fc1.weight"),
+        (with_tensors(lambda it: it.update(more=torch.zeros(1))), "does not match config.json"),
         (with_tensors(lambda it: it.update({"fc4.bias": torch.zeros(9)})), "size mismatch for fc4.bias"),
-        (with_tensors(lambda it: it["fc2.bias"].fill_(float("nan"))), "the weights fc2.bias hold NaN or infinity"),
+        (with_tensors(lambda it: it["fc2.bias"].fill_(float("nan"))), "the weights fc2.bias contain NaN or infinity"),
         (with_bytes("config.json", b""), "not the description of a model"),
         (with_bytes("config.json", PAGE), "not the description of a model"),
         (with_bytes("config.json", b"\xff\xfe"), "not the description of a model"),
@@ -87,17 +87,17 @@ PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>"
         (with_bytes("config.json", b"null"), "not the description of a model"),
         (with_pipe("config.json"), "not a regular file"),
         (with_values(architecture=None), "not the description of a model .KeyError: 'architecture'"),
-        (with_values(architecture=7), "7 is no text"),
+        (with_values(architecture=7), "7 is not a string"),
         (with_values(architecture="no-such"), "config.json: --model no-such"),
         (with_values(class_names=None), "KeyError: 'class_names'"),
         (with_values(class_names=5), "not the description"),
         (with_values(class_names=[]), "0 classes"),
-        (with_values(class_names=[1, 2]), "1 is no text"),
+        (with_values(class_names=[1, 2]), "1 is not a string"),
         (with_values(class_names=["a", "b"]), "size mismatch"),
         (with_values(image_size=None), "KeyError: 'image_size'"),
         (with_values(image_size=[28]), "not the description"),
         (with_values(image_size="2828"), "a side of '2' pixels"),
-        (with_values(image_size=[1_000_000, 1_000_000]), "a side of 1000000 pixels, where 1 to 1,024 can be"),
+        (with_values(image_size=[1_000_000, 1_000_000]), "a side of 1000000 pixels; must be 1 to 1,024"),
         (with_values(image_size=[0, 28]), "a side of 0 pixels"),
         (with_values(image_size=[28.5, 28]), "a side of 28.5 pixels"),
         (with_values(image_size=[14, 14]), "size mismatch"),
@@ -107,10 +107,10 @@ PAGE = b"<!DOCTYPE html><html><body>404: not found</body></html>"
         (with_values(scale=[1]), "not the description"),
         (with_values(scale=[7, 7]), "a scale from 7.0 to 7.0"),
         (with_values(scale=["nan", "inf"]), "a scale from nan to inf"),
-        (with_values(normalized=True), "is not of the model in config.json"),
+        (with_values(normalized=True), "does not match config.json"),
     ],
 )
-def test_a_damaged_model_is_one_message_with_the_file(
+def test_a_damaged_model_is_an_error_of_one_line(
     damage: Callable[[Path], None], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(folder)
@@ -123,7 +123,7 @@ def test_a_damaged_model_is_one_message_with_the_file(
     assert lines[0].startswith("mnist predict: ")
 
 
-def test_names_of_a_model_cannot_move_the_cursor(folder: Path) -> None:
+def test_control_characters_in_a_models_names_are_escaped(folder: Path) -> None:
     with_values(class_names=["\x1b[2J\x1b[Hhacked", *"123456789"], dataset="\x1b]0;title\x07")(folder)
     _, config = load_model(folder)
     assert config.class_names[0] == r"\x1b[2J\x1b[Hhacked"

@@ -9,21 +9,21 @@ KINDS = ("ball", "box", "tent")
 
 
 def take_photograph(kind: str, rng: np.random.Generator) -> Image.Image:
-    """A thing of any colour before a wall of any two, in mode RGB; 50 to 160 pixels a side."""
+    """A thing of any color before a wall of any two, in mode RGB; 50 to 160 pixels a side."""
     width, height = (int(side) for side in rng.integers(50, 160, 2))
     left, right = rng.uniform(60, 200, (2, 1, 1, 3))
     across = np.linspace(0, 1, width)[None, :, None]
     wall = left * (1 - across) + right * across + rng.normal(0, 10, (height, width, 3))
     picture = Image.fromarray(np.clip(wall, 0, 255).astype(np.uint8))
-    draw, colour = ImageDraw.Draw(picture), tuple(int(value) for value in rng.choice([20, 235], 3))
+    draw, color = ImageDraw.Draw(picture), tuple(int(value) for value in rng.choice([20, 235], 3))
     half = min(width, height) * rng.uniform(0.28, 0.42)
     x, y = width / 2 + rng.uniform(-4, 4), height / 2 + rng.uniform(-4, 4)
     if kind == "ball":
-        draw.ellipse((x - half, y - half, x + half, y + half), fill=colour)
+        draw.ellipse((x - half, y - half, x + half, y + half), fill=color)
     elif kind == "box":
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+        draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
     else:
-        draw.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=colour)
+        draw.polygon([(x, y - half), (x + half, y + half), (x - half, y + half)], fill=color)
     return picture
 
 
