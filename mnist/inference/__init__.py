@@ -1,1 +1,1 @@
-"""A trained model applied: to images, to handwriting, on the page to draw on, as an exported file."""
+"""Use a trained model: predict images and handwriting, draw on a page, export."""

@@ -1,15 +1,14 @@
-"""A page in the browser on which a person draws, and the network's answer moves with the line.
+"""Serve a page for drawing that shows predictions while you draw.
 
 serve(answer, data.class_names, "cnn on mnist")             # http://127.0.0.1:7860, until Ctrl-C
-server = build_server(answer, names, "title", port=0)       # for tests: a free port, server.address names it
+server = build_server(answer, names, "title", port=0)       # for tests: a free port, see server.address
 
-`answer` takes a PNG, bright ink on black as MNIST's images are, and returns what the page shows:
+`answer` takes a PNG, bright ink on black like MNIST's images, and returns
 
     {"label": "7", "probability": 0.98, "probabilities": [0.0, ...], "seen": "data:image/png;base64,..."}
 
-with None as the label where nothing is found to answer about. `seen` is what the network was given; it may be empty.
-The page is one file, draw.html, and asks for nothing from elsewhere. The server keeps nothing between two requests, so
-that pages do not disturb each other.
+with None as the label if nothing was recognized. `seen` is the network's input and may be empty. The page is one file,
+draw.html, and loads nothing else. The server is stateless.
 """
 
 import contextlib
@@ -38,24 +37,21 @@ from mnist.errors import ConfigError, UserError
 Answer = Callable[[bytes], Mapping[str, Any]]
 
 HOST, PORT = "127.0.0.1", 7860
-LARGEST_BODY = 2**20  # bytes of a picture; the page sends some 5 kB
-LARGEST_SIDE = 2048  # pixels: what a small file can unpack to is bounded before anyone unpacks it
-PATIENCE = 10  # seconds in which a client has to send something
+LARGEST_BODY = 2**20  # bytes of an image; the page sends some 5 kB
+LARGEST_SIDE = 2048  # pixels: limits the memory that a small file can unpack to
+TIMEOUT = 10  # seconds to wait for a client
 METHODS = {"/": "GET", "/answer": "POST"}
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT) -> None:
-    """Give the page and answer what is drawn on it, until Ctrl-C, on which it returns.
-
-    Raises what `build_server` does.
-    """
+    """Serve the page until Ctrl-C. Raises what `build_server` does."""
     with contextlib.suppress(KeyboardInterrupt), build_server(answer, class_names, title, host, port) as server:
-        print(f"Draw at {server.address} and see what the network makes of it. Ctrl-C ends it.", flush=True)
+        print(f"Open {server.address} to draw (press Ctrl-C to stop).", flush=True)
         if not is_loopback(host):
-            print(f"It listens on {host}: whoever reaches this machine there can use it.", flush=True)
+            print(f"Listening on {host}: everyone who can reach this machine can use it.", flush=True)
         previous = signal.getsignal(signal.SIGINT)
-        if previous is signal.default_int_handler:  # which would close a connection under the thread that answers it
+        if previous is signal.default_int_handler:  # would close connections that threads are still using
             signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=server.shutdown).start())
         try:
             server.serve_forever()
@@ -66,41 +62,36 @@ def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HO
 def build_server(
     answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT
 ) -> "DrawServer":
-    """The server, listening but not yet answering; port 0 is any free one.
+    """A server that listens but does not answer yet; port 0 is any free one.
 
-    `answer` is called by one thread at a time, and raises UserError for a picture that it cannot read. Raises UserError
-    for a port that is taken or forbidden, and ConfigError for a host or a port that cannot be.
+    `answer` is called by one thread at a time and may raise UserError for an image that it cannot read. Raises
+    UserError if the port is in use or forbidden, ConfigError if the host or port is invalid.
     """
     if not 0 <= port < 2**16:
-        raise ConfigError(f"--port {port}: a port is a number from 0 to {2**16 - 1}.")
+        raise ConfigError(f"--port {port}: must be from 0 to {2**16 - 1}.")
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, *_, address = found[0]
+        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
         return DrawServer(answer, class_names, title, host, family, cast("tuple[str, int]", address[:2]))
     except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"--host {host}: no address is known by this name. {HOST} is this machine alone.") from error
+        raise ConfigError(f"--host {host}: unknown host. Use {HOST} for this machine alone.") from error
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigError(f"--host {host}: not an address of this machine. {HOST} is always one.") from error
+            raise ConfigError(f"--host {host}: not an address of this machine. {HOST} always is.") from error
         if error.errno == errno.EADDRINUSE:
-            reason = "is taken, by another `mnist draw` perhaps"
+            reason = "in use, perhaps by another `mnist draw`"
         else:
-            reason = f"cannot be listened on ({os.strerror(error.errno or 0)})"
+            reason = f"not available ({os.strerror(error.errno or 0)})"
         other = port + 1 if 1024 <= port < 2**16 - 1 else PORT
-        raise UserError(f"Port {port} of {host} {reason}. Choose another one, as --port {other}.") from error
+        raise UserError(f"Port {port} of {host}: {reason}. Choose another one: --port {other}") from error
 
 
 class DrawServer(ThreadingHTTPServer):
-    """A thread for each request, so that a client that sends nothing keeps nobody waiting."""
+    """One thread per request, so an idle client blocks no other."""
 
     def __init__(
-        self,
-        answer: Answer,
-        class_names: Sequence[str],
-        title: str,
-        host: str,
-        family: int,
-        address: tuple[str, int],
+        self, answer: Answer, class_names: Sequence[str], title: str, host: str, family: int, address: tuple[str, int]
     ) -> None:
         import jinja2
 
@@ -112,122 +103,117 @@ class DrawServer(ThreadingHTTPServer):
         self.host = host
         self.address_family = cast("socket.AddressFamily", family)
         self._answer = answer
-        # A network is switched to evaluation and back while it answers, and two at a time would only share the cores.
+        # a network is switched to evaluation and back, and two at a time would only share the cores
         self._answering = threading.Lock()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Without HTTPServer's question for this machine's full name, which takes seconds where nobody knows it."""
+        """Skips HTTPServer's lookup of this machine's full name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
 
     @property
     def address(self) -> str:
-        """Where a browser on this machine finds the page."""
+        """The page's URL for a browser on this machine."""
         host = "127.0.0.1" if self.host in ANY_ADDRESS else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
 
-    def answer(self, picture: bytes) -> Mapping[str, Any]:
-        """What the page shows for a PNG."""
+    def answer(self, image: bytes) -> Mapping[str, Any]:
+        """The prediction for a PNG."""
         with self._answering:
-            return self._answer(picture)
+            return self._answer(image)
 
     def is_named(self, host: str) -> bool:
-        """Whether a Host header names this machine as we know it.
+        """Whether a Host header names this machine, against DNS rebinding: another site whose name resolves to us.
 
-        A page from elsewhere may have its own name resolved to this machine's address and reach us under that name, as
-        if we were its own server (DNS rebinding). The port is not compared: it is another one behind `ssh -L`.
+        The port is not compared, since it differs behind `ssh -L`.
         """
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        name = name.lower()
+        name = (host[1:].partition("]") if host.startswith("[") else host.partition(":"))[0].lower()
         if is_loopback(name) or name == self.host.lower():
             return True
-        # listening on all addresses, we are called by any of them: what is a number was not resolved from a name
+        # on all addresses, any of them is ours: a number was not resolved from a name
         return self.host in ANY_ADDRESS and (is_number(name) or name == socket.gethostname().lower())
 
     def server_close(self) -> None:
-        """Stop listening. No answer is computed afterwards: a thread inside torch does not survive the interpreter."""
+        """Stop listening and answering: a thread inside torch would crash the interpreter's exit."""
         super().server_close()
         self._answering.acquire(timeout=5)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that has gone away or is too slow; all else is a bug and keeps its traceback."""
+        """Ignore clients that disconnect or time out; anything else is a bug and prints its traceback."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. The connection ends with it, so that none stays open and what follows a refused body is not read."""
+    """One request, after which the connection is closed: what follows a refused body is not read."""
 
     server: DrawServer
-    timeout = PATIENCE
-    disable_nagle_algorithm = True  # the head and the body of an answer are two packets, and the second shall not wait
+    timeout = TIMEOUT
+    disable_nagle_algorithm = True  # headers and body are two packets; do not delay the second
 
     def handle_any(self) -> None:
-        """Answer with the page, with what the network makes of a drawing, or with a refusal."""
+        """Answer any request."""
         path = self.path.partition("?")[0]
         hosts, origin = self.headers.get_all("Host", []), self.headers.get("Origin")
         if len(hosts) != 1 or not self.server.is_named(hosts[0]):
-            self.refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server is not known by that name.")
+            self.refuse(HTTPStatus.MISDIRECTED_REQUEST, "Unknown host name.")
         elif origin is not None and origin.lower() != f"http://{hosts[0].lower()}":
-            self.refuse(HTTPStatus.FORBIDDEN, "Only the page of this server may ask.")
+            self.refuse(HTTPStatus.FORBIDDEN, "Requests from other sites are not allowed.")
         elif path not in METHODS:
-            self.refuse(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            self.refuse(HTTPStatus.NOT_FOUND, "Not found.")
         elif self.command != METHODS[path]:
-            self.refuse(HTTPStatus.METHOD_NOT_ALLOWED, f"Here is only {METHODS[path]}.", Allow=METHODS[path])
+            self.refuse(HTTPStatus.METHOD_NOT_ALLOWED, f"Only {METHODS[path]} is allowed.", Allow=METHODS[path])
         elif path == "/":
-            self.give_page()
+            self.send_page()
         else:
-            self.give_answer()
+            self.send_answer()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any  # noqa: N815 (http.server's)
 
-    def give_page(self) -> None:
-        """The page, whose own style and script are the only ones that the browser takes."""
+    def send_page(self) -> None:
+        """Send the page; the browser accepts no style or script but its own."""
         nonce = secrets.token_urlsafe(16)
         page = self.server.page.render(**self.server.content, nonce=nonce)
         allowed = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; connect-src 'self'"
         self.send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode(), allowed)
 
-    def give_answer(self) -> None:
-        """What the network makes of the picture in the body."""
+    def send_answer(self) -> None:
+        """Send the prediction for the image in the body."""
         length = self.headers.get("Content-Length")
         if length is None or "Transfer-Encoding" in self.headers:
-            return self.refuse(HTTPStatus.LENGTH_REQUIRED, "How long the picture is has to be said: Content-Length.")
+            return self.refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is required.")
         if not length.isdecimal():
-            return self.refuse(HTTPStatus.BAD_REQUEST, "Content-Length is no number.")
+            return self.refuse(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
         if len(length) > 15 or int(length) > LARGEST_BODY:
-            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A picture has at most {LARGEST_BODY:,} bytes.")
+            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {LARGEST_BODY:,} bytes.")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             return None  # the client is gone
         if (size := size_of_png(body)) is None:
-            return self.refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "That is not a PNG.")
+            return self.refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Not a PNG.")
         if max(size) > LARGEST_SIDE:
-            reason = f"A picture has at most {LARGEST_SIDE} pixels a side."
-            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
+            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {LARGEST_SIDE} pixels per side.")
         try:
             answer = json.dumps(self.server.answer(body), allow_nan=False)
         except UserError as error:
             return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except Exception:  # a bug, or a machine out of memory: the next picture may fare better
+        except Exception:  # a bug, or out of memory; the next image may succeed
             traceback.print_exc()
-            return self.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "The network failed; the terminal says how.")
+            return self.refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "The network failed; see the terminal.")
         return self.send(HTTPStatus.OK, "application/json", answer.encode())
 
     def refuse(self, status: int, reason: str, **headers: str) -> None:
-        """Say why not."""
+        """Send an error and discard what the client still sends: closing early would reset the connection."""
         self.send(status, "text/plain; charset=utf-8", f"{reason}\n".encode(), **headers)
-        # What the client still sends is read and thrown away: closed over it, the connection would be reset, and the
-        # client might never see the answer.
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1)
-            ends_at = time.monotonic() + PATIENCE
+            ends_at = time.monotonic() + TIMEOUT
             while time.monotonic() < ends_at and self.connection.recv(2**16):
                 pass
 
     def send(self, status: int, kind: str, body: bytes, allowed: str = "", **headers: str) -> None:
-        """An answer that nobody keeps, with nothing `allowed` to the browser but what is named."""
+        """Send a response that is not cached; `allowed` is added to a policy that denies everything."""
         self.send_response(status)
         policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         for name, value in {
@@ -245,19 +231,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server's own refusals, of what is no HTTP for instance, in the form of ours."""
+        """http.server's own errors, such as for malformed requests."""
         self.refuse(code, message or HTTPStatus(code).phrase)
 
     def version_string(self) -> str:
-        """Which Python it is concerns nobody."""
+        """Hide the Python version."""
         return "mnist"
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """No line a request: there are many a second."""
+        """Log nothing: there are many requests per second."""
 
 
 def is_number(name: str) -> bool:
-    """Whether it is an address in numbers, of IPv4 or IPv6."""
+    """Whether it is a numeric IPv4 or IPv6 address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -266,7 +252,7 @@ def is_number(name: str) -> bool:
 
 
 def size_of_png(body: bytes) -> tuple[int, int] | None:
-    """Width and height of what Pillow would decode, from whichever header it believes; None for what is no PNG."""
+    """Width and height as Pillow would decode it, if there are several headers; None if it is not a PNG."""
     from PIL import Image
 
     try:
@@ -277,10 +263,10 @@ def size_of_png(body: bytes) -> tuple[int, int] | None:
                 return width, height
     except Image.DecompressionBombError:
         return LARGEST_SIDE + 1, LARGEST_SIDE + 1
-    except Exception:  # whatever a damaged file makes of a parser
+    except Exception:  # parsers raise anything on damaged files
         return None
 
 
 def is_loopback(name: str) -> bool:
-    """Whether only this machine is reached by that name."""
+    """Whether it names this machine's loopback interface."""
     return name == "localhost" or (is_number(name) and ipaddress.ip_address(name).is_loopback)

@@ -1,10 +1,10 @@
-"""A trained model as an ONNX file, for programs without PyTorch: `pip install -e '.[onnx]'`.
+"""Export a trained model to ONNX, for programs without PyTorch: `pip install -e '.[onnx]'`.
 
 mnist export --model runs/latest                        # runs/latest/model.onnx
 largest = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
 
-The file takes `images`, float32 [batch, channels, height, width] from 0 to 1, and gives `probabilities`, float32
-[batch, classes]. Its metadata hold what else a program must know: `class_names` and `preprocessing`, both as JSON.
+Input: `images`, float32 [batch, channels, height, width] in [0, 1]. Output: `probabilities`, float32 [batch, classes].
+Metadata: `class_names` and `preprocessing`, both as JSON.
 """
 
 import json
@@ -23,37 +23,33 @@ from mnist.files import temporary_name, write_file
 from mnist.inference.predict import Model, predict
 
 LARGEST_DIFFERENCE = 1e-4  # of a probability
-DIGITS = (
-    "bright ink on black, cropped to the ink, fitted into 20 x 20 with its proportions, its centre of mass moved to the"
-    " middle"
-)
-
-FITTED = "the shorter side brought to the size, bicubic and antialiased, then cropped to the middle; colours as RGB"
+DIGIT = "bright ink on black, cropped to the ink, resized to fit 20 x 20, its center of mass moved to the center"
+FIT = "shorter side resized to the size, bicubic and antialiased, then center-cropped; colors as RGB"
 
 
 class Probabilities(nn.Module):
-    """A network whose answer is what people ask for."""
+    """A network that returns probabilities instead of their logarithms."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        probabilities: Tensor = self.net(images).exp()  # of log-probabilities
+        probabilities: Tensor = self.net(images).exp()
         return probabilities
 
 
 def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     """Write the model to `path` and return the largest difference between its probabilities and the original's.
 
-    It is taken over `images`, uint8 [N, height, width] or [N, height, width, 3], one alone and the others in batches.
-    Raises UserError, and writes nothing, where a package is missing or the difference is above LARGEST_DIFFERENCE.
+    They are compared on `images`, uint8 [N, height, width] or [N, height, width, 3], one alone and the rest in batches.
+    Raises UserError, and writes nothing, if a package is missing or the difference is above LARGEST_DIFFERENCE.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
-        raise UserError(f"The package {error.name} is missing: pip install -e '.[onnx]'") from error
+        raise UserError(f"{error.name} is not installed. Run: pip install -e '.[onnx]'") from error
 
     X = scale_pixels(images[:2])  # [2, channels, height, width]
     program = torch.onnx.export(
@@ -68,23 +64,20 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     assert program is not None
     program.model.metadata_props.update(metadata(model, tuple(X.shape[1:])))
     is_stream = path.exists() and not path.is_file()  # a pipe, or /dev/null
-    path = path if is_stream else path.resolve()  # a link stays one: /dev/stdout is
-    # a folder: large weights go into a second file, which the first one names
+    path = path if is_stream else path.resolve()  # do not replace a link such as /dev/stdout
+    # a folder, because large weights go into a second file that the first one names
     temporary = Path(tempfile.mkdtemp()) if is_stream else temporary_name(path, "new")
     try:
         temporary.mkdir(exist_ok=True)
         program.save(str(temporary / path.name))
         session = onnxruntime.InferenceSession(temporary / path.name, providers=["CPUExecutionProvider"])
-        expected = predict(model.net, images)
-        found = torch.cat(
-            [run(session, part) for part in (images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:])))]
-        )
-        difference = float((found - expected).abs().max())
-        if not difference <= LARGEST_DIFFERENCE:  # also where it is no number
+        batches = images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:]))
+        exported = torch.cat([run(session, batch) for batch in batches])
+        difference = float((exported - predict(model.net, images)).abs().max())
+        if not difference <= LARGEST_DIFFERENCE:  # or NaN
             raise UserError(
-                f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e} from the"
-                f" original's, where {LARGEST_DIFFERENCE:.0e} is the most; another version of torch or onnxruntime may"
-                " do better."
+                f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e}, more than"
+                f" {LARGEST_DIFFERENCE:.0e}. Try another version of torch or onnxruntime."
             )
         if is_stream:
             write_file(path, (temporary / path.name).read_bytes())
@@ -97,13 +90,13 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
 
 
 def run(session: Any, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] that an exported model gives, in onnxruntime, for uint8 images."""
+    """An exported model's probabilities [N, classes] for uint8 images, in onnxruntime."""
     return torch.from_numpy(session.run(["probabilities"], {"images": scale_pixels(images).numpy()})[0])
 
 
 def metadata(model: Model, shape: tuple[int, ...]) -> dict[str, str]:
-    """What stands in the file besides the network; `shape` is that of an image that it takes."""
-    prepared = {"digit": DIGITS, "fit": FITTED}.get(model.config.preparation, "none")
+    """The file's metadata; `shape` is channels, height and width."""
+    prepared = {"digit": DIGIT, "fit": FIT}.get(model.config.preparation, "none")
     preprocessing = {"layout": "NCHW", "shape": list(shape), "scale": "uint8 / 255", "image": prepared}
     return {
         "class_names": json.dumps(model.class_names),

@@ -1,8 +1,8 @@
-"""A trained model applied to a person's images.
+"""Apply a trained model to images.
 
 from mnist import load
 model = load("runs/latest")           # a run, a folder with model.safetensors, or user/name on the Hugging Face Hub
-model.predict("seven.png").label      # a path, a PIL image, a NumPy array or a tensor; for a list of them, a list
+model.predict("seven.png").label      # a path, a PIL image, a NumPy array or a tensor; a list of them gives a list
 """
 
 import os
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The network's answer to one image."""
+    """The prediction for one image."""
 
-    label: str | None  # a class name; None where the image shows no digit
+    label: str | None  # a class name; None if no digit was found
     probability: float  # of the label
-    probabilities: dict[str, float]  # by class name, the likeliest first; empty where there is no digit
-    seen: Tensor | None  # what the network was given, uint8 [height, width] or [height, width, 3]
+    probabilities: dict[str, float]  # by class name, most likely first; empty if no digit was found
+    seen: Tensor | None  # the prepared image, uint8 [height, width] or [height, width, 3]
 
 
 class Model:
-    """A trained network with what belongs to it."""
+    """A trained network and its description."""
 
     def __init__(self, net: nn.Module, config: ModelConfig) -> None:
         self.net = net.eval()
@@ -47,19 +47,18 @@ class Model:
     def predict(self, images: Any) -> Any:
         """The Prediction for an image, or a list of them for a list.
 
-        An image is a path, a PIL image, a NumPy array or a tensor (uint8 or from 0 to 1; [height, width] or [height,
-        width, 3]; several as [N, height, width]). It is prepared as the images of the training were.
+        An image is a path, a PIL image, a NumPy array or a tensor (uint8 or in [0, 1]; [height, width] or [height,
+        width, 3]; several as [N, height, width]). It is prepared like the training images.
         Raises ImageError for a file that cannot be read, ValueError for an array of another shape.
         """
         is_array = isinstance(images, (np.ndarray, Tensor))
         stacked = is_array and (images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (3, 4)))
         several = stacked or isinstance(images, (list, tuple))
-        prepared = [self.prepare(image) for image in (images if several else [images])]
-        answers = self.predict_prepared(prepared)
-        return answers if several else answers[0]
+        predictions = self.predict_prepared([self.prepare(image) for image in (images if several else [images])])
+        return predictions if several else predictions[0]
 
     def predict_prepared(self, images: Sequence[Tensor | None]) -> list[Prediction]:
-        """The answers to images that are prepared, as `prepare` gives them; None is one that shows nothing."""
+        """The predictions for results of `prepare`."""
         found = [image for image in images if image is not None]
         rows = iter(predict(self.net, torch.stack(found)) if found else ())
         return [
@@ -73,9 +72,7 @@ class Model:
         return Prediction(label, by_name[label], by_name, image)
 
     def prepare(self, image: Any) -> Tensor | None:
-        """What the network is given, uint8 [height, width] or, in colour, [height, width, 3]; None where there is no
-        digit. Errors as in `predict`.
-        """
+        """The network's input, uint8 [height, width] or [height, width, 3]; None if no digit was found."""
         from mnist.data.images import fit_image, in_8_bits, read_image
 
         scale = self.config.scale
@@ -87,36 +84,34 @@ class Model:
             return prepare_digit(picture)
         height, width = self.config.image_size
         if self.config.preparation == "none" and picture.size != (width, height):
-            raise ImageError(  # fitted, a photographed shoe would still not be the set's bright shape on black
-                f"An image of {picture.width} x {picture.height} for a model of {self.config.dataset}: only digits and"
-                f" pictures of a folder's kinds are prepared. Give it {width} x {height} pixels, as it was trained on."
+            raise ImageError(  # resizing a photograph of a shoe would not make it a bright shape on black
+                f"An image of {picture.width} x {picture.height}: this model of {self.config.dataset} does not prepare"
+                f" images. Make it {width} x {height} pixels, like the training images."
             )
         return torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
 
 
 def as_picture(image: Any) -> "Image.Image":
-    """A PIL image, a NumPy array or a tensor as a PIL image; ValueError for another shape or kind of numbers."""
+    """A PIL image, a NumPy array or a tensor as a PIL image. Raises ValueError for other shapes or values."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return image
     values = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    if values.ndim == 3 and values.shape[0] == 1:  # [1, height, width], as torch has it
+    if values.ndim == 3 and values.shape[0] == 1:  # [1, height, width]
         values = values[0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
-        raise ValueError(f"an image of shape {list(values.shape)}: [height, width] or [height, width, 3] is needed.")
+        raise ValueError(f"an image of shape {list(values.shape)}: must be [height, width] or [height, width, 3].")
     if values.dtype == np.bool_ or (values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1):
         values = np.rint(values * 255.0)
     if values.dtype.kind not in "uif" or not (values.min() >= 0 and values.max() <= 255):
-        raise ValueError(f"an image of {values.dtype} from {values.min()} to {values.max()}: 0 to 255, or 0 to 1.")
+        raise ValueError(f"an image of {values.dtype} from {values.min()} to {values.max()}: must be in [0, 255].")
     return Image.fromarray(values.astype(np.uint8))
 
 
 def load(source: str | os.PathLike[str]) -> Model:
-    """The model in a run's folder (its best weights, where a validation split chose them), in a folder with
-    model.safetensors and config.json, or on the Hugging Face Hub as user/name, loaded by huggingface_hub's mixin.
-
-    Raises UserError where there is none.
+    """The model of a run (its best weights by validation loss, if any), of a folder with model.safetensors and
+    config.json, or of user/name on the Hugging Face Hub. Raises UserError if there is none.
     """
     folder = Path(source)
     for place in (folder, folder / "best", folder / "model"):
@@ -128,19 +123,15 @@ def load(source: str | os.PathLike[str]) -> Model:
         from mnist.models.hub import load_from_hub
 
         return Model(*load_from_hub(str(source)))
-    raise ConfigError(
-        f"--model {source}: no model is there. Name a run (runs/latest), its model/ folder, or user/name."
-    )
+    raise ConfigError(f"--model {source}: no model found. Use a run (runs/latest), its model/ folder, or user/name.")
 
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], computed where the model is."""
+    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], on its device."""
     training, device = net.training, next(net.parameters()).device
     net.eval()
-    outputs = [
-        net(scale_pixels(batch).to(device)).exp().cpu()
-        for batch in torch.split(images, eval_batch_size(images.shape[1:]))
-    ]  # of log-probabilities
+    batches = torch.split(images, eval_batch_size(images.shape[1:]))
+    probabilities = torch.cat([net(scale_pixels(batch).to(device)).exp().cpu() for batch in batches])
     net.train(training)
-    return torch.cat(outputs)
+    return probabilities

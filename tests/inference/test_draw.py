@@ -1,4 +1,4 @@
-"""The page to draw on: in a browser, with mouse, finger and keys, and its server, as its clients see it."""
+"""The drawing page in a browser, with mouse, touch and keys, and its server."""
 
 import base64
 import http.client
@@ -37,14 +37,15 @@ NAMES = tuple("0123456789")
 HOSTILE = "</script><script>document.title='owned'</script> & \"'"
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
+
+def in_a_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a slow test that needs Chromium."""
+    marked: Callable[..., None] = pytest.mark.slow(pytest.mark.skipif(not CHROMIUM, reason="apt install chromium")(test))
+    return marked
 
 
 def band(picture: bytes) -> dict[str, Any]:
-    """An answer that needs no network: in which of ten upright bands the middle of the ink's mass is.
-
-    A few specks of ink are none.
-    """
+    """A prediction without a network: which of ten vertical bands contains the ink's center; None for a few specks."""
     try:
         with Image.open(io.BytesIO(picture)) as image:
             ink = np.asarray(image.convert("L"), dtype=float)  # [height, width]
@@ -63,7 +64,7 @@ def band(picture: bytes) -> dict[str, Any]:
 
 
 def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (130, 40, 150, 240)) -> bytes:
-    """A picture with a bar of ink, whose left, top, right and bottom are given."""
+    """An image with a bar of ink, given by left, top, right and bottom."""
     image = Image.new("L", (width, height))
     image.paste(255, ink)
     file = io.BytesIO()
@@ -73,7 +74,7 @@ def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (1
 
 @contextmanager
 def serving(answer: Callable[[bytes], dict[str, Any]] = band, **settings: Any) -> Iterator[DrawServer]:
-    """A server that answers, on a free port, in threads of this process."""
+    """A running server on a free port, in threads of this process."""
     usual: dict[str, Any] = {"class_names": NAMES, "title": "Digits", "port": 0}
     with build_server(answer, **(usual | settings)) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -81,6 +82,22 @@ def serving(answer: Callable[[bytes], dict[str, Any]] = band, **settings: Any) -
             yield server
         finally:
             server.shutdown()
+
+
+@contextmanager
+def serving_process(*arguments: str, **options: Any) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(command, cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, text=True, **options)
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://127.0.0.1:\d+/", line)
+        assert found, line
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +110,7 @@ def server() -> Iterator[DrawServer]:
 
 
 class Reply:
-    """What came back for a request."""
+    """The response to a request."""
 
     def __init__(self, server: DrawServer, method: str, path: str, body: bytes | None = None, **headers: str) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
@@ -104,23 +121,20 @@ class Reply:
 
 
 def raw(server: DrawServer, request: bytes) -> bytes:
-    """All that the server says to these bytes, until it closes the connection."""
+    """The raw response to these bytes."""
     with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
         connection.sendall(request)
-        said = b""
-        while received := connection.recv(2**16):
-            said += received
-    return said
+        return b"".join(iter(lambda: connection.recv(2**16), b""))
 
 
-def test_a_picture_is_answered_with_what_was_made_of_it(server: DrawServer) -> None:
+def test_an_image_is_answered_with_its_prediction(server: DrawServer) -> None:
     reply = Reply(server, "POST", "/answer", png(ink=(200, 40, 220, 240)))
     assert reply.status == 200
     assert reply.headers["Content-Type"] == "application/json"
-    told = json.loads(reply.body)
-    assert told["label"] == "7"
-    assert told["probabilities"][7] == told["probability"] == 0.82
-    assert told["seen"].startswith("data:image/png;base64,")
+    prediction = json.loads(reply.body)
+    assert prediction["label"] == "7"
+    assert prediction["probabilities"][7] == prediction["probability"] == 0.82
+    assert prediction["seen"].startswith("data:image/png;base64,")
     assert json.loads(Reply(server, "POST", "/answer", png(ink=(0, 0, 9, 9))).body)["label"] is None
 
 
@@ -134,7 +148,7 @@ def test_an_answer_comes_quickly(server: DrawServer) -> None:
     assert sorted(seconds)[10] < 0.5
 
 
-def test_the_page_is_one_file_whose_own_script_and_style_alone_are_allowed(server: DrawServer) -> None:
+def test_the_page_is_self_contained_and_no_other_script_or_style_is_allowed(server: DrawServer) -> None:
     first, second = Reply(server, "GET", "/"), Reply(server, "GET", "/?anything")
     assert first.status == second.status == 200
     page, policy = first.body.decode(), first.headers["Content-Security-Policy"]
@@ -144,11 +158,9 @@ def test_the_page_is_one_file_whose_own_script_and_style_alone_are_allowed(serve
     assert f"style-src 'nonce-{found[1]}'" in policy
     assert "unsafe" not in policy
     assert page.count(f'nonce="{found[1]}"') == 2
-    assert found[1].encode() not in second.body  # of one page only
-    assert re.findall(r"<script[^>]*>", page) == [
-        '<script type="application/json" id="class-names">',
-        f'<script nonce="{found[1]}">',
-    ]
+    assert found[1].encode() not in second.body  # different for each page
+    scripts = ['<script type="application/json" id="class-names">', f'<script nonce="{found[1]}">']
+    assert re.findall(r"<script[^>]*>", page) == scripts
     assert not re.search(r"""(src|href|action)=["'](?!data:)|url\(|@import| style=| on\w+=""", page)
     for reply in (first, Reply(server, "GET", "/no"), Reply(server, "POST", "/answer", png())):
         assert reply.headers["X-Content-Type-Options"] == "nosniff"
@@ -175,7 +187,7 @@ def test_hostile_names_stay_text() -> None:
         ("BREW", "/", 501),
     ],
 )
-def test_there_is_nothing_else(method: str, path: str, status: int, server: DrawServer) -> None:
+def test_other_paths_and_methods_are_refused(method: str, path: str, status: int, server: DrawServer) -> None:
     reply = Reply(server, method, path)
     assert reply.status == status
     if status == 405:
@@ -190,17 +202,17 @@ def test_there_is_nothing_else(method: str, path: str, status: int, server: Draw
         *[(host, 421) for host in ("", "192.168.1.7", "[", "[fe80::1]", "127.0.0.1.nip.io")],
     ],
 )
-def test_a_page_that_has_our_address_under_its_own_name_is_refused(host: str, status: int, server: DrawServer) -> None:
+def test_other_host_names_are_refused_against_dns_rebinding(host: str, status: int, server: DrawServer) -> None:
     assert Reply(server, "GET", "/", Host=host).status == status
     assert Reply(server, "POST", "/answer", png(), Host=host).status == status
 
 
-def test_no_host_and_two_of_them_are_refused(server: DrawServer) -> None:
+def test_no_host_and_two_hosts_are_refused(server: DrawServer) -> None:
     for hosts in (b"", b"Host: localhost\r\nHost: evil.example\r\n"):
         assert raw(server, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n").startswith(b"HTTP/1.0 421 ")
 
 
-def test_the_host_that_it_was_told_to_listen_on_is_known_and_on_all_addresses_each_number_is() -> None:
+def test_accepted_host_names_depend_on_the_listening_address() -> None:
     with serving(host="0.0.0.0") as server:
         assert server.address.startswith("http://127.0.0.1:")
         assert server.is_named("192.168.1.7:7860")
@@ -219,13 +231,13 @@ def test_the_host_that_it_was_told_to_listen_on_is_known_and_on_all_addresses_ea
     [("http://localhost:7860", 200), ("http://evil.example", 403), ("https://localhost:7860", 403), ("null", 403)]
     + [("http://localhost:7861", 403), ("", 403)],
 )
-def test_only_its_own_page_may_ask(origin: str, status: int, server: DrawServer) -> None:
+def test_requests_from_other_origins_are_refused(origin: str, status: int, server: DrawServer) -> None:
     assert Reply(server, "POST", "/answer", png(), Host="localhost:7860", Origin=origin).status == status
 
 
-def test_a_picture_that_is_too_large_is_refused_and_the_client_is_told(server: DrawServer) -> None:
+def test_an_image_that_is_too_large_is_refused_with_a_response(server: DrawServer) -> None:
     large = png() + bytes(LARGEST_BODY)
-    reply = Reply(server, "POST", "/answer", large)  # which is sent in full before the reply is read
+    reply = Reply(server, "POST", "/answer", large)  # sent completely before the response is read
     assert reply.status == 413
     assert b"1,048,576 bytes" in reply.body
     assert Reply(server, "POST", "/answer", large[:LARGEST_BODY]).status == 200
@@ -233,7 +245,7 @@ def test_a_picture_that_is_too_large_is_refused_and_the_client_is_told(server: D
     assert raw(server, head).startswith(b"HTTP/1.0 413 ")
 
 
-def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked() -> None:
+def test_a_small_file_with_a_huge_image_is_refused() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -242,8 +254,8 @@ def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked() -> None:
 
     side = LARGEST_SIDE + 1
     data = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    with serving(lambda picture: pytest.fail("it was asked")) as server:
-        # the last of several headers is the one that decoders believe
+    with serving(lambda picture: pytest.fail("predicted")) as server:
+        # decoders use the last of several headers
         for headers in (header(side, 1), header(28, 28) + header(1, side), header(28, 28) + header(50_000, 50_000)):
             assert Reply(server, "POST", "/answer", b"\x89PNG\r\n\x1a\n" + headers + data).status == 413
 
@@ -261,12 +273,12 @@ def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked() -> None:
         (b"Content-Length: 3\r\n", 415),
     ],
 )
-def test_how_long_a_picture_is_has_to_be_said(headers: bytes, status: int, server: DrawServer) -> None:
-    said = raw(server, b"POST /answer HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\nabc")
-    assert said.startswith(f"HTTP/1.0 {status} ".encode())
+def test_content_length_is_required(headers: bytes, status: int, server: DrawServer) -> None:
+    response = raw(server, b"POST /answer HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\nabc")
+    assert response.startswith(f"HTTP/1.0 {status} ".encode())
 
 
-def test_what_is_no_picture_is_refused_and_a_bug_is_told_in_the_terminal_only(
+def test_invalid_images_are_refused_and_bugs_are_printed_in_the_terminal_only(
     server: DrawServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Reply(server, "POST", "/answer", b"GIF89a" + bytes(100)).status == 415
@@ -286,7 +298,7 @@ def test_what_is_no_picture_is_refused_and_a_bug_is_told_in_the_terminal_only(
         assert Reply(failing, "POST", "/answer", png()).status == 500
 
 
-def test_clients_that_send_nothing_or_half_keep_nobody_waiting_and_are_let_go(
+def test_idle_clients_block_no_other_and_are_disconnected(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mnist.inference.draw.Handler.timeout", 1)
@@ -302,16 +314,16 @@ def test_clients_that_send_nothing_or_half_keep_nobody_waiting_and_are_let_go(
         for client in clients:
             assert client.recv(100) == b""
         assert time.monotonic() - started < 5
-        # one that leaves in the middle, without listening
+        # a client that disconnects midway
         with socket.create_connection(("127.0.0.1", server.server_address[1])) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")
         assert Reply(server, "GET", "/").status == 200
         assert raw(server, b"\x16\x03\x01 this is no HTTP\r\n\r\n").startswith(b"Bad request ")
-    assert capfd.readouterr() == ("", "")  # not a line of all this
+    assert capfd.readouterr() == ("", "")
 
 
-def test_answers_are_computed_one_at_a_time() -> None:
+def test_predictions_are_computed_one_at_a_time() -> None:
     inside, most = [0], [0]
 
     def slow(picture: bytes) -> dict[str, Any]:
@@ -330,12 +342,12 @@ def test_answers_are_computed_one_at_a_time() -> None:
     assert most == [1]
 
 
-def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> None:
+def test_unavailable_ports_and_hosts_are_errors(server: DrawServer) -> None:
     port = server.server_address[1]
-    with pytest.raises(UserError, match=rf"Port {port} of 127.0.0.1 is taken.*--port {port + 1}"):
+    with pytest.raises(UserError, match=rf"Port {port} of 127.0.0.1: in use.*--port {port + 1}"):
         build_server(band, NAMES, "Digits", port=port)
     for host, port, words in (
-        ("nowhere.invalid", 0, "--host nowhere.invalid: no address"),
+        ("nowhere.invalid", 0, "--host nowhere.invalid: unknown host"),
         ("192.0.2.1", 0, "--host 192.0.2.1: not an address of this machine"),
         ("127.0.0.1", 70000, "--port 70000"),
         ("127.0.0.1", -1, "--port -1"),
@@ -344,27 +356,14 @@ def test_a_port_that_is_taken_is_named_with_the_way_out(server: DrawServer) -> N
             build_server(band, NAMES, "Digits", host=host, port=port)
 
 
-def test_control_c_ends_it_quietly() -> None:
+def test_control_c_exits_quietly() -> None:
     code = "from mnist.inference.draw import serve; serve(dict, tuple('0123456789'), 'Digits', port=0)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=PROJECT_FOLDER,
-        preexec_fn=hear_ctrl_c,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://127.0.0.1:(\d+)/ ", line)
-        assert found, line
-        with socket.create_connection(("127.0.0.1", int(found[1]))):  # a client that is still there
+    with serving_process("-c", code, preexec_fn=hear_ctrl_c, stderr=subprocess.PIPE) as (process, address):
+        port = int(address.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)):  # a connected client
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=10) == ("", "")
         assert process.returncode == 0
-    finally:
-        process.kill()
     assert PORT == 7860
 
 
@@ -382,7 +381,7 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """The page in a tab of its own, with all that it asked for and complained of."""
+    """The page in a tab of its own, with its requests and console messages."""
 
     def __init__(self, browser: Any, address: str, **settings: Any) -> None:
         self.context = browser.new_context(**({"viewport": DESK} | settings))
@@ -396,12 +395,12 @@ class Tab:
         self.page.goto(address)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """A place of the drawing, in shares of its sides, as one of the window."""
+        """Window coordinates of a point of the canvas, given as fractions of its sides."""
         box = self.page.locator("#canvas").bounding_box()
         return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
     def draw(self, x: float, top: float = 0.2, bottom: float = 0.8, release: bool = True) -> None:
-        """A line from top to bottom, with the mouse."""
+        """Draw a line from top to bottom with the mouse."""
         self.page.mouse.move(*self.at(x, top))
         self.page.mouse.down()
         self.page.mouse.move(*self.at(x, bottom), steps=8)
@@ -409,7 +408,7 @@ class Tab:
             self.page.mouse.up()
 
     def draw_with_finger(self, x: float, top: float = 0.2, bottom: float = 0.8) -> None:
-        """The same on a touch screen."""
+        """Draw a line on a touch screen."""
         session = self.context.new_cdp_session(self.page)
         for step in range(9):
             left, y = self.at(x, top + (bottom - top) * step / 8)
@@ -417,23 +416,21 @@ class Tab:
             session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": left, "y": y}]})
         session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
-    def sees(self, label: str) -> None:
-        """Wait until this is the answer; fails when it does not become it."""
+    def sees(self, label: str, selector: str = "#label") -> None:
+        """Wait until the page shows this label."""
         from playwright.sync_api import expect
 
-        expect(self.page.locator("#label")).to_have_text(label, timeout=10_000)
+        expect(self.page.locator(selector)).to_have_text(label, timeout=10_000)
 
     def says(self, words: str) -> None:
-        """Wait until this is said aloud, to those who do not see it."""
-        from playwright.sync_api import expect
-
-        expect(self.page.locator("#status[aria-live=polite]")).to_have_text(words, timeout=10_000)
+        """Wait until screen readers are told this."""
+        self.sees(words, "#status[aria-live=polite]")
 
     def text(self, selector: str) -> str:
         return str(self.page.locator(selector).inner_text())
 
     def ink(self) -> int:
-        """How many pixels of the drawing are inked."""
+        """The number of inked pixels."""
         count = """canvas => {
             const copy = canvas.cloneNode(), pen = copy.getContext("2d", {willReadFrequently: true});
             pen.drawImage(canvas, 0, 0);
@@ -442,7 +439,7 @@ class Tab:
         return int(self.page.locator("#canvas").evaluate(count))
 
     def shares(self) -> list[float]:
-        """How long each bar is, of its track, once they rest."""
+        """The length of each bar relative to its track, after the animation."""
         self.page.wait_for_timeout(250)
         part = """bars => bars.map(bar => {
             const [track, fill] = [bar, bar.firstChild].map(it => it.getBoundingClientRect());
@@ -454,7 +451,7 @@ class Tab:
 
 @pytest.fixture
 def open_tab(browser: Any, server: DrawServer) -> Iterator[Callable[..., Tab]]:
-    """Open the page in a tab; in the end each has asked nothing of others and has complained of nothing."""
+    """Open the page in a tab; finally, no tab has loaded anything external or printed to the console."""
     tabs: list[Tab] = []
 
     def open_(address: str = server.address, **settings: Any) -> Tab:
@@ -471,8 +468,7 @@ def open_tab(browser: Any, server: DrawServer) -> Iterator[Callable[..., Tab]]:
 
 @in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.slow
-def test_a_line_drawn_with_the_mouse_is_answered_on_a_desk(scheme: str, open_tab: Callable[..., Tab]) -> None:
+def test_a_line_drawn_with_the_mouse_is_predicted_on_a_desktop(scheme: str, open_tab: Callable[..., Tab]) -> None:
     tab = open_tab(color_scheme=scheme)
     assert tab.text("#label") == "Draw a digit"
     assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
@@ -483,7 +479,7 @@ def test_a_line_drawn_with_the_mouse_is_answered_on_a_desk(scheme: str, open_tab
     assert tab.shares() == pytest.approx([0.82 if number == 7 else 0.02 for number in range(10)], abs=0.02)
     assert tab.page.locator("#seen").evaluate("it => [it.naturalWidth, it.naturalHeight]") == [28, 28]
     tab.says("7 82.0 %")
-    assert tab.page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # all of it is seen at once
+    assert tab.page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # no scrolling
     paper, ink = tab.page.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.getElementById('canvas')).color]"
     )
@@ -493,8 +489,7 @@ def test_a_line_drawn_with_the_mouse_is_answered_on_a_desk(scheme: str, open_tab
 
 @in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.slow
-def test_a_line_drawn_with_a_finger_is_answered_on_a_phone_and_the_page_stays(
+def test_a_line_drawn_by_touch_is_predicted_on_a_phone_without_scrolling(
     scheme: str, open_tab: Callable[..., Tab]
 ) -> None:
     tab = open_tab(viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=3, color_scheme=scheme)
@@ -511,14 +506,13 @@ def test_a_line_drawn_with_a_finger_is_answered_on_a_phone_and_the_page_stays(
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_the_answer_moves_while_the_line_is_drawn(open_tab: Callable[..., Tab]) -> None:
+def test_the_prediction_updates_while_drawing(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     tab.draw(0.05, release=False)
     tab.sees("0")
     tab.page.mouse.move(*tab.at(0.95, 0.8), steps=20)
     tab.sees("3")
-    assert tab.text("#status") == "Draw a digit"  # said aloud only when the hand rests
+    assert tab.text("#status") == "Draw a digit"  # announced only once the pointer is released
     tab.page.mouse.up()
     tab.says("3 82.0 %")
 
@@ -527,8 +521,9 @@ def test_the_answer_moves_while_the_line_is_drawn(open_tab: Callable[..., Tab]) 
 @pytest.mark.parametrize(
     ("undo", "clear"), [("button", "button"), ("u", "c"), ("Control+z", "Escape"), ("Meta+z", "c"), ("U", "C")]
 )
-@pytest.mark.slow
-def test_undo_takes_the_last_stroke_and_clear_takes_all(undo: str, clear: str, open_tab: Callable[..., Tab]) -> None:
+def test_undo_removes_the_last_stroke_and_clear_removes_all(
+    undo: str, clear: str, open_tab: Callable[..., Tab]
+) -> None:
     tab = open_tab()
 
     def do(what: str, key: str) -> None:
@@ -565,17 +560,14 @@ def test_undo_takes_the_last_stroke_and_clear_takes_all(undo: str, clear: str, o
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_all_is_reached_with_the_keyboard_and_the_focus_is_seen(open_tab: Callable[..., Tab]) -> None:
+def test_the_keyboard_reaches_everything_with_a_visible_focus(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     tab.draw(0.15)
     tab.sees("1")
     tab.page.keyboard.press("Tab")
     tab.page.keyboard.press("Tab")
-    assert tab.page.evaluate("[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]") == [
-        "clear",
-        "solid",
-    ]
+    focus = "[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
+    assert tab.page.evaluate(focus) == ["clear", "solid"]
     tab.page.keyboard.press("Enter")
     tab.sees("Draw a digit")
     assert tab.page.evaluate("document.activeElement.id") == "clear"  # a button that has nothing to do keeps the focus
@@ -583,8 +575,7 @@ def test_all_is_reached_with_the_keyboard_and_the_focus_is_seen(open_tab: Callab
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_a_speck_is_no_digit_and_a_dot_is_drawn(open_tab: Callable[..., Tab]) -> None:
+def test_a_dot_is_drawn_but_is_not_a_digit(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     tab.page.mouse.click(*tab.at(0.5, 0.5))
     tab.sees("No digit found")
@@ -598,8 +589,7 @@ def test_a_speck_is_no_digit_and_a_dot_is_drawn(open_tab: Callable[..., Tab]) ->
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_a_line_that_leaves_the_paper_ends_where_the_hand_is_lifted(open_tab: Callable[..., Tab]) -> None:
+def test_a_line_that_leaves_the_canvas_ends_when_the_button_is_released(open_tab: Callable[..., Tab]) -> None:
     tab = open_tab()
     tab.draw(0.25, bottom=0.95, release=False)
     tab.page.mouse.move(*tab.at(0.25, 1.3), steps=4)
@@ -613,8 +603,7 @@ def test_a_line_that_leaves_the_paper_ends_where_the_hand_is_lifted(open_tab: Ca
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_two_tabs_do_not_disturb_each_other(open_tab: Callable[..., Tab]) -> None:
+def test_two_tabs_are_independent(open_tab: Callable[..., Tab]) -> None:
     one, other = open_tab(), open_tab()
     one.draw(0.25, release=False)
     other.draw(0.75, release=False)
@@ -630,8 +619,7 @@ def test_two_tabs_do_not_disturb_each_other(open_tab: Callable[..., Tab]) -> Non
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_one_question_is_under_way_at_a_time_the_last_is_answered_and_late_answers_are_dropped(
+def test_one_request_at_a_time_and_outdated_answers_are_dropped(
     open_tab: Callable[..., Tab],
 ) -> None:
     asked: list[bytes] = []
@@ -679,8 +667,7 @@ def test_one_question_is_under_way_at_a_time_the_last_is_answered_and_late_answe
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(browser: Any) -> None:
+def test_the_page_reports_a_lost_server_and_reconnects(browser: Any) -> None:
     with serving() as server:
         port = server.server_address[1]
         tab = Tab(browser, server.address)
@@ -689,7 +676,7 @@ def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(brows
     tab.draw(0.95)
     notice = tab.page.locator("#notice")
     notice.wait_for(state="visible")
-    assert "The server is gone" in tab.text("#notice")
+    assert "The server does not respond" in tab.text("#notice")
     assert notice.get_attribute("role") == "alert"
     with serving(port=port):
         notice.wait_for(state="hidden")
@@ -698,8 +685,7 @@ def test_the_page_says_that_the_server_is_gone_and_goes_on_when_it_is_back(brows
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_the_page_says_when_the_network_fails(browser: Any) -> None:
+def test_the_page_shows_server_errors(browser: Any) -> None:
     def broken(picture: bytes) -> dict[str, Any]:
         raise UserError("this picture is of no use")
 
@@ -711,30 +697,13 @@ def test_the_page_says_when_the_network_fails(browser: Any) -> None:
         tab.context.close()
 
 
-@contextmanager
-def serving_a_run(run: Path) -> Iterator[str]:
-    """The address of `mnist draw`, a process of its own, with the model of a run."""
-    command = [sys.executable, "-m", "mnist", "draw", "--model", str(run), "--port", "0"]
-    process = subprocess.Popen(command, cwd=PROJECT_FOLDER, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://127.0.0.1:\d+/", line)
-        assert found, line
-        yield found[0]
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @in_a_browser
-@pytest.mark.slow
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
-def test_every_digit_drawn_with_the_mouse_is_read_by_a_trained_network(
+def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
     cnn_run: Path, viewport: dict[str, int], browser: Any
 ) -> None:
     model, rng = load(cnn_run), np.random.default_rng(0)
-    with serving_a_run(cnn_run) as address:
+    with serving_process("-m", "mnist", "draw", "--model", str(cnn_run), "--port", "0") as (_, address):
         tab = Tab(browser, address, viewport=viewport)
         for digit, hands in HANDS.items():
             tab.page.keyboard.press("c")
@@ -760,8 +729,7 @@ def test_every_digit_drawn_with_the_mouse_is_read_by_a_trained_network(
 
 
 @in_a_browser
-@pytest.mark.slow
-def test_many_long_and_hostile_names_have_room(open_tab: Callable[..., Tab]) -> None:
+def test_many_long_and_hostile_names_fit(open_tab: Callable[..., Tab]) -> None:
     names = [f"{HOSTILE} {number}" for number in range(47)]
     told = {"label": names[3], "probability": 0.9999, "probabilities": [0.9999] + [0.0] * 46, "seen": ""}
     with serving(lambda picture: told, class_names=names, title=HOSTILE) as server:

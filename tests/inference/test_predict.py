@@ -1,13 +1,11 @@
-"""A trained model applied: by the `mnist` command, from Python, on the page to draw on, from the Hugging Face Hub."""
+"""Predicting with a trained model: with the `mnist` command, from Python and from the Hugging Face Hub."""
 
 import dataclasses
 import io
 import json
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,25 @@ from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.inference.predict import Model
-from mnist.models.hub import load_from_hub
-from tests.conftest import metrics_of, train_afresh, user_environment
+from mnist.models.hub import HubModel, load_from_hub
+from tests.conftest import Launch, metrics_of, train_afresh
+from tests.data.test_images import png_claiming
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that knows most digits."""
     parent = tmp_path_factory.mktemp("runs")
-    settings: dict[str, Any] = {"limit_train_images": 20_000, "epochs": 2, "trackers": "none"}
+    settings: dict[str, Any] = {"limit_train_images": 20_000, "batch_size": 50, "learning_rate": 3e-3}
+    settings |= {"epochs": 2, "trackers": "none"}
     train_afresh(TrainConfig(output_dir=str(parent), run_name="x", **settings))
     return parent / "x"
 
 
 def assert_figures(images: str, line: dict[str, float], printed: str) -> None:
-    """`mnist evaluate` prints the loss and accuracy of a line of metrics.jsonl.
-
-    But for the last digits: it may compute with another number of threads, and sum in another order.
-    """
+    """`mnist evaluate` prints the loss and accuracy of a line of metrics.jsonl, up to the order of summation."""
     found = re.search(rf"^{images}: loss ([\d.]+), accuracy ([\d.]+) %", printed, re.MULTILINE)
     assert found, printed
     assert float(found[1]) == pytest.approx(line["test/loss"], abs=2e-4)
@@ -48,7 +47,7 @@ def assert_figures(images: str, line: dict[str, float], printed: str) -> None:
 
 
 def write_digits(folder: Path, digits: ImageData, places: Sequence[int]) -> list[str]:
-    """Test digits in files, as a person may have them: dark on light, large."""
+    """Test digits in files, dark on light and large."""
     names = []
     for place in places:
         picture = ImageOps.invert(Image.fromarray(digits.test.images[place].numpy())).resize((280, 280))
@@ -57,8 +56,8 @@ def write_digits(folder: Path, digits: ImageData, places: Sequence[int]) -> list
     return names
 
 
-def test_a_row_an_image_and_what_cannot_be_read_is_named_and_makes_the_exit_code_1(
-    run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_predict_prints_a_row_per_image_and_exits_with_1_for_unreadable_ones(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: Capture
 ) -> None:
     names = write_digits(tmp_path, digits, (0, 1, 2))
     (tmp_path / "broken.png").write_text("no image")
@@ -73,9 +72,7 @@ def test_a_row_an_image_and_what_cannot_be_read_is_named_and_makes_the_exit_code
 
 
 def write_awkward_images(folder: Path, seven: Image.Image) -> dict[str, str | None]:
-    """Images that people hand in by mistake or malice, and what is said of each: a class, None where no digit is
-    found, or a part of the reason why it cannot be read.
-    """
+    """Odd or malicious images, and the outcome of each: a class, None if no digit is found, or a part of the error."""
     noise = np.random.default_rng(0).integers(0, 256, (280, 280), dtype=np.uint8)
     white = Image.new("RGBA", seven.size, (255, 255, 255, 0))
     white.putalpha(ImageOps.invert(seven))
@@ -96,15 +93,13 @@ def write_awkward_images(folder: Path, seven: Image.Image) -> dict[str, str | No
     (folder / "truncated.png").write_bytes(content[: len(content) // 2])
     (folder / "text.png").write_text("no image")
     (folder / "circle.png").symlink_to(folder / "circle.png")
-    header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    bomb = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb + bomb.replace(b"IHDR", b"IDAT"))
+    (folder / "bomb.png").write_bytes(png_claiming(50_000, 50_000))
     reasons = {"truncated": "broken or cut off", "text": "not an image", "circle": "symbolic link", "bomb": "too large"}
     return said | {f"{name}.png": reason for name, reason in reasons.items()}
 
 
-def test_awkward_images_have_the_outcome_that_is_documented(
-    run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_awkward_images_have_the_documented_outcome(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: Capture
 ) -> None:
     seven = ImageOps.invert(Image.fromarray(digits.test.images[0].numpy())).resize((280, 280))
     said = write_awkward_images(tmp_path, seven)
@@ -119,22 +114,20 @@ def test_awkward_images_have_the_outcome_that_is_documented(
         assert str(reason) in lines[name].lower()
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(run: Path, digits: ImageData, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error(run: Path, digits: ImageData, tmp_path: Path) -> None:
     write_digits(tmp_path, digits, range(3))
     command = f"{sys.executable} -m mnist predict {tmp_path} --model {run} | true"
     done = subprocess.run(["bash", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_one_image_is_predicted_without_what_takes_long_to_import(run: Path, digits: ImageData, tmp_path: Path) -> None:
-    names = write_digits(tmp_path, digits, (0,))
+def test_predicting_imports_no_slow_packages(run: Path, digits: ImageData, tmp_path: Path, launch: Launch) -> None:
+    (name,) = write_digits(tmp_path, digits, (0,))
     script = (
         "import sys; from mnist.cli import main;"
-        f" assert main(['predict', {names[0]!r}, '--model', {str(run)!r}]) == 0; print(*sys.modules)"
+        f" assert main(['predict', {name!r}, '--model', {str(run)!r}]) == 0; print(*sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=True
-    )
+    done = launch("-c", script, command=())
     loaded = set(done.stdout.split())
     assert "torch" in loaded
     assert not loaded & {"torchvision", "accelerate", "wandb", "matplotlib", "huggingface_hub", "onnx", "jinja2"}
@@ -145,16 +138,11 @@ def test_one_image_is_predicted_without_what_takes_long_to_import(run: Path, dig
     [
         (("--top=0",), "--top 0: must be at least 1."),
         (("--save=answers.docx",), "--save answers.docx: unknown image type. Use one of .png"),
-        (("--model=nowhere",), "--model nowhere: no model is there."),
+        (("--model=nowhere",), "--model nowhere: no model found."),
     ],
 )
-def test_wrong_usage_is_said_before_anything_is_done(
-    flags: tuple[str, ...],
-    message: str,
-    run: Path,
-    digits: ImageData,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_invalid_flags_are_refused_first(
+    flags: tuple[str, ...], message: str, run: Path, digits: ImageData, tmp_path: Path, capsys: Capture
 ) -> None:
     assert main(["predict", *write_digits(tmp_path, digits, (0,)), f"--model={run}", *flags]) == 2
     printed = capsys.readouterr()
@@ -162,9 +150,7 @@ def test_wrong_usage_is_said_before_anything_is_done(
     assert printed.err.startswith(f"mnist predict: {message}")
 
 
-def test_json_has_what_python_gets(
-    run: Path, digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_output_equals_the_python_api(run: Path, digits: ImageData, tmp_path: Path, capsys: Capture) -> None:
     names = write_digits(tmp_path, digits, (0, 1))
     assert main(["predict", *names, "--json", "--top", "2", "--model", str(run / "model")]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -177,8 +163,8 @@ def test_json_has_what_python_gets(
         assert sum(found.probabilities.values()) == pytest.approx(1)
 
 
-def test_the_standard_input_is_an_image_and_what_the_network_saw_is_written(
-    run: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_standard_input_is_predicted_and_the_networks_input_is_saved(
+    run: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (name,) = write_digits(tmp_path, digits, (0,))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(name).read_bytes())))
@@ -191,7 +177,7 @@ def test_the_standard_input_is_an_image_and_what_the_network_saw_is_written(
         assert figure.width > 900
 
 
-def test_images_come_as_arrays_tensors_and_pictures_alone_or_many(run: Path, digits: ImageData) -> None:
+def test_arrays_tensors_and_pil_images_are_predicted_alone_or_together(run: Path, digits: ImageData) -> None:
     model, image = load(run), digits.test.images[0]
     alone = [model.predict(it) for it in (image, image.numpy(), image.float() / 255, Image.fromarray(image.numpy()))]
     assert {it.label for it in alone} == {"7"}
@@ -204,16 +190,14 @@ def test_images_come_as_arrays_tensors_and_pictures_alone_or_many(run: Path, dig
             model.predict(wrong)
 
 
-def test_mnists_own_images_are_read_as_the_run_has_counted(run: Path, digits: ImageData) -> None:
+def test_mnists_images_are_predicted_with_the_runs_accuracy(run: Path, digits: ImageData) -> None:
     found = load(run).predict(list(digits.test.images[:1000]))
     right = sum(it.label == str(int(label)) for it, label in zip(found, digits.test.labels[:1000], strict=True))
     assert right / 1000 == pytest.approx(metrics_of(run)[-1]["test/accuracy"], abs=0.05)
     assert all(torch.equal(it.seen, image) for it, image in zip(found, digits.test.images[:], strict=False))
 
 
-def test_evaluate_says_the_numbers_of_the_run(
-    run: Path, fresh_accelerate: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_the_metrics_of_the_run(run: Path, fresh_accelerate: None, capsys: Capture) -> None:
     assert main(["evaluate", f"--model={run}"]) == 0
     printed, last = capsys.readouterr().out, metrics_of(run)[-1]
     assert_figures("mnist, 10,000 test images", last, printed)
@@ -222,22 +206,18 @@ def test_evaluate_says_the_numbers_of_the_run(
         assert float(percent) == pytest.approx(100 * last[f"test/class_accuracy/{digit}"], abs=0.11)
 
 
-def test_a_model_of_something_else_than_digits_takes_only_images_of_its_own_size(
-    run: Path, digits: ImageData, tmp_path: Path
-) -> None:
+def test_models_of_other_data_sets_take_only_images_of_their_size(run: Path, digits: ImageData, tmp_path: Path) -> None:
     model = load(run)
     shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist", preparation="none"))
     shifted = digits.test.images[0].roll(5, dims=1)  # which a digit's preparation would move back
     assert torch.equal(shoes.predict(shifted).seen, shifted)
     assert not torch.equal(model.predict(shifted).seen, shifted)
-    with pytest.raises(ImageError, match=r"280 x 280 for a model of fashion-mnist: .* Give it 28 x 28"):
+    with pytest.raises(ImageError, match=r"280 x 280: this model of fashion-mnist .* Make it 28 x 28"):
         shoes.predict(write_digits(tmp_path, digits, (0,))[0])
 
 
-def test_a_model_that_is_not_there_is_an_error_in_words(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="--model /nowhere: no model is there"):
+def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--model /nowhere: no model found"):
         load("/nowhere")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").write_text("{}")
@@ -245,37 +225,25 @@ def test_a_model_that_is_not_there_is_an_error_in_words(
         load(tmp_path / "begun")
 
 
-def test_without_a_network_a_name_on_the_hub_is_an_error_and_a_pushed_model_loads_by_the_mixin(
-    run: Path, tmp_path: Path
-) -> None:
-    from mnist.models.hub import HubModel
-
+def test_a_model_saved_by_the_hubs_mixin_is_loaded_by_it(run: Path, tmp_path: Path) -> None:
     model = load(run)
     HubModel(model.net, model.config).save_pretrained(tmp_path / "hub")
-    loaded = HubModel.from_pretrained(str(tmp_path / "hub"))
-    assert loaded.model_config == model.config
+    assert HubModel.from_pretrained(str(tmp_path / "hub")).model_config == model.config
+
+
+def test_a_model_on_the_hub_is_an_error_without_a_network(launch: Launch) -> None:
     script = "from mnist import load; load('nobody/nothing')"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=PROJECT_FOLDER,
-        env=user_environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "UserError: --model nobody/nothing: no folder of that name is here" in done.stderr
-    assert "cannot be reached" in done.stderr
+    done = launch("-c", script, command=(), HF_ENDPOINT="http://127.0.0.1:9")
+    assert "UserError: --model nobody/nothing: no such folder, and http://127.0.0.1:9 cannot be reached" in done.stderr
 
 
-def test_an_address_of_the_hub_without_a_scheme_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_endpoint_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hub.example")
-    with pytest.raises(ConfigError, match=r"HF_ENDPOINT=hub\.example: no address; it begins with https://"):
+    with pytest.raises(ConfigError, match=r"HF_ENDPOINT=hub\.example: not a URL. It must begin with https://"):
         load_from_hub("nobody/nothing")
 
 
-def test_what_the_network_saw_is_written_whatever_the_file_is_called(
-    run: Path, digits: ImageData, tmp_path: Path
-) -> None:
+def test_the_networks_input_is_saved_for_long_file_names(run: Path, digits: ImageData, tmp_path: Path) -> None:
     name = "ü" * 125  # 250 bytes
     Image.fromarray(digits.test.images[0].numpy()).save(tmp_path / f"{name}.png")
     assert main(["predict", str(tmp_path), "--model", str(run), "--show-input", str(tmp_path / "seen")]) == 0
