@@ -152,7 +152,7 @@ def test_a_full_or_read_only_disk_ends_a_run_with_an_error_and_intact_checkpoint
     )
     assert done.stdout.count("ended with 1\n") == done.stdout.count("ended with 0\n") == 1, done
     assert f"UserError: {runs / 'x'}: cannot write: {words}" in done.stderr
-    assert "go on: python train.py --resume" in done.stderr
+    assert "resume: python train.py --resume" in done.stderr
     assert "Traceback" not in done.stderr
     kept = [line for line in done.stdout.splitlines() if line.startswith("step-")]
     assert len(kept) in (3, 4)  # 4 if the oldest could not be removed
@@ -212,7 +212,7 @@ def test_a_resumed_wandb_run_keeps_its_id_and_logs_equal_values_twice(tmp_path: 
 
 def test_flags_that_do_not_match_a_resume_are_wrong_usage(main_here: MainHere, tmp_path: Path) -> None:
     for flags, message in (
-        (("--resume=auto",), "--resume auto: needs --run-name"),
+        (("--resume=auto",), "--resume auto: requires --run-name"),
         ((f"--resume={tmp_path}",), f"--resume {tmp_path}: no run there"),
     ):
         done = main_here(*flags, "--trackers=none")
