@@ -10,11 +10,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from torch import Tensor, nn
 
 from mnist.data.splits import ImageData
@@ -89,7 +90,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
     try:
-        with init_empty_weights():  # shapes only: what config.json can ask for takes gigabytes
+        with _without_memory(config.architecture):  # what config.json can ask for takes gigabytes
             model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
     except ConfigError as error:
         raise UserError(f"{folder / 'config.json'}: {printable(str(error))}") from error
@@ -104,6 +105,15 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     if broken := non_finite_parameters(model):
         raise UserError(f"{folder}: the weights {', '.join(broken[:3])} contain NaN or infinity.")
     return model.eval(), config
+
+
+def _without_memory(architecture: str) -> AbstractContextManager[Any]:
+    """A context in which networks are built as shapes, without memory for their weights."""
+    if architecture in MODELS:
+        return torch.device("meta")
+    from accelerate import init_empty_weights  # torchvision's need real tensors while they are built
+
+    return init_empty_weights()  # type: ignore[no-any-return]
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -638,7 +638,7 @@ def test_accelerate_launch_lines_in_the_docs_are_valid(folder_of_images: None) -
             assert arguments.training_script in ("train.py", "/app/train.py"), f"{name}: {line}"
             parse_command_line(RECIPES, arguments.training_script_args)
             checked += 1
-    assert checked > 30
+    assert checked >= 30
 
 
 def test_torchrun_lines_in_the_docs_are_valid(folder_of_images: None) -> None:
