@@ -7,7 +7,6 @@ log_probabilities = model(images)     # [batch, channels, height, width] in [0, 
 
 import copy
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,10 @@ class TorchvisionModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Like torch's, but supplies the layer versions that MNASNet needs and safetensors files lack."""
-        state = OrderedDict(state_dict)
-        state._metadata = self.state_dict()._metadata  # type: ignore[attr-defined]
+        state = self.state_dict()  # which has the versions
+        for name in state.keys() - state_dict.keys():
+            del state[name]
+        state.update(state_dict)
         return super().load_state_dict(state, strict, assign)
 
     def forward(self, x: Tensor) -> Tensor:

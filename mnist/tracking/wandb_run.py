@@ -238,8 +238,10 @@ def _use_dataset(run: Any, data: DatasetArtifact) -> Any:
     if not data.files:  # a folder of images, identified by its checksum
         with artifact.new_file("pixels.md5") as file:
             file.write(data.metadata["md5"])
-    # use_artifact does the same for a new artifact, but not offline
-    return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    try:  # as an input of the run; use_artifact does the same for a new artifact, but not offline
+        return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    except (AttributeError, TypeError):  # private: another wandb may not have it, or not so
+        return run.log_artifact(artifact)
 
 
 def artifact_name(name: str) -> str:

@@ -54,9 +54,10 @@ class CompiledLoss:
     def backward(self) -> None:
         gradients, self.gradients = self.gradients, []
         if (steps := self.accelerator.gradient_accumulation_steps) > 1:
-            torch._foreach_div_(gradients, steps)
-            if earlier := [parameter.grad for parameter in self.parameters if parameter.grad is not None]:
-                torch._foreach_add_(gradients, earlier)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                gradient.div_(steps)
+                if parameter.grad is not None:
+                    gradient.add_(parameter.grad)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.accelerator.num_processes)
             torch.distributed.all_reduce(flat)
@@ -161,17 +162,17 @@ def compile_graph(graph: GraphModule, arguments: list[Tensor]) -> tuple[Callable
     gives the same result uncompiled, so none of its errors ends the run.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns about CUDA without a GPU
-    import torch._inductor.config
-    from torch._inductor.exc import InvalidCxxCompiler
-
     try:
+        import torch._inductor.config  # private: another torch may not have it, or not so
+
         # in this process: a pool of workers would outlive the call
         with torch._inductor.config.patch(compile_threads=1):
             compiled = torch._inductor.compile(graph, [*arguments])
             compiled(*arguments)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
-        return None, "no C++ compiler found (CXX, g++)" if isinstance(cause, InvalidCxxCompiler) else first_line(cause)
+        missing = type(cause).__name__ == "InvalidCxxCompiler"
+        return None, "no C++ compiler found (CXX, g++)" if missing else first_line(cause)
     return compiled, ""
 
 

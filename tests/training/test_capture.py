@@ -152,6 +152,14 @@ def test_without_a_compiler_the_run_is_uncompiled_and_shows_the_reason(launch: L
     assert end_of(tmp_path / "asked") == end_of(tmp_path / "plain")
 
 
+def test_without_inductor_the_run_is_uncompiled(run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run_here("plain")
+    monkeypatch.delattr("torch._inductor.compile")  # private, so it may go
+    asked = run_here("asked", compile=True)
+    assert json.loads((asked / "environment.json").read_text())["not_compiled"].startswith("AttributeError: ")
+    assert end_of(asked) == end_of(plain)
+
+
 def test_a_compilers_error_is_reduced_to_the_line_with_the_cause() -> None:
     output = (
         "C++ compile error\n\nCommand:\ng++ main.cpp\n\nOutput:\nmain.cpp:3:10: fatal error: Python.h: No such file"
