@@ -22,7 +22,7 @@ from typing import Any
 
 from measure import Figures, command_line, header, interleave, print_table, run_train, train_here
 
-METHODS = ["accumulate", "backward", "prepare_data_loader", "prepare_optimizer"]  # of LeanAccelerator
+METHODS = ["backward", "prepare_data_loader", "prepare_optimizer"]  # of LeanAccelerator
 
 
 def replace(name: str) -> None:

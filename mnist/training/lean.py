@@ -5,13 +5,12 @@ model, optimizer = accelerator.prepare(model, optimizer)
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 PRIVATE = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
@@ -30,25 +29,19 @@ class Captured(Protocol):
 
 
 class LeanAccelerator(Accelerator):
-    """An Accelerator that takes shortcuts where the result is the same to the bit; otherwise Accelerate's own.
+    """An Accelerator with shortcuts that give the same result to the bit.
 
-    Accelerate 1.15 divides the loss by one accumulation step, which its backward pass does again, and enters three
-    contexts to no effect: together 6 to 7 % of a step with batches of 10.
+    docs/performance.md has what each of them is worth, measured by benchmarks/lean.py.
     """
 
     captured: Captured | None = None  # the loss that --compile made
     why_not_captured = ""  # the reason why there is none, although --compile asks for it
 
-    def accumulate(self, *models: nn.Module) -> AbstractContextManager[Any]:
-        if self.gradient_accumulation_steps > 1:
-            return super().accumulate(*models)  # type: ignore[no-any-return]
-        self.sync_gradients = True
-        return nullcontext()
-
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.captured is not None and loss is self.captured.loss:
             self.captured.backward()
         elif self.gradient_accumulation_steps == 1 and self.scaler is None:
+            # Accelerate 1.15 divides the loss by one, and autograd does so again in the backward pass
             loss.backward(**kwargs)  # type: ignore[no-untyped-call]
         else:
             super().backward(loss, **kwargs)
@@ -64,22 +57,20 @@ class LeanAccelerator(Accelerator):
 
 
 class AdamState(NamedTuple):
-    """What a fused Adam keeps of a group of parameters, each in a tensor of its own; of their steps also one of all."""
+    """What a fused Adam keeps of a group of parameters, a tensor per parameter."""
 
-    steps: Tensor  # [parameters], which `step` are views of: counted up at once, they take a fifth less of the update
+    steps: Tensor  # [parameters]; `step` are views of it, so one addition counts all of them
     step: list[Tensor]
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
 
 
 class LeanOptimizer(AcceleratedOptimizer):
-    """Accelerate's wrapper of an optimizer, without the work that it and torch do anew at every call.
+    """Accelerate's optimizer wrapper without work that it and torch repeat in every call; the same result to the bit.
 
-    Accelerate 1.15 searches the disk for a package in every `step` and reads a signature in every `zero_grad`: with
-    batches of 10 on a CPU that added a fifth of a plain step. torch 2.14 gathers the tensors of a fused Adam anew in
-    every `step`, which takes as long as the update itself (the MLP: 93 us together, 41 without), and its `zero_grad`
-    takes 8 us for half a microsecond's work. The behaviour is the same, to the bit: both calls do nothing inside a
-    window of accumulated batches.
+    Accelerate 1.15 searches the disk for a package in every `step` and inspects a signature in every `zero_grad`. torch
+    2.14 gathers the tensors of a fused Adam in every `step`, which takes longer than the update itself, and its
+    `zero_grad` takes 8 us instead of 0.5. As in Accelerate, both have no effect inside an accumulation window.
     """
 
     _is_accelerate_prepared = True  # so Accelerate keeps it, instead of wrapping it once more
