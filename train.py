@@ -6,7 +6,8 @@
     python train.py --help                                      # all of them
 
 Accelerate wraps the model, the optimizer and the batches, so the same loop runs on a CPU, on one GPU, on many GPUs and
-on many machines. What surrounds the loop (the run's folder, trackers, checkpoints, signals) is in mnist/session.py.
+on many machines. Everything around the loop (the run's folder, trackers, checkpoints, signals) is in mnist/session.py,
+and CONTRIBUTING.md says where to add a model, a dataset, an optimizer or a tracker.
 """
 
 from mnist.config.recipes import RECIPES
@@ -17,9 +18,9 @@ from mnist.launch.main import end_process, run_process
 def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) -> None:
     """Train once, from the settings to a folder with metrics, model and report.
 
-    `explicit_settings` are those named on the command line: of a run that is resumed, only they may change.
+    `explicit_settings` names the flags given on the command line; a resumed run takes the others from its config.yaml.
     """
-    # imported here, so that --help and a mistyped flag are answered before torch has loaded
+    # imported here, so --help and a mistyped flag are answered before torch has loaded
     from mnist.data.datasets import load_dataset
     from mnist.data.loader import build_loaders
     from mnist.models.by_name import build_model
@@ -30,37 +31,37 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
     from mnist.training.losses import LOSSES
     from mnist.training.optimizers import build_optimizer, build_schedule
 
-    # --- accelerator: the processes and devices that the launcher gave us
+    # --- accelerator: joins the processes of the launcher; the settings are now those of the run to resume, if any
     config, accelerator = start(config, explicit_settings)
 
     # --- data, model
-    pretrained = config.pretrained and not has_checkpoint(config)  # whose weights replace all others
-    with accelerator.local_main_process_first():  # it downloads what is missing
+    pretrained = config.pretrained and not has_checkpoint(config)  # a checkpoint has its own weights
+    with accelerator.local_main_process_first():  # the first process downloads, the others wait
         data = load_dataset(config.dataset, config.data_dir, config.data_options)
         model = build_model(
             config.model,
             len(data.class_names),
             data.image_shape,
-            pretrained,
-            data.normalization,
-            config.batch_sizes(accelerator.num_processes).batch_size,
+            pretrained=pretrained,
+            normalization=data.normalization,
+            batch_size=config.batch_sizes(accelerator.num_processes).batch_size,  # BatchNorm refuses 1
         )
     train_loader, eval_loaders = build_loaders(data, config, accelerator)
 
-    # --- loss, optimizer, schedule
+    # --- optimizer, schedule, loss; Accelerate wraps what depends on the processes and the device
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     total_steps = config.total_steps(len(train_loader))
     scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
     model, optimizer, scheduler, train_loader = accelerator.prepare(model, optimizer, scheduler, train_loader)
     eval_loaders = {split: accelerator.prepare(loader) for split, loader in eval_loaders.items()}
-    compute_loss = build_loss(config, model, accelerator, data.train)  # --compile makes one graph of it
+    compute_loss = build_loss(config, model, accelerator, data.train)  # with --compile, one graph with its gradients
 
     # --- run: a folder, trackers, checkpoints, signals
     with Session(accelerator, config, data, model, optimizer, scheduler) as run:
-        for epoch in run.epochs():
+        for epoch in run.epochs():  # until --epochs or --max-steps
             train_loader.set_epoch(epoch)  # the order of the images depends on the seed and the epoch alone
-            for X, y, sample_weight in run.batches(train_loader):  # [B, 1, 28, 28] in [0, 1], [B], [B]
-                optimizer.zero_grad()  # has no effect inside a window of accumulated batches
+            for X, y, sample_weight in run.batches(train_loader):  # MNIST: [B, 1, 28, 28] in [0, 1], [B], [B]
+                optimizer.zero_grad()  # before accumulate(): inside, it would clear gradients accumulated so far
                 with accelerator.accumulate(model):
                     loss = compute_loss(X, y, sample_weight)  # loss_function(model(X), y, sample_weight)
                     accelerator.backward(loss)
@@ -69,15 +70,15 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
                     scheduler.step()
                 run.after_step(loss)
 
-            # --- every split with the same weights: in sample (train) and out of sample (val, test)
-            results = evaluate(model, eval_loaders, LOSSES[config.loss], accelerator, run.before_batch)
+            # --- evaluation of every split (train, val, test) with the same weights
+            results = evaluate(model, eval_loaders, LOSSES[config.loss], accelerator, run.check_signals)
             run.after_epoch(results)
-        run.finish()
-    accelerator.end_training()
+        run.finish()  # model, report, results for W&B
+    accelerator.end_training()  # leaves the process group
 
 
 def main() -> int:
-    """Train as the command line says; returns the exit code."""
+    """Run `train` with the command line's settings; returns the exit code."""
     return run_process(train, RECIPES)
 
 

@@ -239,7 +239,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     run = Record.read(folder) if folder else None
     if not options.dataset and not run and model.config.preparation == "fit":
         raise ConfigError(
-            f"--model {options.model}: was trained on the folder {model.config.dataset}. Name a folder to test on:"
+            f"--model {options.model}: was trained on the folder {model.config.dataset}. Choose a folder to test on:"
             " --dataset"
         )
     is_old = run is not None and "version" not in run.environment  # from before folders were read as they are now

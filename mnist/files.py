@@ -32,7 +32,7 @@ def temporary_name(path: Path, word: str) -> Path:
 def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     """The text in a file; OSError for more than `most` bytes, which a sparse file has for nothing."""
     if path.stat().st_size > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 10:,} KiB, as none is that is written here", str(path))
+        raise OSError(errno.EFBIG, f"larger than {most >> 10:,} KiB, which no file of this project is", str(path))
     return path.read_text(encoding="utf-8")
 
 
@@ -116,7 +116,7 @@ def lock_folder(folder: Path, holder: str) -> FileLock | None:
     """
     path = folder / ".lock"
     if path.is_symlink() or (path.exists() and not path.is_file()):  # filelock would truncate a link's target
-        raise UserError(f"{path}: not a regular file, as a run's lock is. Remove it.")
+        raise UserError(f"{path}: must be a regular file (the run's lock). Remove it.")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

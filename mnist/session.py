@@ -232,7 +232,7 @@ class Session:
         if self.run.is_quiet:
             self.run.note(**self.progress.position)
 
-    def before_batch(self) -> None:
+    def check_signals(self) -> None:
         """Before each batch of an evaluation. Raises Interrupted after a signal."""
         self.interruption.check()
         self._beat()

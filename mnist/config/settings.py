@@ -106,7 +106,7 @@ class TrainConfig:
     """Width and height of a folder's images, in pixels. Default: 64, or 28 if all are gray and about that small."""
 
     test_fraction: float | None = None
-    """Fraction of a folder's images held out for testing, unless it has train/ and test/ (or val/). Default: 0.2."""
+    """Fraction of a folder's images held out for testing, if it has no test/ or val/. Default: 0.2."""
 
     limit_train_images: int | None = None
     """Train on the first N images only."""
@@ -118,7 +118,7 @@ class TrainConfig:
     """Hold out the last N training images for validation. Tune settings on these, not on the test images."""
 
     augment: bool = False
-    """Randomly rotate, zoom and shift the training images; also flip them, unless they are handwriting."""
+    """Randomly rotate, zoom and shift the training images; also mirror them, except MNIST and KMNIST."""
 
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
@@ -154,13 +154,13 @@ class TrainConfig:
     """Stop after N optimizer steps, if that is before the last epoch ends."""
 
     batch_size: int = 10
-    """Images per batch and process."""
+    """Images per batch in each process."""
 
     global_batch_size: int | None = None
     """Images per batch across all processes, however many there are; replaces --batch-size."""
 
     gradient_accumulation_steps: int = 1
-    """Batches per optimizer step; their gradients add up: 5 batches of 10 equal one of 50."""
+    """Batches per optimizer step: 5 batches of 10 give the gradient of one batch of 50."""
 
     compile: bool = False
     """Compile forward and backward pass into one graph. Takes seconds and needs a C++ compiler."""

@@ -289,7 +289,9 @@ def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_name
         shapes = f"{list(images.shape)} and {list(labels.shape)}"
         raise UserError(f"{folder}/{prefix}-*: images and labels of shapes {shapes} do not match.")
     if int(labels.max()) >= len(class_names):
-        raise UserError(f"{folder}/{prefix}-labels: class {int(labels.max())} of only {len(class_names)} classes.")
+        raise UserError(
+            f"{folder}/{prefix}-labels: contains label {int(labels.max())}, but there are only {len(class_names)} classes."
+        )
     return Split(images, labels.long())
 
 

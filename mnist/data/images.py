@@ -285,7 +285,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
     try:
         import pi_heif
     except ImportError as error:
-        raise ImageError(f"{name}: HEIC images need pi-heif. Run: pip install pi-heif (or -e '.[heic]').") from error
+        raise ImageError(f"{name}: HEIC images need pi-heif. Run: pip install pi-heif") from error
     pi_heif.register_heif_opener()
     return _open_supported(file)
 

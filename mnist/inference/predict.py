@@ -85,8 +85,8 @@ class Model:
         height, width = self.config.image_size
         if self.config.preparation == "none" and picture.size != (width, height):
             raise ImageError(  # resizing a photograph of a shoe would not make it a bright shape on black
-                f"An image of {picture.width} x {picture.height}: this model of {self.config.dataset} does not prepare"
-                f" images. Make it {width} x {height} pixels, like the training images."
+                f"The image is {picture.width} x {picture.height} pixels, but this {self.config.dataset} model needs"
+                f" {width} x {height}. Resize it to look like the training images."
             )
         return torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
 

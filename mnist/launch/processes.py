@@ -121,7 +121,7 @@ def check_alike(values: Mapping[str, Any], perhaps_unknown: Collection[str] = ()
 
 
 def check_values(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError for a value that Accelerate reads without a look, and would end in a traceback about."""
+    """Raise ConfigError for an invalid value that would make Accelerate fail with a traceback."""
     for name in FLAGS:
         try:
             str_to_bool(environment.get(name, "0"))
@@ -133,7 +133,9 @@ def check_values(environment: Mapping[str, str]) -> None:
         try:
             torch.device(device)
         except RuntimeError as error:
-            raise ConfigError(f"ACCELERATE_TORCH_DEVICE={device} in the environment: no device. Unset it.") from error
+            raise ConfigError(
+                f"ACCELERATE_TORCH_DEVICE={device} in the environment: not a valid torch device. Unset it."
+            ) from error
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.upper() not in DynamoBackend.__members__:
         raise ConfigError(f"ACCELERATE_DYNAMO_BACKEND={backend} in the environment: unknown. Unset it.")

@@ -1,7 +1,7 @@
 """The folder of a run, which is never overwritten: its settings and state.
 
     config = find_run(config, explicit_settings)  # --resume: the settings of the run to resume
-    with Run.open(config) as run:
+    with Run.open(config, data.checksum) as run:
         run.note(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
@@ -234,8 +234,8 @@ class Run:
             return
         if read_state(self.folder / "state.json").get("id") != self.id:
             raise UserError(
-                f"{self.folder}: was moved or removed during the run. Nothing more is written. If it was moved, resume"
-                " the run there: --resume PATH"
+                f"{self.folder}: was moved or removed during the run. No further files will be written. If it was"
+                " moved, resume from its new place: --resume PATH"
             )
         self.identity = identity  # some network file systems renumber inodes
 

@@ -179,14 +179,14 @@ class WandbRun:
         size = sum(path.stat().st_size for model in models for path in model.folder.iterdir())
 
         def send(run: Any) -> None:
-            # what counts first
+            # most important first
             makers = [*(partial(_log_model, run, model) for model in models), partial(_use_dataset, run, data)]
             for make in [*makers, partial(_log_media, run, evaluation)]:
                 try:
                     artifact = make()
                     if artifact is not None and not run.offline:
                         artifact.wait()
-                except Exception as error:  # of many types; what comes next may be taken all the same
+                except Exception as error:  # of many types; the rest may still succeed
                     failed.append(error)
 
         sending = threading.Thread(target=send, args=(self.run,), daemon=True)
@@ -240,7 +240,7 @@ def _use_dataset(run: Any, data: DatasetArtifact) -> Any:
             file.write(data.metadata["md5"])
     try:  # as an input of the run; use_artifact does the same for a new artifact, but not offline
         return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    except (AttributeError, TypeError):  # private: another wandb may not have it, or not so
+    except (AttributeError, TypeError):  # private: another wandb may lack it or have changed it
         return run.log_artifact(artifact)
 
 

@@ -163,7 +163,7 @@ def compile_graph(graph: GraphModule, arguments: list[Tensor]) -> tuple[Callable
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns about CUDA without a GPU
     try:
-        import torch._inductor.config  # private: another torch may not have it, or not so
+        import torch._inductor.config  # private: another torch may lack it or have changed it
 
         # in this process: a pool of workers would outlive the call
         with torch._inductor.config.patch(compile_threads=1):

@@ -184,7 +184,7 @@ class Checkpoints:
                 folder.rename(damaged)
         last = self.run.state.get("checkpoint")
         if last is not None or any(self.folder.glob("damaged-*")):
-            missing = f"{self.folder}: no intact checkpoint{'' if last is None else f' (the last was of step {last})'}."
+            missing = f"{self.folder}: no intact checkpoint{'' if last is None else f' (the last one was saved at step {last})'}."
             todo = "Restore one from a backup, or start over under another --run-name."
             raise UserError("\n".join([*notes, f"{missing} {todo}"]))
         return None
@@ -256,10 +256,10 @@ def read_whole(folder: Path) -> dict[str, bytes]:
 
 
 def _file_of(folder: Path, name: str) -> Path:
-    """A file of a checkpoint; DamagedError for what is none, as a pipe, which would never end."""
+    """A file of a checkpoint; DamagedError if it is not a regular file, because reading a pipe would never end."""
     path = folder / name
     if Path(name).name != name or (path.exists() and not path.is_file()):
-        raise DamagedError(f"{name} is no file of it")
+        raise DamagedError(f"{name} is not a regular file in the checkpoint")
     return path
 
 

@@ -174,7 +174,7 @@ class TrainingLoss:
         self.steps += self.accelerator.sync_gradients
 
     def read(self) -> float:
-        """The mean over all processes since the last call; the one place where training waits for the device."""
+        """The mean over all processes since the last call. It waits for the device, so call it only to log."""
         mean = self.accelerator.reduce(self.sum, "mean") / self.accelerator.gradient_accumulation_steps
         value = float(mean) / max(1, self.steps)
         self.sum.zero_()

@@ -57,9 +57,9 @@ class LeanAccelerator(Accelerator):
 
 
 class AdamState(NamedTuple):
-    """What a fused Adam keeps of a group of parameters, a tensor per parameter."""
+    """A fused Adam's state for one parameter group; `step` are views of `steps`."""
 
-    steps: Tensor  # [parameters]; `step` are views of it, so one addition counts all of them
+    steps: Tensor  # [parameters]; one addition instead of one per parameter
     step: list[Tensor]
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
@@ -77,7 +77,7 @@ class LeanOptimizer(AcceleratedOptimizer):
 
     def __init__(self, optimizer: Optimizer, scaler: Any = None) -> None:
         super().__init__(optimizer, scaler=scaler)
-        # of each group; empty where torch's own step is the one to take, None before it is known
+        # one per group; empty: use torch's own step; None: not known yet
         self.states: list[AdamState] | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,28 +103,30 @@ class LeanOptimizer(AcceleratedOptimizer):
                 self.states = self._states_of_adam()
 
     def _states_of_adam(self) -> list[AdamState]:
-        """What a fused Adam keeps of its parameters on the CPU, once it has stepped; nothing of others."""
+        """The state of each group after the first step; empty unless it is a fused Adam on the CPU."""
         groups, state, kind = self.optimizer.param_groups, self.optimizer.state, type(self.optimizer)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        on_cpu = all(it.device.type == "cpu" and it.dtype == parameters[0].dtype for it in parameters)
-        if kind not in FUSED_UPDATES or not on_cpu or not all(it in state for it in parameters):
+        on_cpu = all(one.device.type == "cpu" and one.dtype == parameters[0].dtype for one in parameters)
+        if kind not in FUSED_UPDATES or not on_cpu or not all(one in state for one in parameters):
             return []
-        decoupled = kind is torch.optim.AdamW  # torch's Adam can be it by a setting, and would need the other update
+        decoupled = (
+            kind is torch.optim.AdamW
+        )  # Adam(decoupled_weight_decay=True) is AdamW, which needs the other update
         for group in groups:
             if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay", decoupled) != decoupled:
                 return []
         states = []
         for group in groups:
             kept = [state[parameter] for parameter in group["params"]]
-            steps = torch.stack([it["step"] for it in kept])
-            for it, step in zip(kept, steps.unbind(), strict=True):
-                it["step"] = step
-            states.append(AdamState(steps, *([it[name] for it in kept] for name in AdamState._fields[1:])))
+            steps = torch.stack([values["step"] for values in kept])
+            for values, step in zip(kept, steps.unbind(), strict=True):
+                values["step"] = step
+            states.append(AdamState(steps, *([values[name] for values in kept] for name in AdamState._fields[1:])))
         return states
 
     @torch.no_grad()
     def _step_of_adam(self) -> bool:
-        """The update as torch.optim makes it, from the tensors that are known; whether it could be made so."""
+        """Update with the cached tensors; False if torch's own step must do it."""
         if not self.states:
             return False
         groups = self.optimizer.param_groups

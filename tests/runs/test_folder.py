@@ -209,7 +209,7 @@ def test_a_lock_that_is_not_a_file_is_refused_and_its_target_is_untouched(act: s
         (run.folder / ".lock").mkdir()
     else:
         (run.folder / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.lock: not a regular file, as a run's lock is\. Remove it"):
+    with pytest.raises(UserError, match=r"\.lock: must be a regular file \(the run's lock\)\. Remove it"):
         reopen(run)
     assert (tmp_path / "precious").read_text() == "kept"
 

@@ -182,7 +182,7 @@ def test_without_an_intact_checkpoint_a_run_ends_and_does_not_start_over(begun: 
         assert metrics_of(begun) == metrics
         assert state_of(begun)["status"] == "failed"
     shutil.rmtree(begun / "checkpoints")  # a disk that is not mounted
-    with pytest.raises(UserError, match=r"no intact checkpoint \(the last was of step 12\)\. Restore"):
+    with pytest.raises(UserError, match=r"no intact checkpoint \(the last one was saved at step 12\)\. Restore"):
         resume_here(begun)
     assert metrics_of(begun) == metrics
 
@@ -238,7 +238,7 @@ def test_an_intact_checkpoint_with_impossible_values_is_refused(
 
 def test_a_pipe_in_the_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(DamagedError, match=r"manifest\.json is no file of it"):
+    with pytest.raises(DamagedError, match=r"manifest\.json is not a regular file in the checkpoint"):
         read_whole(tmp_path)
 
 
