@@ -184,7 +184,8 @@ class Checkpoints:
                 folder.rename(damaged)
         last = self.run.state.get("checkpoint")
         if last is not None or any(self.folder.glob("damaged-*")):
-            missing = f"{self.folder}: no intact checkpoint{'' if last is None else f' (the last one was saved at step {last})'}."
+            saved = "" if last is None else f" (the last one was saved at step {last})"
+            missing = f"{self.folder}: no intact checkpoint{saved}."
             todo = "Restore one from a backup, or start over under another --run-name."
             raise UserError("\n".join([*notes, f"{missing} {todo}"]))
         return None

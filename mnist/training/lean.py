@@ -109,9 +109,7 @@ class LeanOptimizer(AcceleratedOptimizer):
         on_cpu = all(one.device.type == "cpu" and one.dtype == parameters[0].dtype for one in parameters)
         if kind not in FUSED_UPDATES or not on_cpu or not all(one in state for one in parameters):
             return []
-        decoupled = (
-            kind is torch.optim.AdamW
-        )  # Adam(decoupled_weight_decay=True) is AdamW, which needs the other update
+        decoupled = kind is torch.optim.AdamW  # Adam(decoupled_weight_decay=True) is AdamW
         for group in groups:
             if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay", decoupled) != decoupled:
                 return []

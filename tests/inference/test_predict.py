@@ -212,7 +212,7 @@ def test_models_of_other_data_sets_take_only_images_of_their_size(run: Path, dig
     shifted = digits.test.images[0].roll(5, dims=1)  # which a digit's preparation would move back
     assert torch.equal(shoes.predict(shifted).seen, shifted)
     assert not torch.equal(model.predict(shifted).seen, shifted)
-    with pytest.raises(ImageError, match=r"280 x 280: this model of fashion-mnist .* Make it 28 x 28"):
+    with pytest.raises(ImageError, match=r"280 x 280 pixels, but this fashion-mnist model needs 28 x 28"):
         shoes.predict(write_digits(tmp_path, digits, (0,))[0])
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def test_models_losses_and_optimizers_learn(
     first, last = (line for line in metrics_of(folder) if "test/loss" in line)
     assert last["train/loss"] < first["train/loss"]
     assert min(last["train/accuracy"], last["test/accuracy"]) > floor
+
+
+def test_the_readme_shows_the_loop_of_train_py() -> None:
+    loop = (PROJECT_FOLDER / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert textwrap.indent(loop, "    ") in (PROJECT_FOLDER / "train.py").read_text()
 
 
 def test_the_seed_determines_weights_and_metrics_to_the_bit(run_here: RunHere) -> None:
