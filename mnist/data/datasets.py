@@ -288,10 +288,9 @@ def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_name
     if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or len(images) == 0:
         shapes = f"{list(images.shape)} and {list(labels.shape)}"
         raise UserError(f"{folder}/{prefix}-*: images and labels of shapes {shapes} do not match.")
-    if int(labels.max()) >= len(class_names):
-        raise UserError(
-            f"{folder}/{prefix}-labels: contains label {int(labels.max())}, but there are only {len(class_names)} classes."
-        )
+    if (largest := int(labels.max())) >= len(class_names):
+        count = len(class_names)
+        raise UserError(f"{folder}/{prefix}-labels: contains label {largest}, but there are only {count} classes.")
     return Split(images, labels.long())
 
 
