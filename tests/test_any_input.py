@@ -118,7 +118,7 @@ def test_settings(data: st.DataObject, tmp_path: Path) -> None:
     assert config is not None or refusal.startswith(str(path))
 
 
-@each
+@few
 @given(words=st.lists(st.sampled_from(["--epochs", "--epochs=3", "--augment", "--seed=5"]) | TEXT, max_size=4))
 def test_command_lines(words: list[str]) -> None:
     config, refusal = outcome(lambda: parse_command_line(RECIPES, words), ConfigError, SystemExit)

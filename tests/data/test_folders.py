@@ -643,7 +643,7 @@ def test_waiting_for_another_job_prints_a_line(pets: Path, capsys: pytest.Captur
     holder.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_job_leaves_no_cache_and_no_workers(
     slow: Path, tmp_path: Path, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -367,7 +367,10 @@ def test_processes_with_different_settings_or_precision_are_refused_by_all(
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
-@pytest.mark.parametrize(("images", "message"), [(8, "dataset_md5: [0-9a-f]{32}"), (6, "train_images: 10")])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(8, "dataset_md5: [0-9a-f]{32}"), pytest.param(6, "train_images: 10", marks=pytest.mark.slow)],
+)
 def test_a_different_copy_of_the_data_on_another_machine_is_refused(images: int, message: str, tmp_path: Path) -> None:
     for folder, first, count in (("here", 0, 8), ("there", 100, images)):
         for number, name in enumerate(("cat", "dog")):

@@ -19,6 +19,7 @@ from mnist.models.networks import Net
 from mnist.models.saved import ModelConfig, save_model
 from tests.conftest import RunHere
 
+pytestmark = pytest.mark.slow  # it makes an environment
 Installed = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

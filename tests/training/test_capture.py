@@ -62,6 +62,7 @@ def compare(run_here: RunHere, tolerance: float, name: str = "run", **settings: 
 
 
 @NEEDS_COMPILER
+@pytest.mark.slow
 def test_a_hundred_compiled_steps_give_the_same_weights(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
     compare(run_here, TOLERANCE["float32"])
     assert COMPILER in capsys.readouterr().out
