@@ -3,7 +3,7 @@
 train: ## the tutorial's recipe
 	accelerate launch train.py
 
-test: ## four minutes on two cores
+test: ## four to five minutes on two cores
 	pytest
 
 test-slow: ## what takes minutes; needs pip install -e '.[trackers]'
