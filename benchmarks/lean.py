@@ -2,14 +2,14 @@
 
     python benchmarks/lean.py                          # five rounds, about five minutes
 
-Each contestant replaces one shortcut by the method of Accelerate or torch that it overrides, and `all` every one. A
-ratio above 1 is what a run would take without the shortcut. The weights must come out equal to the bit.
+Each contestant replaces one shortcut by the method that it overrides; `all` replaces every shortcut. The
+ratio is the time without the shortcut, divided by the time with all of them. The weights must be bit-identical.
 
-accumulate, backward, prepare_data_loader, prepare_optimizer: Accelerator's own method; the last one brings Accelerate's
-               AcceleratedOptimizer in place of LeanOptimizer as a whole
-zero_grad      torch's own loop, without Accelerate's reading of its signature
-adam           torch's own step, without the states of a fused Adam that LeanOptimizer keeps
-counters       with these states, but torch._foreach_add_ over all step counters in place of one addition
+backward, prepare_data_loader    Accelerate's own method
+prepare_optimizer                Accelerate's own method: AcceleratedOptimizer replaces LeanOptimizer
+zero_grad                        torch's own zero_grad()
+adam                             torch's own step()
+counters                         one addition per step counter of Adam, by torch._foreach_add_
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def main() -> None:
     print_table(results, "lean")
     if len(weights) > 1:
         raise SystemExit(f"The weights differ: {len(weights)} kinds.")
-    print(f"\nAll weights are equal to the bit: sha256 {weights.pop()[:16]}...")
+    print(f"\nAll weights are bit-identical: sha256 {weights.pop()[:16]}...")
 
 
 if __name__ == "__main__":

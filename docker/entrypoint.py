@@ -85,12 +85,8 @@ def plan(arguments: Sequence[str], environment: Mapping[str, str], visible: int)
                 f"PET_NNODES={machines}: requires {', '.join(missing)}. Set PET_NODE_RANK (from 0) and PET_MASTER_ADDR"
                 " (the address of the machine with rank 0) on each machine."
             )
-        launcher = (
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-        )  # the rest is in PET_...
+        # torchrun reads the rest from PET_...
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
         return Plan((sys.executable, *launcher, *script), precision, launched=True)
     config = f"accelerate_configs/{'multi_gpu' if visible else 'multi_cpu'}.yaml"
     flags = ("--config_file", config, "--num_processes", str(processes))

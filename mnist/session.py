@@ -53,7 +53,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     decode_folder(local.dataset, local.data_dir, local.image_size)  # before joining, which has a timeout
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_place(config)
-    config.batch_sizes(state.num_processes)
+    config.batch_sizes(state.num_processes)  # refuses a global batch that the processes cannot share
     check_trackers(config.tracker_names)
     precision = resolve_precision(config.mixed_precision, state.device.type)
     check_alike(requested.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])

@@ -55,7 +55,7 @@ def join_processes(timeout_seconds: int) -> PartialState:
     device_type = "cpu" if on_cpu or device is None else device.type
     check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
     if os.environ.get("WORLD_SIZE") == "1":
-        # otherwise Accelerate wraps the model for distributed training, at a third of the speed
+        # otherwise Accelerate wraps the model for distributed training, which costs a third of the speed
         os.environ.pop("LOCAL_RANK", None)
     if device_type == "cuda" and torch.version.cuda:  # not ROCm
         number = _whole_number("LOCAL_RANK", os.environ) if "LOCAL_RANK" in os.environ else 0
