@@ -140,11 +140,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     with path.open(encoding="utf-8", newline="\n") as file:
         while (text := file.readline(LONGEST_LINE)).endswith("\n") or len(text) == LONGEST_LINE:
-            line = json.loads(text, parse_constant=_refuse)
+            line = _parse_json(text)
             expect(line, {"step": int}, "a line of metrics.jsonl")
             for name, value in line.items():
-                # JSON's 1e999 is infinite
-                if type(value) not in (int, float) or not abs(value) <= LARGEST_FIGURE:
+                if type(value) not in (int, float):
                     raise ValueError(f"metrics.jsonl: {name} is {value!r:.50}, not a number")
             if "test/loss" in line:
                 expect(line, OF_EVALUATION, "an evaluation in metrics.jsonl")
@@ -155,13 +154,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    values = json.loads(read_text(path), parse_constant=_refuse)
+    values = _parse_json(read_text(path))
     expect(values, {}, path.name)
     return dict(values)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a valid number")
+def _parse_json(text: str) -> Any:
+    """Raises ValueError for what is not JSON, and for every number beyond `LARGEST_FIGURE`."""
+    return json.loads(text, parse_int=_figure, parse_float=_figure, parse_constant=_figure)
+
+
+def _figure(text: str) -> int | float:
+    value = int(text) if text.removeprefix("-").isdecimal() else float(text)
+    if not abs(value) <= LARGEST_FIGURE:  # NaN too
+        raise ValueError(f"{text:.50} is not a valid number")
+    return value
 
 
 def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
@@ -209,6 +216,8 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         expect(item, kinds, "a mistake in evaluation.json")
         if item["prediction"] not in classes or item["second"] not in classes:
             raise ValueError("evaluation.json: a mistake without a class")
+        if not (0 <= item["probability"] <= 1 and 0 <= item["second_probability"] <= 1):
+            raise ValueError("evaluation.json: a probability outside 0 to 1")
     for item in evaluation["examples"]:
         likeliest = item["likeliest"]
         if len(likeliest) > MOST_SHOWN or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
