@@ -166,8 +166,8 @@ class Session:
             "backward": (self.accelerator, "backward"),
             "optimizer": (self.optimizer, "step"),
             "schedule": (self.scheduler, "step"),
-            "logging": (self, "_count"),
-            "checkpoints": (self, "_save_or_stop"),
+            "logging": (self, "_log_step"),
+            "checkpoints": (self, "_save_step"),
         }
         return Profile(self.run.folder, self.accelerator, self.terminal.print, parts)
 
@@ -198,11 +198,11 @@ class Session:
         Fetches the loss from the device only every --log-every optimizer steps. Raises Interrupted after a signal,
         DivergedError for a loss that is not finite.
         """
-        self._count(loss)
+        self._log_step(loss)
         if self.accelerator.sync_gradients:
-            self._save_or_stop()
+            self._save_step()
 
-    def _count(self, loss: Tensor) -> None:
+    def _log_step(self, loss: Tensor) -> None:
         progress = self.progress
         progress.update(loss)
         if self.accelerator.sync_gradients:
@@ -220,14 +220,14 @@ class Session:
         """The learning rate of the next optimizer step."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def _save_or_stop(self) -> None:
+    def _save_step(self) -> None:
         every = self.config.checkpoint_every
         if every is not None and self.progress.step % every == 0:
             self.checkpoints.save()
         self.interruption.after_step()
-        self._beat()
+        self._heartbeat()
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         """Update state.json from time to time, to show that the run is alive."""
         if self.run.is_quiet:
             self.run.note(**self.progress.position)
@@ -235,7 +235,7 @@ class Session:
     def check_signals(self) -> None:
         """Before each batch of an evaluation. Raises Interrupted after a signal."""
         self.interruption.check()
-        self._beat()
+        self._heartbeat()
 
     def after_epoch(self, results: Mapping[str, Result]) -> None:
         """Log and print the results of each split, save the best weights, and save a checkpoint if due."""
