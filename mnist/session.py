@@ -107,10 +107,10 @@ class Session:
         self.run = Run.open(config, self.data.checksum)
         with contextlib.ExitStack() as stack:
             self.report = stack.enter_context(LiveReport(self.run.folder, writes=is_main))
-            self.interruption = stack.enter_context(Interruption(self.accelerator, at_once=self.run.note))
+            self.interruption = stack.enter_context(Interruption(self.accelerator, before_exit=self.run.update_state))
             stack.enter_context(self.run)
             environment = self._describe()
-            self.run.describe(environment, self.data.skipped)
+            self.run.write_environment(environment, self.data.skipped)
             self.terminal.header(config, environment, self.run.folder, self.data.notes)
             settings = dataclasses.asdict(config) | environment
             self.tracking = Tracking(is_main, self.run.folder, self.run.id, settings, config.tracker_names)
@@ -229,8 +229,8 @@ class Session:
 
     def _heartbeat(self) -> None:
         """Update state.json from time to time, to show that the run is alive."""
-        if self.run.is_quiet:
-            self.run.note(**self.progress.position)
+        if self.run.heartbeat_due:
+            self.run.update_state(**self.progress.position)
 
     def check_signals(self) -> None:
         """Before each batch of an evaluation. Raises Interrupted after a signal."""
@@ -256,7 +256,7 @@ class Session:
         if progress.finished or (self.config.checkpoint_every is None and self.checkpoints.is_due()):
             self.checkpoints.save()
         else:
-            self.run.note(**progress.position)
+            self.run.update_state(**progress.position)
         if self.is_main:
             self.report.after_epoch()
 

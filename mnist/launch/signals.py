@@ -2,7 +2,7 @@
 
     follow_launcher()                              # end when the launcher is killed
     end_at_once()                                  # before training, a signal ends the process immediately
-    with Interruption(accelerator, at_once) as interruption:
+    with Interruption(accelerator, before_exit) as interruption:
         for ...:
             interruption.after_step()              # raises Interrupted once any process has received a signal
 
@@ -58,11 +58,11 @@ class Interruption:
 
     SECONDS_BETWEEN_AGREEMENTS = 0.5
 
-    def __init__(self, accelerator: "Accelerator", at_once: Callable[..., None]) -> None:
-        """`at_once(status=..., error=..., exit_code=...)` is called before a second Ctrl-C ends this process."""
+    def __init__(self, accelerator: "Accelerator", before_exit: Callable[..., None]) -> None:
+        """`before_exit(status=..., error=..., exit_code=...)` is called before a second Ctrl-C ends this process."""
         self.device = accelerator.device
         self.alone = accelerator.num_processes == 1
-        self.at_once = at_once
+        self.before_exit = before_exit
         self.number = 0  # of the first signal
         self.interval = 1  # steps between agreements
         self.steps = 0
@@ -104,7 +104,7 @@ class Interruption:
             if number == signal.SIGINT:
                 if interrupted_at is not None and time.monotonic() - interrupted_at > 1:
                     try:
-                        self.at_once(status="interrupted", error="a second SIGINT", exit_code=EXIT_CODES[number])
+                        self.before_exit(status="interrupted", error="a second SIGINT", exit_code=EXIT_CODES[number])
                     finally:
                         os._exit(EXIT_CODES[number])
                 interrupted_at = interrupted_at or time.monotonic()

@@ -2,7 +2,7 @@
 
     config = find_run(config, explicit_settings)  # --resume: the settings of the run to resume
     with Run.open(config, data.checksum) as run:
-        run.note(step=100, epoch=1)
+        run.update_state(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
 Programs that watch a job should read state.json: launchers turn every exit code into 1.
@@ -111,7 +111,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict, init=False)
     lock: FileLock | None = field(default=None, init=False)
     resume_command: str = field(default="", init=False)
-    noted_at: float = field(default=0.0, init=False)  # by time.monotonic()
+    updated_at: float = field(default=0.0, init=False)  # by time.monotonic()
     identity: tuple[int, int] | None = field(default=None, init=False)  # device and inode, to detect that it was moved
     warnings: list[str] = field(default_factory=list, init=False)  # shown at the end
 
@@ -139,7 +139,7 @@ class Run:
         run = None
         try:
             run = cls(_make_folder(parent, name, config), writes=True)
-            run._take()
+            run._lock_and_start()
         except FileExistsError as error:
             raise ConfigError(
                 f"--run-name {name}: {parent / name} already exists and is not overwritten. Choose another name, omit"
@@ -178,7 +178,7 @@ class Run:
                 )
         run = cls(folder, writes=True)
         with storage_errors(folder, "try again"):
-            run._take()
+            run._lock_and_start()
             saved = TrainConfig.load(folder / "config.yaml")
             changed = {name: getattr(config, name) for name in MAY_CHANGE}
             write_file(folder / "config.yaml", dataclasses.replace(saved, **changed).to_yaml())
@@ -189,7 +189,7 @@ class Run:
         """Identifies this run, and stays the same when it is resumed. Only the main process has it."""
         return str(self.state.get("id", ""))
 
-    def _take(self) -> None:
+    def _lock_and_start(self) -> None:
         """Lock the folder, read the state and mark the run as running."""
         path = self.folder / "state.json"
         holder = read_state(path).get("process")
@@ -208,17 +208,17 @@ class Run:
         except OSError as error:
             latest = self.folder.with_name("latest")
             self.warnings.append(f"{latest} does not point to this run: {error.strerror}.")
-        process = f"{os.getpid()} on {socket.gethostname()}"
-        self.note(status="running", error=None, exit_code=None, job=job_id(), process=process, commands=commands)
+        started = {"job": job_id(), "process": f"{os.getpid()} on {socket.gethostname()}", "commands": commands}
+        self.update_state(status="running", error=None, exit_code=None, **started)
 
-    def describe(self, environment: Mapping[str, Any], skipped: Collection[tuple[str, str]] = ()) -> None:
+    def write_environment(self, environment: Mapping[str, Any], skipped: Collection[tuple[str, str]] = ()) -> None:
         """Write environment.json, and skipped.txt: (name, reason) of each file of the dataset that was left out."""
         if self.writes:
             write_file(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         if self.writes and skipped:
             write_file(self.folder / "skipped.txt", "".join(f"{name}: {reason}\n" for name, reason in skipped))
 
-    def note(self, **values: Any) -> None:
+    def update_state(self, **values: Any) -> None:
         """Update state.json atomically with these values."""
         if self.writes:
             self.check_folder()
@@ -226,7 +226,7 @@ class Run:
             if lost := lost_output():
                 self.state["output"] = lost
             write_file(self.folder / "state.json", json.dumps(self.state, indent=2) + "\n")
-            self.noted_at = time.monotonic()
+            self.updated_at = time.monotonic()
 
     def check_folder(self) -> None:
         """Before a write: raise UserError if the folder was moved or removed during the run."""
@@ -240,12 +240,12 @@ class Run:
         self.identity = identity  # some network file systems renumber inodes
 
     @property
-    def is_quiet(self) -> bool:
+    def heartbeat_due(self) -> bool:
         """Whether state.json is due for a heartbeat.
 
         The training loop itself must check this: a separate thread would keep beating while the loop hangs.
         """
-        return self.writes and time.monotonic() - self.noted_at > SECONDS_BETWEEN_HEARTBEATS
+        return self.writes and time.monotonic() - self.updated_at > SECONDS_BETWEEN_HEARTBEATS
 
     def __enter__(self) -> "Run":
         return self
@@ -265,7 +265,7 @@ class Run:
             if isinstance(error, OSError):
                 self.check_folder()
             try:
-                self.note(status=status, error=reason, exit_code=exit_code)
+                self.update_state(status=status, error=reason, exit_code=exit_code)
             except (OSError, UserError):  # the first error is the one to report
                 if error is None:
                     raise

@@ -133,7 +133,7 @@ class Checkpoints:
                 self._write(folder, ranks)
                 for old in self._folders()[self.KEPT :]:
                     remove_folder(old)
-            self.run.note(**self.progress.position, checkpoint=self.progress.step)
+            self.run.update_state(**self.progress.position, checkpoint=self.progress.step)
         self.saved_at = time.monotonic()
         self.cost = self.saved_at - started
 

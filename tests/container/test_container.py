@@ -314,30 +314,30 @@ def test_wrong_usage_exits_with_2_and_an_unknown_command_with_127(tmp_path: Path
 
 
 @pytest.fixture
-def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def written_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The step in each state.json written."""
     steps: list[int] = []
-    note = Run.note
+    update_state = Run.update_state
 
     def watched(self: Run, **values: Any) -> None:
-        note(self, **values)
+        update_state(self, **values)
         steps.append(self.state["step"])
 
-    monkeypatch.setattr(Run, "note", watched)
+    monkeypatch.setattr(Run, "update_state", watched)
     return steps
 
 
 def test_training_and_evaluation_send_heartbeats(
-    run_here: RunHere, noted_steps: list[int], monkeypatch: pytest.MonkeyPatch
+    run_here: RunHere, written_steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mnist.runs.folder.SECONDS_BETWEEN_HEARTBEATS", 0.0)
     run_here("x")  # 20 steps, 2 batches of evaluation, a checkpoint, the end
-    assert noted_steps == [0, *range(1, 21), 20, 20, 20, 20]
+    assert written_steps == [0, *range(1, 21), 20, 20, 20, 20]
 
 
-def test_heartbeats_are_at_least_ten_seconds_apart(run_here: RunHere, noted_steps: list[int]) -> None:
+def test_heartbeats_are_at_least_ten_seconds_apart(run_here: RunHere, written_steps: list[int]) -> None:
     run_here("x")
-    assert noted_steps == [0, 20, 20]
+    assert written_steps == [0, 20, 20]
 
 
 def test_a_container_is_healthy_while_its_newest_run_progresses(tmp_path: Path) -> None:

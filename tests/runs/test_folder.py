@@ -58,7 +58,7 @@ def test_an_output_folder_that_is_not_writable_is_refused(folder: str) -> None:
 
 def test_a_run_that_completes_is_finished(tmp_path: Path) -> None:
     with Run.create(config(tmp_path)) as run:
-        run.note(step=12, epoch=3)
+        run.update_state(step=12, epoch=3)
         state = state_of(run.folder)
         assert (state["status"], state["step"], state["epoch"], state["error"]) == ("running", 12, 3, None)
     assert (state_of(run.folder)["status"], state_of(run.folder)["step"]) == ("finished", 12)
@@ -86,14 +86,14 @@ def test_the_state_of_a_run_that_did_not_finish_has_the_reason(
 def test_only_the_process_that_created_the_folder_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Run() as run:
-        run.note(step=1, epoch=1)
+        run.update_state(step=1, epoch=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_state_is_valid_json_at_any_time_without_temporary_files(tmp_path: Path) -> None:
     run = Run.create(config(tmp_path))
     for step in range(20):
-        run.note(step=step, epoch=1)
+        run.update_state(step=step, epoch=1)
         assert json.loads((run.folder / "state.json").read_text())["step"] == step
     assert {path.name for path in run.folder.iterdir()} == {".lock", "config.yaml", "state.json"}
 
@@ -175,7 +175,7 @@ def test_a_link_latest_that_cannot_be_updated_is_a_warning(tmp_path: Path, monke
     (tmp_path / "runs" / "latest").mkdir(parents=True)  # as cp -rL leaves it
     (tmp_path / "runs" / "latest" / "state.json").write_text("{}")
     with Run.create(config(tmp_path, "one")) as run:
-        run.note(step=1)
+        run.update_state(step=1)
     assert [warning.rpartition(":")[0] for warning in run.warnings] == [
         f"{tmp_path / 'runs' / 'latest'} does not point to this run"
     ]
@@ -250,7 +250,7 @@ def test_a_moved_or_removed_folder_is_not_written_to_again(act: str, tmp_path: P
     if act == "replaced":
         run.folder.mkdir()
     with pytest.raises(UserError, match="mine: was moved or removed during the run"), run:
-        run.note(step=5)
+        run.update_state(step=5)
     assert not run.folder.exists() or list(run.folder.iterdir()) == []
     if act != "removed":
         assert state_of(tmp_path / "elsewhere")["step"] == 0
@@ -260,7 +260,7 @@ def test_a_file_system_that_renumbers_its_folders_does_not_end_a_run(tmp_path: P
     with Run.create(config(tmp_path, "mine")) as run:
         assert run.identity is not None
         run.identity = (run.identity[0], run.identity[1] + 1)
-        run.note(step=7)
+        run.update_state(step=7)
     assert state_of(run.folder)["step"] == 7
 
 
