@@ -36,7 +36,7 @@ COUNT_DEVICES = """
 import torch
 print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)
 """
-LARGEST_KEY = 10_000  # bytes
+MAX_KEY = 10_000  # bytes
 SECRET = "/run/secrets/wandb_api_key"  # a secret of Compose or Swarm
 
 
@@ -122,7 +122,7 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe might never end
             raise UsageError(f"WANDB_API_KEY_FILE={path}: not a file.")
-        key = read_text(path, LARGEST_KEY).strip()
+        key = read_text(path, MAX_KEY).strip()
     except OSError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:

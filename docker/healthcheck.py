@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 SECONDS = 600.0  # compiling and large checkpoints take minutes; processes wait ten minutes for each other
-LARGEST = 16 << 20  # bytes, as in mnist/files.py
+MAX_TEXT = 16 << 20  # bytes, as in mnist/files.py
 
 
 def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, str]:
@@ -24,7 +24,7 @@ def verdict(folder: Path, host: str, now: float, limit: float) -> tuple[bool, st
         if not path.is_file():  # a pipe would never end
             continue
         try:
-            if path.stat().st_size > LARGEST:
+            if path.stat().st_size > MAX_TEXT:
                 continue
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["status"] == "running" and state["process"].endswith(f" on {host}"):

@@ -133,7 +133,7 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def predict_images(options: argparse.Namespace) -> int:
     """Print one row or JSON object per image. Unreadable images are reported and skipped; the exit code is then 1."""
-    from mnist.data.images import MOST_BYTES, find_images, read_image
+    from mnist.data.images import MAX_FILE_BYTES, find_images, read_image
     from mnist.inference.predict import load
 
     if options.top < 1:
@@ -152,7 +152,7 @@ def predict_images(options: argparse.Namespace) -> int:
     if "-" in options.images:
         if sys.stdin is None:
             raise ConfigError("IMAGE -: standard input is closed.")
-        sources["-"] = sys.stdin.buffer.read(MOST_BYTES + 1)  # which may never end
+        sources["-"] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)  # which may never end
     if not sources:
         raise ConfigError(f"{', '.join(options.images)}: no images found.")
     width = max(len(printable(name)) for name in sources)

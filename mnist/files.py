@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from mnist.errors import UserError
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # of temporary_name
-LARGEST_TEXT = 16 << 20  # bytes: nested empty lists take thirty times as much in memory
+MAX_TEXT = 16 << 20  # bytes: nested empty lists take thirty times as much in memory
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -29,10 +29,10 @@ def temporary_name(path: Path, word: str) -> Path:
     return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
 
 
-def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
-    """The text in a file; OSError for more than `most` bytes, which a sparse file has for nothing."""
-    if path.stat().st_size > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 10:,} KiB, which no file of this project is", str(path))
+def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
+    """The text in a file; OSError for more than `max_bytes`, which a sparse file has for nothing."""
+    if path.stat().st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes >> 10:,} KiB, which no file of this project is", str(path))
     return path.read_text(encoding="utf-8")
 
 

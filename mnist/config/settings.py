@@ -42,6 +42,7 @@ AT_LEAST_1 = (
 )
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 MAX_INTEGER = 10**12
+MAX_IMAGE_SIZE = 1024  # pixels per side
 MAX_YAML = 64 << 10  # bytes of a config.yaml: parsing takes ten seconds per megabyte
 TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -183,7 +184,7 @@ class TrainConfig:
         self._require("learning_rate", lambda rate: 0 < rate < math.inf, "finite and above 0")
         self._require("weight_decay", lambda decay: 0 <= decay < math.inf, "finite and at least 0")
         self._require("max_grad_norm", lambda norm: 0 < norm < math.inf, "finite and above 0")
-        self._require("image_size", lambda size: 8 <= size <= 1024, "from 8 to 1024")
+        self._require("image_size", lambda size: 8 <= size <= MAX_IMAGE_SIZE, f"from 8 to {MAX_IMAGE_SIZE}")
         self._require("test_fraction", lambda fraction: 0 < fraction < 1, "between 0 and 1, e.g. 0.2")
         self._require(
             "run_name",

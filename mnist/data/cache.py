@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mnist.config.settings import MAX_IMAGE_SIZE
 from mnist.data.folders import Folder, reasons
 from mnist.data.images import Scale, decode_images, follow_parent, ranges_of, scale_of, survey_images
 from mnist.data.layout import a_few
@@ -45,9 +46,8 @@ FORMAT = 2  # of the file, and of how images are read and resized: increment to 
 FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, MAGIC
 MAGIC = b"mnist-u8"
 SIZE, SMALL_SIZE = 64, 28
-MAX_SIDE = 1024  # pixels, as of --image-size
 ABOUT_SMALL = 32  # gray images whose median shorter side is at most this become SMALL_SIZE
-MOST_BROKEN = 0.1  # of the files that should be images
+MAX_BROKEN = 0.1  # of the files that should be images
 CHUNK = 16  # images per task of a decoding process
 SPARE_BYTES = 64 << 20  # left on the disk once the file is written
 
@@ -137,7 +137,7 @@ def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
         and len(shape) in (3, 4)
         and (shape[0], shape[3:]) in ((count, ()), (count, (3,)))
         and shape[1] == shape[2] == (image_size or shape[1])
-        and 0 < shape[1] <= MAX_SIDE
+        and 0 < shape[1] <= MAX_IMAGE_SIZE
     )
 
 
@@ -248,10 +248,10 @@ def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
-    """Raise UserError if over MOST_BROKEN of the images, all of a split or all of a class cannot be read."""
-    if len(broken) > MOST_BROKEN * len(folder.files):
+    """Raise UserError if over MAX_BROKEN of the images, all of a split or all of a class cannot be read."""
+    if len(broken) > MAX_BROKEN * len(folder.files):
         raise UserError(
-            f"{folder.flag}: {len(broken):,} of {len(folder.files):,} images (over {MOST_BROKEN:.0%}) cannot be read:"
+            f"{folder.flag}: {len(broken):,} of {len(folder.files):,} images (over {MAX_BROKEN:.0%}) cannot be read:"
             f" {reasons(broken.items())}. Fix or remove them: {a_few([printable(name) for name in broken])}."
         )
     every = {(file.part, file.label) for file in folder.files}

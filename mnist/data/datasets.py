@@ -34,9 +34,9 @@ from mnist.errors import ConfigError, UserError
 from mnist.launch.streams import printable
 
 TEST_FRACTION = 0.2  # of each class, if a folder has no test split
-LEAST_DEVIATION = 1 / 255  # of a data set's pixels, to not amplify uniform images to noise
-MAX_BYTES = 256 << 20  # of an unpacked file in MNIST's format: five times the largest that exists
-MOST_NAMED = 6  # classes whose counts are shown
+MIN_DEVIATION = 1 / 255  # of a data set's pixels, to not amplify uniform images to noise
+MAX_UNPACKED_BYTES = 256 << 20  # of an unpacked file in MNIST's format: five times the largest that exists
+MAX_CLASSES_NAMED = 6  # classes whose counts are shown
 FILES = tuple(
     f"{kind}-ubyte" for kind in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 )
@@ -188,7 +188,7 @@ def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
     for total, squares in zip(totals[:channels], totals[channels:], strict=True):
         mean.append(total / pixels / 255)
         variance = (pixels * squares - total * total) / pixels**2  # a difference of floats might be negative
-        std.append(max(math.sqrt(variance) / 255, LEAST_DEVIATION))
+        std.append(max(math.sqrt(variance) / 255, MIN_DEVIATION))
     return Normalization(tuple(mean), tuple(std))
 
 
@@ -212,7 +212,7 @@ def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
     names = folder.class_names
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     order = sorted(range(len(names)), key=counts.__getitem__)
-    if len(names) <= MOST_NAMED:
+    if len(names) <= MAX_CLASSES_NAMED:
         text = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     else:
         least, most = (f"{counts[label]:,} ({names[label]})" for label in (order[0], order[-1]))
@@ -300,9 +300,9 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
     Raises UserError with the file's name. Format: "THE IDX FILE FORMAT" on the MNIST database's page.
     """
     again = "Delete it and download it again."
-    too_large = f"{path}: over {MAX_BYTES >> 20} MiB, larger than any such file. {again}"
+    too_large = f"{path}: over {MAX_UNPACKED_BYTES >> 20} MiB, larger than any such file. {again}"
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > MAX_UNPACKED_BYTES:
             raise UserError(too_large)
         content = path.read_bytes()
     except OSError as error:
@@ -314,10 +314,10 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
                 " repository; otherwise delete it to have it downloaded again."
             )
         try:
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES + 1)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_UNPACKED_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a complete .gz file ({error}). {again}") from error
-        if len(content) > MAX_BYTES:
+        if len(content) > MAX_UNPACKED_BYTES:
             raise UserError(too_large)
     # two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as big-endian uint32
     dimensions = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0

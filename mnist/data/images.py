@@ -30,8 +30,8 @@ from mnist.errors import ImageError
 from mnist.launch.streams import printable
 
 # photographs of 12 to 50 million pixels are common; 64 million take 200 MB in color, times a few copies
-MOST_PIXELS = 64_000_000
-MOST_BYTES = 512 << 20  # of a file: that many pixels, uncompressed, of 16 bits in color and some more
+MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 512 << 20  # of a file: that many pixels, uncompressed, of 16 bits in color and some more
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .heic .heif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff"
     " .webp".split()
@@ -50,7 +50,7 @@ def read_image(source: Path | bytes | BinaryIO, name: str = "", scale: Scale | N
     all opaque ones are nearly white. More than 8 bits per pixel are reduced by `scale`, by default from the image's
     own range (`scale_of`). `name` is used in messages if the source has none.
 
-    Raises ImageError, one line, if it cannot be opened, is not an image, is broken or has more than MOST_PIXELS.
+    Raises ImageError, one line, if it cannot be opened, is not an image, is broken or has more than MAX_PIXELS.
     """
     return in_8_bits(_read(source, name), scale)
 
@@ -69,7 +69,7 @@ def _read(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{name}: too large; the limit is {MOST_PIXELS:,} pixels.") from error
+            raise ImageError(f"{name}: too large; the limit is {MAX_PIXELS:,} pixels.") from error
         except MemoryError as error:
             raise ImageError(f"{name}: does not fit in memory.") from error
         except Exception as error:  # decoders raise anything on broken files: SyntaxError, struct.error, ...
@@ -252,8 +252,8 @@ def _open(path: Path, name: str) -> BinaryIO:
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     """Decode the first image in a file after checking its size. Raises ImageError and whatever decoders raise."""
     size = file.seek(0, io.SEEK_END) if file.seekable() else None
-    if size is not None and size > MOST_BYTES:  # some decoders read all of it
-        raise ImageError(f"{name}: too large; the limit is {MOST_BYTES >> 20} MiB.")
+    if size is not None and size > MAX_FILE_BYTES:  # some decoders read all of it
+        raise ImageError(f"{name}: too large; the limit is {MAX_FILE_BYTES >> 20} MiB.")
     if size is not None:
         file.seek(0)
     try:
@@ -266,8 +266,8 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     if isinstance(image, TiffImageFile) and {TILEWIDTH, TILELENGTH} <= image.tag_v2.keys():
         # a tile is decoded whole, however little of it is in the picture
         width, height = max(width, image.tag_v2[TILEWIDTH]), max(height, image.tag_v2[TILELENGTH])
-    if width * height > MOST_PIXELS:
-        raise ImageError(f"{name}: {width} x {height} is too large; the limit is {MOST_PIXELS:,} pixels.")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: {width} x {height} is too large; the limit is {MAX_PIXELS:,} pixels.")
     image.load()
     if min(image.size) < 1:
         raise ImageError(f"{name}: {width} x {height} pixels, an empty image.")

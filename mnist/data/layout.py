@@ -33,7 +33,7 @@ CHILDREN_LOOKED_AT = 5  # of a folder that may contain runs
 TABLES = (".csv", ".tsv", ".xls", ".xlsx")
 NO_IMAGE, IN_NO_CLASS = "no image file extension", "not in a class folder"
 MAKE_FOLDERS = "Make one folder per class and put its images there."
-MOST_DESCENTS = 3
+MAX_DESCENTS = 3
 
 
 class Contents(NamedTuple):
@@ -182,7 +182,7 @@ def _part_of(name: str) -> str | None:
 
 def _descend(tree: Tree, place: str, part: str) -> str:
     """Descend into a folder of the same meaning if there is nothing else: `seg_train/seg_train` of `seg_train`."""
-    for _ in range(MOST_DESCENTS):
+    for _ in range(MAX_DESCENTS):
         contents = tree.scan(place)
         inner = list(contents.folders)
         if contents.images or len(inner) != 1 or part != _part_of(inner[0]):

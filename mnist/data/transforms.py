@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EVAL_IMAGES, EVAL_VALUES = 500, 2_000_000  # at most, per batch: activations take many times the memory
-LARGEST_ANGLE = math.radians(10)
-LARGEST_ZOOM = LARGEST_SHIFT = 0.1  # as a fraction of the image's sides
+MAX_ANGLE = math.radians(10)
+MAX_ZOOM = MAX_SHIFT = 0.1  # as a fraction of the image's sides
 
 
 def scale_pixels(images: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def augmentation_parameters(count: int, seed: int, epoch: int, flip: bool) -> Te
     They depend on the arguments alone, not on the number of processes or where a run is resumed.
     """
     random = np.random.default_rng([seed, epoch, 1])  # [seed, epoch] is the order of the images
-    moves = random.uniform(-1, 1, (count, 4)) * [LARGEST_ANGLE, LARGEST_ZOOM, LARGEST_SHIFT, LARGEST_SHIFT]
+    moves = random.uniform(-1, 1, (count, 4)) * [MAX_ANGLE, MAX_ZOOM, MAX_SHIFT, MAX_SHIFT]
     mirrored = (random.random((count, 1)) < 0.5) & flip
     return torch.from_numpy(np.hstack([moves, mirrored])).to(torch.get_default_dtype())
 

@@ -37,8 +37,8 @@ from mnist.errors import ConfigError, UserError
 Answer = Callable[[bytes], Mapping[str, Any]]
 
 HOST, PORT = "127.0.0.1", 7860
-LARGEST_BODY = 2**20  # bytes of an image; the page sends some 5 kB
-LARGEST_SIDE = 2048  # pixels: limits the memory that a small file can unpack to
+MAX_BODY = 2**20  # bytes of an image; the page sends some 5 kB
+MAX_DRAWING_SIDE = 2048  # pixels: limits the memory that a small file can unpack to
 TIMEOUT = 10  # seconds to wait for a client
 METHODS = {"/": "GET", "/answer": "POST"}
 ANY_ADDRESS = ("", "0.0.0.0", "::")
@@ -184,15 +184,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is required.")
         if not length.isdecimal():
             return self.refuse(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
-        if len(length) > 15 or int(length) > LARGEST_BODY:
-            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {LARGEST_BODY:,} bytes.")
+        if len(length) > 15 or int(length) > MAX_BODY:
+            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {MAX_BODY:,} bytes.")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             return None  # the client is gone
         if (size := size_of_png(body)) is None:
             return self.refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Not a PNG.")
-        if max(size) > LARGEST_SIDE:
-            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {LARGEST_SIDE} pixels per side.")
+        if max(size) > MAX_DRAWING_SIDE:
+            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The limit is {MAX_DRAWING_SIDE} pixels per side.")
         try:
             answer = json.dumps(self.server.answer(body), allow_nan=False)
         except UserError as error:
@@ -262,7 +262,7 @@ def size_of_png(body: bytes) -> tuple[int, int] | None:
                 width, height = image.size
                 return width, height
     except Image.DecompressionBombError:
-        return LARGEST_SIDE + 1, LARGEST_SIDE + 1
+        return MAX_DRAWING_SIDE + 1, MAX_DRAWING_SIDE + 1
     except Exception:  # parsers raise anything on damaged files
         return None
 

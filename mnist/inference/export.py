@@ -22,7 +22,7 @@ from mnist.errors import UserError
 from mnist.files import temporary_name, write_file
 from mnist.inference.predict import Model, predict
 
-LARGEST_DIFFERENCE = 1e-4  # of a probability
+MAX_DIFFERENCE = 1e-4  # of a probability
 DIGIT = "bright ink on black, cropped to the ink, resized to fit 20 x 20, its center of mass moved to the center"
 FIT = "shorter side resized to the size, bicubic and antialiased, then center-cropped; colors as RGB"
 
@@ -43,7 +43,7 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     """Write the model to `path` and return the largest difference between its probabilities and the original's.
 
     They are compared on `images`, uint8 [N, height, width] or [N, height, width, 3], one alone and the rest in batches.
-    Raises UserError, and writes nothing, if a package is missing or the difference is above LARGEST_DIFFERENCE.
+    Raises UserError, and writes nothing, if a package is missing or the difference is above MAX_DIFFERENCE.
     """
     try:
         import onnxruntime
@@ -74,10 +74,10 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
         batches = images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:]))
         exported = torch.cat([run(session, batch) for batch in batches])
         difference = float((exported - predict(model.net, images)).abs().max())
-        if not difference <= LARGEST_DIFFERENCE:  # or NaN
+        if not difference <= MAX_DIFFERENCE:  # or NaN
             raise UserError(
                 f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e}, more than"
-                f" {LARGEST_DIFFERENCE:.0e}. Try another version of torch or onnxruntime."
+                f" {MAX_DIFFERENCE:.0e}. Try another version of torch or onnxruntime."
             )
         if is_stream:
             write_file(path, (temporary / path.name).read_bytes())

@@ -21,14 +21,14 @@ MIDDLE = 14.0  # center of mass, in pixels from the first; 13.48 to 14.5 in MNIS
 SEARCHED = 480  # pixels: longest side of the image in which a digit is searched
 DRAWN = 240  # pixels: longest side of the crop in which it is cleaned
 BRUSH = 3.0  # longest side / BRUSH: anything wider is paper
-MOST = 2.5  # longest side / MOST: a window of which most is paper
-FAINTEST = 0.10  # least contrast of ink, relative to the paper's brightness
-CLEAREST = 7.0  # least contrast of ink, in standard deviations of the paper's noise
-SMALLEST = 0.02  # least size of a digit, relative to the longest side
-LONGEST = 10  # most length of the strokes in a digit's longest sides; a texture has more
-MOST_PIECES = 8  # connected regions of a digit
-SPECK = 0.06  # least size of a region, relative to the largest; smaller is dirt
-STROKE = 2.0  # pixels in the box: thinner strokes are thickened
+MEDIAN_WINDOW = 2.5  # longest side / MEDIAN_WINDOW: a window mostly of paper
+MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
+MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
+MIN_SIZE = 0.02  # of a digit, relative to the longest side
+MAX_STROKE_LENGTH = 10  # of all strokes together, relative to the digit's longest side; a texture has more
+MAX_PIECES = 8  # connected regions of a digit
+MIN_PIECE = 0.06  # size of a region, relative to the largest; smaller is dirt
+MIN_STROKE = 2.0  # pixels in the box: thinner strokes are thickened
 
 
 def prepare_digit(image: Image.Image) -> Tensor | None:
@@ -70,7 +70,7 @@ def _find(image: Image.Image) -> Box | None:
     if ink is None:
         return None
     left, top, right, bottom = (factor * it for it in _box(ink))
-    if max(right - left, bottom - top) < max(SMALLEST * max(image.size), 5):
+    if max(right - left, bottom - top) < max(MIN_SIZE * max(image.size), 5):
         return None
     return left, top, right, bottom
 
@@ -107,7 +107,7 @@ def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
 def _ink(strength: Floats, noise: float) -> Floats | None:
     """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there are none."""
     strongest = float(strength.max())
-    if strongest < max(FAINTEST, CLEAREST * noise):
+    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise):
         return None
     full = float(np.median(strength[strength > strongest / 2]))
     labels = label_regions(strength > max(full / 4, 3 * noise))
@@ -116,12 +116,12 @@ def _ink(strength: Floats, noise: float) -> Floats | None:
     strong = np.bincount(labels[strength > full / 2], minlength=count)
     size[0] = 0  # the paper
     size[strong == 0] = 0
-    kept = size >= max(2, SPECK * size.max())
-    if not 1 <= np.count_nonzero(kept) <= MOST_PIECES:
+    kept = size >= max(2, MIN_PIECE * size.max())
+    if not 1 <= np.count_nonzero(kept) <= MAX_PIECES:
         return None
     strokes = kept[labels] & (strength > full / 2)
     left, top, right, bottom = _box(strokes)
-    if _outline(strokes) / 2 > LONGEST * max(right - left, bottom - top):
+    if _outline(strokes) / 2 > MAX_STROKE_LENGTH * max(right - left, bottom - top):
         return None
     return np.where(kept[labels], np.clip(strength / full, 0, 1), 0).astype(np.float32)
 
@@ -167,7 +167,7 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     shrink = max(1.0, max(gray.shape) / 48)
     small = _resized(light, (max(1, round(width / shrink)), max(1, round(height / shrink))))
     surface = _smooth_surface(small)
-    most = _sliding_median(small - surface, max(3, round(max(small.shape) / MOST) | 1))
+    most = _sliding_median(small - surface, max(3, round(max(small.shape) / MEDIAN_WINDOW) | 1))
     sign = 1 if float(((small - surface - most) ** 3).sum()) > 0 else -1
     contrast = sign * np.expm1(light - _resized(surface, (width, height)))
     brush = max(3, round(max(gray.shape) / BRUSH))
@@ -258,10 +258,10 @@ def _outline(mask: Mask) -> float:
 
 
 def _thickened(ink: Floats) -> Floats:
-    """The ink [height, width] with strokes at least STROKE pixels wide in the box of 20 x 20."""
+    """The ink [height, width] with strokes at least MIN_STROKE pixels wide in the box of 20 x 20."""
     covered = ink > 0.5
-    missing = STROKE * max(ink.shape) / BOX - 2 * int(covered.sum()) / _outline(covered)  # of the mean stroke width
-    radius = missing / 2 / (1 - STROKE / BOX)  # thickening also enlarges the digit
+    missing = MIN_STROKE * max(ink.shape) / BOX - 2 * int(covered.sum()) / _outline(covered)  # of the mean stroke width
+    radius = missing / 2 / (1 - MIN_STROKE / BOX)  # thickening also enlarges the digit
     if radius < 0.5:
         return ink
     reach = int(np.ceil(radius))

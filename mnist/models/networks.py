@@ -69,14 +69,14 @@ class CNN(nn.Module):
     gradient of a batch does not depend on the number of processes. Raises ConfigError if images are too small.
     """
 
-    SMALLEST = 4  # pixels, for pooling twice
+    MIN_SIDE = 4  # pixels, for pooling twice
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
         channels, height, width = image_shape
-        if min(height, width) < self.SMALLEST:
+        if min(height, width) < self.MIN_SIDE:
             raise ConfigError(
-                f"--model cnn: does not accept images of {width} x {height} pixels; each side needs {self.SMALLEST}."
+                f"--model cnn: does not accept images of {width} x {height} pixels; each side needs {self.MIN_SIDE}."
             )
         self.conv1 = nn.Conv2d(channels, 16, 5, padding=2)
         self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
@@ -114,7 +114,7 @@ class Strided(nn.Module):
             if min(height, width) < 1:
                 raise ConfigError(
                     f"--model {self.name}: does not accept images of {image_shape[2]} x {image_shape[1]} pixels, which"
-                    f" are too small. --model cnn accepts {CNN.SMALLEST} x {CNN.SMALLEST} and up."
+                    f" are too small. --model cnn accepts {CNN.MIN_SIDE} x {CNN.MIN_SIDE} and up."
                 )
             convolution = nn.Conv2d(channels, filters, size, stride, padding)
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnist.config.settings import MAX_IMAGE_SIZE
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, read_text
@@ -25,9 +26,8 @@ from mnist.launch.streams import printable
 from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
 
-LARGEST_SIDE = 1024  # pixels, as of --image-size: limits the memory that a small config.json can request
-MOST_CLASSES = 100_000
-LARGEST_HEADER = 1 << 20  # bytes of a model.safetensors: the largest networks need a fifth of it, and it takes time
+MAX_CLASSES = 100_000
+MAX_HEADER = 1 << 20  # bytes of a model.safetensors: the largest networks need a fifth of it, and it takes time
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def read_config(path: Path) -> ModelConfig:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not the description of a model ({printable(problem)[:200]}).") from error
-    if not 1 <= len(config.class_names) <= MOST_CLASSES:
-        raise UserError(f"{path}: {len(config.class_names):,} classes; must be 1 to {MOST_CLASSES:,}.")
+    if not 1 <= len(config.class_names) <= MAX_CLASSES:
+        raise UserError(f"{path}: {len(config.class_names):,} classes; must be 1 to {MAX_CLASSES:,}.")
     return config
 
 
@@ -148,7 +148,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the weights. Run: git lfs pull")
     try:
-        if (header := int.from_bytes(start[:8], "little")) > LARGEST_HEADER:
+        if (header := int.from_bytes(start[:8], "little")) > MAX_HEADER:
             raise ValueError(f"a header of {header:,} bytes")
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, of a shape
@@ -177,8 +177,9 @@ def _scale(value: Any) -> tuple[float, float]:
 
 
 def _side(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= LARGEST_SIDE:
-        raise ValueError(f"a side of {value!r:.50} pixels; must be 1 to {LARGEST_SIDE:,}")
+    # a limit to the memory that a small config.json can request
+    if type(value) is not int or not 1 <= value <= MAX_IMAGE_SIZE:
+        raise ValueError(f"a side of {value!r:.50} pixels; must be 1 to {MAX_IMAGE_SIZE:,}")
     return value
 
 

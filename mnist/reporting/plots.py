@@ -14,7 +14,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from mnist.runs.record import MOST_POINTS, Record, downsample, pixels
+from mnist.runs.record import MAX_POINTS, Record, downsample, pixels
 
 TRAIN, TEST, VALIDATION, TRUTH, REST = "#4078c0", "#e0812b", "#8f6bbf", "#3a9a63", "#c8ccd4"
 RUN_COLORS = ("#4078c0", "#e0812b", "#3a9a63", "#c44e6a", "#8f6bbf", "#8c6d46", "#3aa3b5", "#7f7f7f")
@@ -105,7 +105,7 @@ def _draw_splits(axes: Any, records: Sequence[Record], key: str, scale: float) -
 
 
 def _points(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    with_key = downsample([line for line in lines if key in line], MOST_POINTS)
+    with_key = downsample([line for line in lines if key in line], MAX_POINTS)
     return [line["step"] for line in with_key], [line[key] for line in with_key]
 
 

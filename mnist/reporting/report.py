@@ -13,10 +13,10 @@ from typing import Any
 
 from mnist.files import write_file
 from mnist.reporting import plots
-from mnist.runs.record import MOST_MOMENTS, MOST_POINTS, Record, downsample
+from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, downsample
 
-MOST_CLASSES = 20  # in the table of classes; of more, the least accurate
-MOST_EPOCHS = 100  # in the table of epochs; of more, the last
+MAX_CLASS_ROWS = 20  # in the table of classes; of more, the least accurate
+MAX_EPOCH_ROWS = 100  # in the table of epochs; of more, the last
 PATHS = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that do not affect the result
 ENVIRONMENT = ("device", "processes", "threads", "precision", "torch", "git_commit")  # compared between runs
 COMPARED = ("val/loss", "val/accuracy", "test/loss", "test/accuracy")
@@ -107,8 +107,8 @@ def render(records: Sequence[Record]) -> str:
         evaluation=evaluation,
         classes=class_accuracies(evaluation) if evaluation else [],
         matrix=matrix(evaluation) if evaluation else [],
-        moments=downsample(evaluation["history"], MOST_MOMENTS) if evaluation else [],
-        epochs=record.evaluations[-MOST_EPOCHS:],
+        moments=downsample(evaluation["history"], MAX_MOMENTS) if evaluation else [],
+        epochs=record.evaluations[-MAX_EPOCH_ROWS:],
         differences=differences(records),
         settings={name: value for name, value in record.config.items() if name not in PATHS},
         metrics=[_metrics(record) for record in records],
@@ -117,12 +117,12 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _metrics(record: Record) -> dict[str, Any]:
-    evaluations, losses = downsample(record.evaluations, MOST_EPOCHS), downsample(record.losses, MOST_POINTS)
+    evaluations, losses = downsample(record.evaluations, MAX_EPOCH_ROWS), downsample(record.losses, MAX_POINTS)
     return {"name": record.name, "evaluations": evaluations, "losses": losses}
 
 
 def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Name, images, errors and accuracy of each class that has images, or of the MOST_CLASSES least accurate."""
+    """Name, images, errors and accuracy of each class that has images, or of the MAX_CLASS_ROWS least accurate."""
     columns = (evaluation["class_names"], evaluation["images"], evaluation["correct"])
     classes = [
         {"name": name, "images": images, "errors": images - correct, "accuracy": correct / images}
@@ -132,7 +132,9 @@ def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     worst = max((1 - row["accuracy"] for row in classes), default=0) or 1
     for row in classes:
         row["strength"] = (1 - row["accuracy"]) / worst  # length of its bar, 0 to 1
-    return classes if len(classes) <= MOST_CLASSES else sorted(classes, key=lambda row: row["accuracy"])[:MOST_CLASSES]
+    if len(classes) > MAX_CLASS_ROWS:
+        return sorted(classes, key=lambda row: row["accuracy"])[:MAX_CLASS_ROWS]
+    return classes
 
 
 def matrix(evaluation: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

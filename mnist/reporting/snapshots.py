@@ -21,8 +21,8 @@ from mnist.data.splits import ImageData
 from mnist.files import write_file
 from mnist.training.evaluate import Result
 
-MOST_CLASSES_SHOWN = 20  # in the confusion matrix; of more, the most confused and all others as one
-LARGEST_SIDE = 96  # pixels, of a stored image
+MAX_CLASSES_SHOWN = 20  # in the confusion matrix; of more, the most confused and all others as one
+MAX_STORED_SIDE = 96  # pixels, of a stored image
 OTHERS = "all others"
 
 
@@ -89,7 +89,7 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen + rest[: count - len(chosen)])
 
 
-def cut(counts: Tensor, class_names: Sequence[str], most: int = MOST_CLASSES_SHOWN) -> dict[str, Any]:
+def cut(counts: Tensor, class_names: Sequence[str], most: int = MAX_CLASSES_SHOWN) -> dict[str, Any]:
     """A confusion matrix [classes, classes] cut to at most `most` rows, with their names and the same sum.
 
     It keeps the most confused classes and merges the others into the last row and column. Confusions among the merged
@@ -114,7 +114,7 @@ def cut(counts: Tensor, class_names: Sequence[str], most: int = MOST_CLASSES_SHO
 def picture(image: Tensor) -> str:
     """An image as a data URL: uint8 [height, width] as PNG; color, [height, width, 3], as JPEG, a fifth as large."""
     small = Image.fromarray(image.numpy())
-    small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    small.thumbnail((MAX_STORED_SIDE, MAX_STORED_SIDE))
     buffer, kind = io.BytesIO(), "png" if image.dim() == 2 else "jpeg"
     small.save(buffer, format=kind, quality=90)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -25,14 +25,14 @@ from mnist.launch.streams import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_POINTS = 1000  # per curve in a report
-MOST_MOMENTS = 12  # evaluations shown per example image
+MAX_POINTS = 1000  # per curve in a report
+MAX_MOMENTS = 12  # evaluations shown per example image
 DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # needs no request
 OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
-LARGEST_SIDE = 1024  # pixels of an image in evaluation.json: those that are kept are smaller
-MOST_SHOWN = 100  # classes in a confusion matrix, most likely classes of an image: fewer are kept
-LONGEST_LINE = 1 << 20  # characters, of metrics.jsonl
-LARGEST_FIGURE = 1e40  # float32 ends at 3.4e38; plots and sums of far larger numbers overflow
+MAX_READ_SIDE = 1024  # pixels of an image in evaluation.json: those that are kept are smaller
+MAX_CLASSES_READ = 100  # classes in a confusion matrix, most likely classes of an image: fewer are kept
+MAX_LINE = 1 << 20  # characters, of metrics.jsonl
+MAX_NUMBER = 1e40  # float32 ends at 3.4e38; plots and sums of far larger numbers overflow
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without one that is still being written."""
     lines = []
     with path.open(encoding="utf-8", newline="\n") as file:
-        while (text := file.readline(LONGEST_LINE)).endswith("\n") or len(text) == LONGEST_LINE:
+        while (text := file.readline(MAX_LINE)).endswith("\n") or len(text) == MAX_LINE:
             line = _parse_json(text)
             expect(line, {"step": int}, "a line of metrics.jsonl")
             for name, value in line.items():
@@ -160,13 +160,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _parse_json(text: str) -> Any:
-    """Raises ValueError for what is not JSON, and for every number beyond `LARGEST_FIGURE`."""
-    return json.loads(text, parse_int=_figure, parse_float=_figure, parse_constant=_figure)
+    """Raises ValueError for what is not JSON, and for every number beyond `MAX_NUMBER`."""
+    return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
 
 
-def _figure(text: str) -> int | float:
+def _number(text: str) -> int | float:
     value = int(text) if text.removeprefix("-").isdecimal() else float(text)
-    if not abs(value) <= LARGEST_FIGURE:  # NaN too
+    if not abs(value) <= MAX_NUMBER:  # NaN too
         raise ValueError(f"{text:.50} is not a valid number")
     return value
 
@@ -194,7 +194,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
         len(classes) == len(evaluation["images"]) == len(evaluation["correct"])
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
-        and len(names) <= MOST_SHOWN
+        and len(names) <= MAX_CLASSES_READ
         and all(type(number) is int and 0 <= number <= MAX_INTEGER for number in numbers)
         and all(type(name) is str for name in (*evaluation["class_names"], *names))
         and all(
@@ -220,7 +220,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
             raise ValueError("evaluation.json: a probability outside 0 to 1")
     for item in evaluation["examples"]:
         likeliest = item["likeliest"]
-        if len(likeliest) > MOST_SHOWN or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
+        if len(likeliest) > MAX_CLASSES_READ or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
             raise ValueError("evaluation.json: an example without a class")
 
 
@@ -231,7 +231,7 @@ def pixels(url: str) -> "Image":
     try:
         # only these formats: Pillow would start Ghostscript for EPS
         image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG", "JPEG"])
-        if max(image.size) > LARGEST_SIDE:  # a small file may unpack to gigabytes
+        if max(image.size) > MAX_READ_SIDE:  # a small file may unpack to gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels")
         image.load()
     except Exception as error:  # a parser may raise anything for a damaged file

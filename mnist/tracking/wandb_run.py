@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mnist.errors import DivergedError, UserError
 from mnist.launch.signals import Interrupted
-from mnist.runs.record import MOST_MOMENTS, downsample, pixels
+from mnist.runs.record import MAX_MOMENTS, downsample, pixels
 
 SERVER_SECONDS = 5  # W&B adds up to three seconds of its own
 ANSWER_SECONDS = 2
@@ -288,7 +288,7 @@ def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         first = names[mistake["truth"]], names[mistake["prediction"]], mistake["probability"]
         second = names[mistake["second"]], mistake["second_probability"]
         mistakes.add_data(wandb.Image(pixels(mistake["image"])), *first, *second)
-    moments = downsample(evaluation["history"], MOST_MOMENTS)
+    moments = downsample(evaluation["history"], MAX_MOMENTS)
     examples = wandb.Table(columns=["image", "true class", *(f"step {moment['step']}" for moment in moments)])
     for place, example in enumerate(evaluation["examples"]):
         answers = [

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 MISTAKES = 40  # kept of the test split
-MOST_CLASSES_LOGGED = 20  # with their own accuracy: more would flood the trackers
+MAX_CLASSES_LOGGED = 20  # with their own accuracy: more would flood the trackers
 
 
 class Mistake(NamedTuple):
@@ -55,7 +55,7 @@ class Result:
         Accuracy per class is only of val and test, with at most 20 classes, and of classes that have images.
         """
         values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
-        if split != "train" and len(class_names) <= MOST_CLASSES_LOGGED:
+        if split != "train" and len(class_names) <= MAX_CLASSES_LOGGED:
             for number, name in enumerate(class_names):
                 images = int(self.confusion[number].sum())
                 if images > 0:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER
-from mnist.data.images import MOST_PIXELS, find_images, read_image
+from mnist.data.images import MAX_PIXELS, find_images, read_image
 from mnist.data.splits import ImageData
 from mnist.errors import ImageError, UserError
 from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
@@ -154,9 +154,9 @@ def half(content: bytes) -> bytes:
         (half(png(paste_digit(torch.full((28, 28), 255), np.random.default_rng(0)))), "broken or cut off"),
         (half(saved(seven(), "JPEG")), "broken or cut off"),
         (png(seven())[:20], "broken or cut off"),
-        (png_claiming(50_000, 50_000), f"too large; the limit is {MOST_PIXELS:,} pixels"),
+        (png_claiming(50_000, 50_000), f"too large; the limit is {MAX_PIXELS:,} pixels"),
         (png_claiming(10_000, 9_500), "10000 x 9500 is too large"),  # Pillow itself would only warn
-        (png_claiming(MOST_PIXELS // 1000 + 1, 1000), "64001 x 1000 is too large"),
+        (png_claiming(MAX_PIXELS // 1000 + 1, 1000), "64001 x 1000 is too large"),
         (png_claiming(0, 100), ""),
     ],
 )

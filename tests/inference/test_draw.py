@@ -27,7 +27,7 @@ from mnist import load
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.images import read_image
 from mnist.errors import ConfigError, UserError
-from mnist.inference.draw import LARGEST_BODY, LARGEST_SIDE, PORT, DrawServer, build_server
+from mnist.inference.draw import MAX_BODY, MAX_DRAWING_SIDE, PORT, DrawServer, build_server
 from mnist.reporting.snapshots import picture
 from tests.conftest import hear_ctrl_c
 from tests.support.handwriting import HANDS, swing
@@ -237,11 +237,11 @@ def test_requests_from_other_origins_are_refused(origin: str, status: int, serve
 
 
 def test_an_image_that_is_too_large_is_refused_with_a_response(server: DrawServer) -> None:
-    large = png() + bytes(LARGEST_BODY)
+    large = png() + bytes(MAX_BODY)
     reply = Reply(server, "POST", "/answer", large)  # sent completely before the response is read
     assert reply.status == 413
     assert b"1,048,576 bytes" in reply.body
-    assert Reply(server, "POST", "/answer", large[:LARGEST_BODY]).status == 200
+    assert Reply(server, "POST", "/answer", large[:MAX_BODY]).status == 200
     head = b"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"
     assert raw(server, head).startswith(b"HTTP/1.0 413 ")
 
@@ -253,7 +253,7 @@ def test_a_small_file_with_a_huge_image_is_refused() -> None:
     def header(width: int, height: int) -> bytes:
         return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
 
-    side = LARGEST_SIDE + 1
+    side = MAX_DRAWING_SIDE + 1
     data = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     with serving(lambda picture: pytest.fail("predicted")) as server:
         # decoders use the last of several headers

@@ -18,7 +18,7 @@ from torch import Tensor
 Points = NDArray[np.float64]  # [points, 2], x to the right and y down
 Stroke = list[tuple[float, float]]
 
-LEAST_CONTRAST = 60  # levels of brightness between paper and ink, before a shadow falls on both
+MIN_CONTRAST = 60  # levels of brightness between paper and ink, before a shadow falls on both
 CANVASES = ((280, 280), (400, 400), (500, 500), (560, 560), (640, 480), (800, 600), (480, 640))
 
 
@@ -127,13 +127,13 @@ def paste_digit(image28: Tensor, rng: np.random.Generator) -> Image.Image:
 
 
 def _paper_and_ink(rng: np.random.Generator) -> tuple[Points, Points]:
-    """Two colors [3] in 0..255 that differ in brightness by at least LEAST_CONTRAST, either of them the lighter."""
+    """Two colors [3] in 0..255 that differ in brightness by at least MIN_CONTRAST, either of them the lighter."""
     weights = np.array([0.299, 0.587, 0.114])
     tint = rng.choice([0, 15, 60])  # white and gray paper, yellowed paper, colored paper
     while True:
         paper, pen = rng.uniform(10, 250, 2)[:, None] + rng.normal(0, tint, (2, 3))
         paper, pen = np.clip(paper, 0, 255), np.clip(pen, 0, 255)
-        if abs(float((paper - pen) @ weights)) >= LEAST_CONTRAST:
+        if abs(float((paper - pen) @ weights)) >= MIN_CONTRAST:
             return paper, pen
 
 
