@@ -170,7 +170,7 @@ def predict_images(options: argparse.Namespace) -> int:
         rows.append({"file": name, "label": prediction.label, "probability": prediction.probability, "top": top})
         if not options.json:
             print(f"{printable(name):{width}}  {format_top(likely)}")
-        if options.show_input and prediction.seen is not None:
+        if options.show_input and prediction.network_input is not None:
             stem = f"{len(rows):03}-{'stdin' if name == '-' else Path(name).stem}"
             write_input(options.show_input, stem, prediction)
         if options.save and len(figure) < MAX_FIGURE_IMAGES:
@@ -200,10 +200,10 @@ def write_input(folder: Path, stem: str, prediction: "Prediction") -> None:
     """Save what the network sees as a PNG."""
     from PIL import Image
 
-    assert prediction.seen is not None
+    assert prediction.network_input is not None
     folder.mkdir(parents=True, exist_ok=True)
     stem = stem.encode(errors="surrogateescape")[:MAX_FILE_NAME].decode(errors="ignore")
-    Image.fromarray(prediction.seen.numpy()).save(folder / f"{stem}.png")
+    Image.fromarray(prediction.network_input.numpy()).save(folder / f"{stem}.png")
 
 
 def draw_digits(options: argparse.Namespace) -> None:
@@ -221,7 +221,7 @@ def draw_digits(options: argparse.Namespace) -> None:
             "label": prediction.label,
             "probability": prediction.probability,
             "probabilities": [prediction.probabilities.get(name, 0.0) for name in model.class_names],
-            "seen": "" if prediction.seen is None else picture(prediction.seen),
+            "network_input": "" if prediction.network_input is None else picture(prediction.network_input),
         }
 
     title = f"{model.config.architecture} on {model.config.dataset}"

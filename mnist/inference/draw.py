@@ -5,10 +5,10 @@ server = build_server(answer, names, "title", port=0)       # for tests: a free 
 
 `answer` takes a PNG, bright ink on black like MNIST's images, and returns
 
-    {"label": "7", "probability": 0.98, "probabilities": [0.0, ...], "seen": "data:image/png;base64,..."}
+    {"label": "7", "probability": 0.98, "probabilities": [0.0, ...], "network_input": "data:image/png;base64,..."}
 
-with None as the label if nothing was recognized. `seen` is the network's input and may be empty. The page is one file,
-draw.html, and loads nothing else. The server is stateless.
+with None as the label if nothing was recognized; `network_input` may be empty. The page is one file, draw.html, and
+loads nothing else. The server is stateless.
 """
 
 import contextlib

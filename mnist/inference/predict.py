@@ -30,7 +30,7 @@ class Prediction:
     label: str | None  # a class name; None if no digit was found
     probability: float  # of the label
     probabilities: dict[str, float]  # by class name, most likely first; empty if no digit was found
-    seen: Tensor | None  # the prepared image, uint8 [height, width] or [height, width, 3]
+    network_input: Tensor | None  # the prepared image, uint8 [height, width] or [height, width, 3]
 
 
 class Model:

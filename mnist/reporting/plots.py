@@ -214,12 +214,12 @@ def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
     with drawing() as Figure:
         figure = Figure(figsize=(7, 0.4 + 1.7 * len(answers)))
         rows = figure.subplots(len(answers), 3, squeeze=False, width_ratios=(1, 1, 2))
-        for (original, seen, words), (name, image, found) in zip(rows, answers, strict=True):
-            for axes in (original, seen, words):
+        for (original, prepared, words), (name, image, found) in zip(rows, answers, strict=True):
+            for axes in (original, prepared, words):
                 axes.set_axis_off()
             original.imshow(image, cmap="gray")
-            if found.seen is not None:
-                seen.imshow(found.seen.numpy(), cmap="gray")
+            if found.network_input is not None:
+                prepared.imshow(found.network_input.numpy(), cmap="gray")
             confidence = f"{100 * found.probability:.1f} %"
             label = "no digit found" if found.label is None else f"{shortened(found.label)}, {confidence}"
             words.text(0, 0.62, label, fontsize=15, fontweight="bold", transform=words.transAxes)

@@ -53,7 +53,7 @@ def band(picture: bytes) -> dict[str, Any]:
     except (OSError, SyntaxError) as error:
         raise UserError(f"not a picture: {error}") from error
     if ink.sum() < 255 * 900:
-        return {"label": None, "probability": 0.0, "probabilities": [0.0] * 10, "seen": ""}
+        return {"label": None, "probability": 0.0, "probabilities": [0.0] * 10, "network_input": ""}
     columns = ink.sum(axis=0)
     middle = (columns * np.arange(len(columns))).sum() / columns.sum()
     label = int(10 * middle / len(columns))
@@ -61,7 +61,7 @@ def band(picture: bytes) -> dict[str, Any]:
     seen = io.BytesIO()
     Image.fromarray(ink.astype(np.uint8)).resize((28, 28)).save(seen, format="PNG")
     address = "data:image/png;base64," + base64.b64encode(seen.getvalue()).decode()
-    return {"label": str(label), "probability": 0.82, "probabilities": probabilities, "seen": address}
+    return {"label": str(label), "probability": 0.82, "probabilities": probabilities, "network_input": address}
 
 
 def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (130, 40, 150, 240)) -> bytes:
@@ -135,7 +135,7 @@ def test_an_image_is_answered_with_its_prediction(server: DrawServer) -> None:
     prediction = json.loads(reply.body)
     assert prediction["label"] == "7"
     assert prediction["probabilities"][7] == prediction["probability"] == 0.82
-    assert prediction["seen"].startswith("data:image/png;base64,")
+    assert prediction["network_input"].startswith("data:image/png;base64,")
     assert json.loads(Reply(server, "POST", "/answer", png(ink=(0, 0, 9, 9))).body)["label"] is None
 
 
@@ -478,7 +478,7 @@ def test_a_line_drawn_with_the_mouse_is_predicted_on_a_desktop(scheme: str, open
     assert tab.text("#probability") == "82.0 %"
     assert tab.text(".bars li.first").split() == ["7", "82"]
     assert tab.shares() == pytest.approx([0.82 if number == 7 else 0.02 for number in range(10)], abs=0.02)
-    assert tab.page.locator("#seen").evaluate("it => [it.naturalWidth, it.naturalHeight]") == [28, 28]
+    assert tab.page.locator("#network-input").evaluate("it => [it.naturalWidth, it.naturalHeight]") == [28, 28]
     tab.says("7 82.0 %")
     assert tab.page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # no scrolling
     paper, ink = tab.page.evaluate(
@@ -550,7 +550,7 @@ def test_undo_removes_the_last_stroke_and_clear_removes_all(
     tab.sees("Draw a digit")
     assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
     assert tab.ink() == 0
-    assert tab.page.locator("#seen").get_attribute("src") is None
+    assert tab.page.locator("#network-input").get_attribute("src") is None
     tab.says("Draw a digit")
     do("undo", undo)  # of clearing too
     tab.sees("5")
@@ -723,7 +723,7 @@ def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
             expected = model.predict(read_image(bytes(sent)))
             told = dict(zip(model.class_names, tab.page.evaluate("shown.probabilities"), strict=True))
             assert told == pytest.approx(expected.probabilities, abs=1e-5)
-            assert tab.page.locator("#seen").get_attribute("src") == picture(expected.seen)
+            assert tab.page.locator("#network-input").get_attribute("src") == picture(expected.network_input)
         tab.context.close()
     assert tab.complaints == []
     assert all(it.startswith((address, "data:")) for it in tab.asked)
@@ -732,7 +732,7 @@ def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
 @in_a_browser
 def test_many_long_and_hostile_names_fit(open_tab: Callable[..., Tab]) -> None:
     names = [f"{HOSTILE} {number}" for number in range(47)]
-    told = {"label": names[3], "probability": 0.9999, "probabilities": [0.9999] + [0.0] * 46, "seen": ""}
+    told = {"label": names[3], "probability": 0.9999, "probabilities": [0.9999] + [0.0] * 46, "network_input": ""}
     with serving(lambda picture: told, class_names=names, title=HOSTILE) as server:
         for viewport in (DESK, PHONE):
             tab = open_tab(server.address, viewport=viewport)

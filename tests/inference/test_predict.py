@@ -182,7 +182,7 @@ def test_arrays_tensors_and_pil_images_are_predicted_alone_or_together(run: Path
     alone = [model.predict(it) for it in (image, image.numpy(), image.float() / 255, Image.fromarray(image.numpy()))]
     assert {it.label for it in alone} == {"7"}
     assert len({it.probability for it in alone}) == 1
-    assert torch.equal(alone[0].seen, image)  # as it is
+    assert torch.equal(alone[0].network_input, image)  # as it is
     many = model.predict(digits.test.images[:3])
     assert [it.label for it in many] == [it.label for it in model.predict(list(digits.test.images[:3]))]
     for wrong in (np.zeros((2, 3, 4, 5, 6)), np.full((28, 28), 300), np.zeros((0, 28))):
@@ -194,7 +194,7 @@ def test_mnists_images_are_predicted_with_the_runs_accuracy(run: Path, digits: I
     found = load(run).predict(list(digits.test.images[:1000]))
     right = sum(it.label == str(int(label)) for it, label in zip(found, digits.test.labels[:1000], strict=True))
     assert right / 1000 == pytest.approx(metrics_of(run)[-1]["test/accuracy"], abs=0.05)
-    assert all(torch.equal(it.seen, image) for it, image in zip(found, digits.test.images[:], strict=False))
+    assert all(torch.equal(it.network_input, image) for it, image in zip(found, digits.test.images[:], strict=False))
 
 
 def test_evaluate_prints_the_metrics_of_the_run(run: Path, fresh_accelerate: None, capsys: Capture) -> None:
@@ -210,8 +210,8 @@ def test_models_of_other_data_sets_take_only_images_of_their_size(run: Path, dig
     model = load(run)
     shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist", preparation="none"))
     shifted = digits.test.images[0].roll(5, dims=1)  # which a digit's preparation would move back
-    assert torch.equal(shoes.predict(shifted).seen, shifted)
-    assert not torch.equal(model.predict(shifted).seen, shifted)
+    assert torch.equal(shoes.predict(shifted).network_input, shifted)
+    assert not torch.equal(model.predict(shifted).network_input, shifted)
     with pytest.raises(ImageError, match=r"280 x 280 pixels, but this fashion-mnist model needs 28 x 28"):
         shoes.predict(write_digits(tmp_path, digits, (0,))[0])
 

@@ -66,8 +66,8 @@ def check_answers(run: Path, folder: Path) -> None:
     answers = [row["label"] for row in json.loads(done.stdout)]
     assert sum(answer == KINDS[number % 3] for number, answer in enumerate(answers)) >= 25, answers
     with Image.open(folder / "00.png") as picture:
-        seen = load(run).predict(picture).seen
-    assert seen.shape == (64, 64, 3)
+        network_input = load(run).predict(picture).network_input
+    assert network_input.shape == (64, 64, 3)
 
 
 @pytest.mark.slow
