@@ -172,11 +172,11 @@ def compile_graph(graph: GraphModule, arguments: list[Tensor]) -> tuple[Callable
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
         missing = type(cause).__name__ == "InvalidCxxCompiler"
-        return None, "no C++ compiler found (CXX, g++)" if missing else first_line(cause)
+        return None, "no C++ compiler found (CXX, g++)" if missing else compiler_error(cause)
     return compiled, ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a compiler's message with "error:" in it, else its first line."""
+def compiler_error(error: BaseException) -> str:
+    """The type of an error, and the first line of its message with "error:" in it, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {next((line for line in lines if 'error:' in line), lines[0])}"

@@ -16,7 +16,7 @@ from mnist.errors import ConfigError
 from mnist.launch.environment import COMPILED
 from mnist.models.by_name import build_model
 from mnist.models.networks import Net
-from mnist.training.capture import check, first_line, trace
+from mnist.training.capture import check, compiler_error, trace
 from mnist.training.lean import LeanAccelerator
 from mnist.training.losses import LOSSES
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
@@ -165,9 +165,9 @@ def test_a_compilers_error_is_reduced_to_the_line_with_the_cause() -> None:
     output = (
         "C++ compile error\n\nCommand:\ng++ main.cpp\n\nOutput:\nmain.cpp:3:10: fatal error: Python.h: No such file"
     )
-    assert first_line(RuntimeError(output)) == "RuntimeError: main.cpp:3:10: fatal error: Python.h: No such file"
-    assert first_line(RuntimeError("no triton\nsee there")) == "RuntimeError: no triton"
-    assert first_line(RuntimeError()) == "RuntimeError: "
+    assert compiler_error(RuntimeError(output)) == "RuntimeError: main.cpp:3:10: fatal error: Python.h: No such file"
+    assert compiler_error(RuntimeError("no triton\nsee there")) == "RuntimeError: no triton"
+    assert compiler_error(RuntimeError()) == "RuntimeError: "
 
 
 class WithDropout(Net):
