@@ -29,7 +29,7 @@ CHOICES = {
 
 MAY_CHANGE = {
     *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds", "compile"),
-    *("dataset", "data_dir"),  # only their place: runs/folder.py compares the images
+    *("dataset", "data_dir"),  # only their path: runs/folder.py compares the images
 }
 """Settings that may change when a run is resumed."""
 

@@ -77,10 +77,10 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: S
     Outdated caches of the same folder and settings are deleted; a job that still maps one keeps it until it ends.
     Raises UserError if the images cannot be decoded or the file cannot be written.
     """
-    place = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
+    source = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
     state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
     state.update(f"\0{FORMAT}".encode())
-    stem = f"{printable(folder.path.name)[:40]}-{place.hexdigest()[:8]}"
+    stem = f"{printable(folder.path.name)[:40]}-{source.hexdigest()[:8]}"
     path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file of decoded images. Remove it.")

@@ -182,7 +182,7 @@ def _parts_of(folder: Folder, files: Sequence[File], test_fraction: float | None
 def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
     """Mean and standard deviation of the training images, from integers: the same on every machine, in any order."""
     assert isinstance(train.images, MappedImages)
-    totals = [int(it) for it in sums[train.images.places.numpy()].sum(axis=0)]
+    totals = [int(it) for it in sums[train.images.file_indices.numpy()].sum(axis=0)]
     pixels, channels = len(train) * math.prod(train.images.shape[1:3]), len(totals) // 2
     mean, std = [], []
     for total, squares in zip(totals[:channels], totals[channels:], strict=True):
@@ -199,11 +199,11 @@ def choose_parts(files: Sequence[File], test_fraction: float) -> NDArray[np.str_
     """
     parts = np.full(len(files), "train")
     by_class: dict[int, list[int]] = defaultdict(list)
-    for place in sorted(range(len(files)), key=lambda it: hashlib.sha256(os.fsencode(files[it].name)).digest()):
-        by_class[files[place].label].append(place)
-    for places in by_class.values():
-        count = min(max(round(test_fraction * len(places)), 1), len(places) - (test_fraction < 1))
-        parts[places[:count]] = "test"
+    for index in sorted(range(len(files)), key=lambda index: hashlib.sha256(os.fsencode(files[index].name)).digest()):
+        by_class[files[index].label].append(index)
+    for indices in by_class.values():
+        count = min(max(round(test_fraction * len(indices)), 1), len(indices) - (test_fraction < 1))
+        parts[indices[:count]] = "test"
     return parts
 
 

@@ -108,20 +108,20 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
     To test a model, pass its `class_names`: the folder may lack some of them, but must have no others.
     """
     top = tree.scan("")
-    ours = [name for name, place in top.folders.items() if tree.is_ours(place)]
-    folders = {name: place for name, place in top.folders.items() if name not in ours}
+    ours = [name for name, path in top.folders.items() if tree.is_ours(path)]
+    folders = {name: path for name, path in top.folders.items() if name not in ours}
     skipped, notes = [*_strays(top), *((name, OURS) for name in ours)], []
     if splits := _find_splits(tree, folders, problem, measures=class_names is not None):
-        named = {part: tree.scan(place).folders for part, place in splits.items()}
-        for place in splits.values():
-            skipped += _strays(tree.scan(place))
-        read = [place.split("/")[0] for place in splits.values()]
+        named = {part: tree.scan(path).folders for part, path in splits.items()}
+        for path in splits.values():
+            skipped += _strays(tree.scan(path))
+        read = [path.split("/")[0] for path in splits.values()]
         if others := sorted(folders.keys() - set(read)):
             notes.append(f"ignored next to {'/, '.join(read)}/: {printable(', '.join(others))}")
     else:
         copies = _find_copies(tree, folders)
         notes += [f"ignored: {printable(name)}/, which repeats {inner}" for name, inner in copies.items()]
-        named = {"train": {name: place for name, place in folders.items() if name not in copies}}
+        named = {"train": {name: path for name, path in folders.items() if name not in copies}}
         _refuse_same_folders(tree, named["train"], problem)
     if class_names is None:
         _refuse_fewer_than_two(tree, named["train"], splits.get("train", ""), problem)
@@ -138,7 +138,7 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
         if unknown := [name for name in classes if _key(name) not in labels]:
             where = f"{part}/ has" if splits else "it has"
             raise problem(f"{where} classes {lacks[0]}: {printable(a_few(unknown))}. {lacks[1]}.")
-        parts[part] = {labels[_key(name)]: place for name, place in classes.items()}
+        parts[part] = {labels[_key(name)]: path for name, path in classes.items()}
     return Layout(tuple(map(printable, class_names)), parts, splits, skipped, notes)
 
 
@@ -147,10 +147,10 @@ def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem, measu
     meant = {name: part for name in folders if (part := _part_of(name))}
     with_classes: dict[str, dict[str, str]] = {}
     for name, part in meant.items():
-        place = _descend(tree, folders[name], part)
-        if tree.scan(place).folders:
-            with_classes.setdefault(part, {})[name] = place
-    found = {part: _choose(part, places, problem) for part, places in with_classes.items()}
+        path = _descend(tree, folders[name], part)
+        if tree.scan(path).folders:
+            with_classes.setdefault(part, {})[name] = path
+    found = {part: _choose(part, paths, problem) for part, paths in with_classes.items()}
     if "train" in found and len(found) > 1:
         if "test" not in found:  # without test/, val/ is the test split
             found["test"] = found.pop("val")
@@ -180,31 +180,31 @@ def _part_of(name: str) -> str | None:
     return parts.pop() if len(parts) == 1 else None
 
 
-def _descend(tree: Tree, place: str, part: str) -> str:
+def _descend(tree: Tree, path: str, part: str) -> str:
     """Descend into a folder of the same meaning if there is nothing else: `seg_train/seg_train` of `seg_train`."""
     for _ in range(MAX_DESCENTS):
-        contents = tree.scan(place)
+        contents = tree.scan(path)
         inner = list(contents.folders)
         if contents.images or len(inner) != 1 or part != _part_of(inner[0]):
             break
-        place = contents.folders[inner[0]]
-    return place
+        path = contents.folders[inner[0]]
+    return path
 
 
-def _choose(part: str, places: Mapping[str, str], problem: Problem) -> str:
+def _choose(part: str, paths: Mapping[str, str], problem: Problem) -> str:
     """Of the folders that mean the same split, the one with exactly such a name."""
-    names = [name for name in places if name.casefold() in WORDS[part]] if len(places) > 1 else list(places)
+    names = [name for name in paths if name.casefold() in WORDS[part]] if len(paths) > 1 else list(paths)
     if len(names) != 1:
-        both = " and ".join(f"{printable(name)}/" for name in sorted(places)[:2])
+        both = " and ".join(f"{printable(name)}/" for name in sorted(paths)[:2])
         raise problem(f"{both} both look like the {part} images. Rename the right one to {part}/.")
-    return places[names[0]]
+    return paths[names[0]]
 
 
 def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
     """Folders that contain only folders named like their siblings, such as augmented copies; and these names."""
     found, keys = {}, {_key(name) for name in folders}
-    for name, place in folders.items():
-        contents = tree.scan(place)
+    for name, path in folders.items():
+        contents = tree.scan(path)
         inner = {_key(it) for it in contents.folders}
         if len(inner) > 1 and not contents.images and inner <= keys and _key(name) not in inner:
             found[name] = printable(a_few([f"{it}/" for it in contents.folders]))
@@ -213,7 +213,7 @@ def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
 
 def _refuse_same_folders(tree: Tree, classes: Mapping[str, str], problem: Problem) -> None:
     """Raise if two folders contain no images but the same folders: they may be unnamed splits as well as classes."""
-    inner = {name: tree.scan(place) for name, place in classes.items()}
+    inner = {name: tree.scan(path) for name, path in classes.items()}
     folders = {
         name: {_key(it) for it in contents.folders}
         for name, contents in inner.items()
@@ -236,13 +236,13 @@ def _refuse_fewer_than_two(tree: Tree, classes: Mapping[str, str], parent: str, 
     if not classes:
         raise problem(f"{where} contains no folders. {MAKE_FOLDERS}{_hint(tree, tree.scan(parent))}")
     if len(classes) == 1:
-        ((name, place),) = classes.items()
-        inner = tree.scan(place)
+        ((name, path),) = classes.items()
+        inner = tree.scan(path)
         if len(inner.folders) > 1 and not inner.images:
             below = printable(a_few(list(inner.folders)))
             raise problem(
                 f"{where} contains only {printable(name)}/, with {below} in it. If these are the classes, use:"
-                f" --dataset {_path(tree, place)}"
+                f" --dataset {_path(tree, path)}"
             )
         hint = _hint(tree, inner, tree.scan(parent))
         raise problem(f"only one class, {printable(name)}. Add a folder for each other class.{hint}")
@@ -285,8 +285,8 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", printable(name)).lower()  # models store printable names
 
 
-def _path(tree: Tree, place: str) -> str:
-    return printable(str(tree.path / place))
+def _path(tree: Tree, path: str) -> str:
+    return printable(str(tree.path / path))
 
 
 def a_few(names: Sequence[str]) -> str:

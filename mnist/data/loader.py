@@ -109,12 +109,12 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         batch, offset = divmod(positions.start, stride)
         first = batch // count * count * stride + offset
         parts = [range(start, start + size) for start in range(first, len(self.order), stride)[:count]]
-        places = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # [batches, B]
-        places = places.to(self.home)
-        images, labels = (self._to_device(it) for it in self.split.gather(self.order[places]))
-        X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[places])
+        ahead = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # positions [batches, B]
+        ahead = ahead.to(self.home)
+        images, labels = (self._to_device(it) for it in self.split.gather(self.order[ahead]))
+        X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[ahead])
         if self.training and self.training.augment:
-            parameters = self._to_device(self.parameters[places])
+            parameters = self._to_device(self.parameters[ahead])
             X = augment(X.flatten(0, 1), parameters.flatten(0, 1)).view_as(X)
         self.ready = dict(
             zip(parts, zip(X.unbind(), labels.unbind(), sample_weight.unbind(), strict=True), strict=True)

@@ -41,7 +41,7 @@ class MappedImages:
         """
         self.file = path.open("rb", buffering=0)  # stays readable if the file is deleted
         self.item = shape[1:]
-        self.places = torch.arange(shape[0])  # in the file
+        self.file_indices = torch.arange(shape[0])
         self.digests = digests
         self.unchecked = np.full(shape[0], digests is not None)
         self.pixels: NDArray[np.uint8] | None = None
@@ -52,45 +52,45 @@ class MappedImages:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((len(self.places), *self.item))
+        return torch.Size((len(self.file_indices), *self.item))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.file_indices)
 
     def dim(self) -> int:
         return 1 + len(self.item)
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Copies of the images at `index`, of any shape. Raises UserError if the file has changed."""
-        places = self.places[index]
-        images = self._read(places) if self.pixels is None else self.pixels.take(places.numpy(), axis=0)
-        if self.unchecked[places.numpy()].any():
-            self._check(places.flatten().numpy(), images)
+        indices = self.file_indices[index]
+        images = self._read(indices) if self.pixels is None else self.pixels.take(indices.numpy(), axis=0)
+        if self.unchecked[indices.numpy()].any():
+            self._check(indices.flatten().numpy(), images)
         return torch.from_numpy(images)
 
-    def _read(self, places: Tensor) -> NDArray[np.uint8]:
-        images, size = np.empty((*places.shape, *self.item), np.uint8), math.prod(self.item)
+    def _read(self, indices: Tensor) -> NDArray[np.uint8]:
+        images, size = np.empty((*indices.shape, *self.item), np.uint8), math.prod(self.item)
         buffer = images.reshape(-1).data
-        for number, place in enumerate(places.flatten().tolist()):
-            if os.preadv(self.file.fileno(), [buffer[number * size : (number + 1) * size]], place * size) < size:
+        for number, index in enumerate(indices.flatten().tolist()):
+            if os.preadv(self.file.fileno(), [buffer[number * size : (number + 1) * size]], index * size) < size:
                 raise UserError(f"{self.file.name}: truncated while in use. Remove it and start again.")
         return images
 
-    def _check(self, places: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
+    def _check(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
         assert self.digests is not None
-        rows = images.reshape(len(places), -1)
-        for number in np.flatnonzero(self.unchecked[places]).tolist():
-            if digest_of(rows[number].data) != self.digests[places[number]].tobytes():
+        rows = images.reshape(len(indices), -1)
+        for number in np.flatnonzero(self.unchecked[indices]).tolist():
+            if digest_of(rows[number].data) != self.digests[indices[number]].tobytes():
                 raise UserError(
-                    f"{self.file.name}: image {places[number]:,} does not match its checksum: the file was changed or"
+                    f"{self.file.name}: image {indices[number]:,} does not match its checksum: the file was changed or"
                     " the disk is failing. Remove it and start again."
                 )
-        self.unchecked[places] = False
+        self.unchecked[indices] = False
 
     def at(self, index: slice | Tensor) -> "MappedImages":
         """The images at the one-dimensional `index`, without reading them."""
         images = copy.copy(self)
-        images.places = self.places[index]
+        images.file_indices = self.file_indices[index]
         return images
 
 

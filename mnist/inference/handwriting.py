@@ -41,8 +41,8 @@ def prepare_digit(image: Image.Image) -> Tensor | None:
         for candidate in (pixels, 255 - pixels):
             if is_prepared(candidate):
                 return torch.from_numpy(candidate)
-    place = _find(image)
-    ink = None if place is None else _clean(image, place)
+    box = _find(image)
+    ink = None if box is None else _clean(image, box)
     return None if ink is None else torch.from_numpy(_center(_fit(ink)))
 
 
@@ -75,16 +75,16 @@ def _find(image: Image.Image) -> Box | None:
     return left, top, right, bottom
 
 
-def _clean(image: Image.Image, place: Box) -> Floats | None:
-    """The ink [height, width] in 0..1 of the digit at a place, cropped to it, its strokes thick enough."""
-    margin = max(place[2] - place[0], place[3] - place[1]) // 4 + 2
-    left, top = max(0, place[0] - margin), max(0, place[1] - margin)
-    right, bottom = min(image.width, place[2] + margin), min(image.height, place[3] + margin)
+def _clean(image: Image.Image, box: Box) -> Floats | None:
+    """The ink [height, width] in 0..1 of the digit in `box`, cropped to it, its strokes thick enough."""
+    margin = max(box[2] - box[0], box[3] - box[1]) // 4 + 2
+    left, top = max(0, box[0] - margin), max(0, box[1] - margin)
+    right, bottom = min(image.width, box[2] + margin), min(image.height, box[3] + margin)
     gray, factor = _shrunk(image.crop((left, top, right, bottom)), DRAWN)
     strength, noise = _contrast(gray)
     inside = np.zeros(gray.shape, dtype=bool)  # outside is dirt that _find has rejected
-    rows = slice(max(0, (place[1] - top) // factor - 3), (place[3] - top) // factor + 4)
-    columns = slice(max(0, (place[0] - left) // factor - 3), (place[2] - left) // factor + 4)
+    rows = slice(max(0, (box[1] - top) // factor - 3), (box[3] - top) // factor + 4)
+    columns = slice(max(0, (box[0] - left) // factor - 3), (box[2] - left) // factor + 4)
     inside[rows, columns] = True
     ink = _ink(np.where(inside, strength, 0), noise)
     if ink is None:

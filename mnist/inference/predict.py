@@ -114,9 +114,9 @@ def load(source: str | os.PathLike[str]) -> Model:
     config.json, or of user/name on the Hugging Face Hub. Raises UserError if there is none.
     """
     folder = Path(source)
-    for place in (folder, folder / "best", folder / "model"):
-        if (place / "model.safetensors").is_file():
-            return Model(*load_model(place))
+    for candidate in (folder, folder / "best", folder / "model"):
+        if (candidate / "model.safetensors").is_file():
+            return Model(*load_model(candidate))
     if (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: this run has no model yet. It is written when the run ends.")
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):

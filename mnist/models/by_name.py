@@ -145,9 +145,9 @@ def build_model(
         raise ConfigError(f"--model {name}: neither {' nor '.join(MODELS)} nor one of torchvision's models.")
     try:
         model = TorchvisionModel(name, num_classes, image_shape, pretrained)
-        place = next(model.parameters()).device  # "meta" where shapes alone are asked for: buffers follow
+        device = next(model.parameters()).device  # "meta" where shapes alone are asked for: buffers follow
         with torch.no_grad():
-            model.to(place).eval()(torch.zeros(2, *image_shape, device=place))
+            model.to(device).eval()(torch.zeros(2, *image_shape, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         _, height, width = image_shape
         size = max(models.get_model_weights(name).DEFAULT.meta["min_size"])

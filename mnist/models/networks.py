@@ -33,10 +33,10 @@ class Net(nn.Module):
         return F.log_softmax(self.fc4(x), dim=1)
 
 
-def pooling(sides: tuple[int, int], places: tuple[int, int]) -> nn.MaxPool2d:
-    """Max-pooling from `sides` to exactly `places`, with overlapping windows if they do not divide."""
-    strides = sides[0] // places[0], sides[1] // places[1]
-    windows = [side - (count - 1) * stride for side, count, stride in zip(sides, places, strides, strict=True)]
+def pooling(sides: tuple[int, int], pooled: tuple[int, int]) -> nn.MaxPool2d:
+    """Max-pooling from `sides` to exactly `pooled`, with overlapping windows if they do not divide."""
+    strides = sides[0] // pooled[0], sides[1] // pooled[1]
+    windows = [side - (count - 1) * stride for side, count, stride in zip(sides, pooled, strides, strict=True)]
     return nn.MaxPool2d((windows[0], windows[1]), strides)
 
 
@@ -63,7 +63,7 @@ class Normalized(nn.Module):
 class CNN(nn.Module):
     """A small convolutional network in the style of LeNet-5 (LeCun et al., 1998), with ReLU and max-pooling.
 
-    The second pooling leaves 7 x 7 places of larger images too; at 224 x 224 the first dense layer would otherwise have
+    The second pooling leaves 7 x 7 values of larger images too; at 224 x 224 the first dense layer would otherwise have
     12.8 million weights. On 360 generated photographs of three shapes, 64 x 64 in color, it reached 98 % after 8 epochs
     of 1,441, one-cycle to 3e-3 (three seeds); 96 % with non-overlapping windows that leave 8 x 8. No BatchNorm, so the
     gradient of a batch does not depend on the number of processes. Raises ConfigError if images are too small.
@@ -81,9 +81,9 @@ class CNN(nn.Module):
         self.conv1 = nn.Conv2d(channels, 16, 5, padding=2)
         self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
         sides = height // 2, width // 2
-        places = min(7, sides[0] // 2), min(7, sides[1] // 2)
-        self.pool = pooling(sides, places)  # (2, 2) of 28 pixels
-        self.fc1 = nn.Linear(32 * places[0] * places[1], 128)
+        pooled = min(7, sides[0] // 2), min(7, sides[1] // 2)
+        self.pool = pooling(sides, pooled)  # (2, 2) of 28 pixels
+        self.fc1 = nn.Linear(32 * pooled[0] * pooled[1], 128)
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class Strided(nn.Module):
             convolutions += [convolution, nn.ReLU()]
             channels = filters
         self.convolutions = nn.Sequential(*convolutions)
-        places = min(3, height), min(3, width)
-        self.pool = pooling((height, width), places)
-        self.fc = nn.Linear(channels * math.prod(places), num_classes)
+        pooled = min(3, height), min(3, width)
+        self.pool = pooling((height, width), pooled)
+        self.fc = nn.Linear(channels * math.prod(pooled), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.channels_last)  # contiguous() would not change images with one channel

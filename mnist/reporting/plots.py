@@ -169,8 +169,8 @@ def mistakes(evaluation: dict[str, Any], most: int = 32) -> Any:
         axes = figure.subplots()
         axes.set_axis_off()
         centered: dict[str, Any] = {"ha": "center", "va": "center"}
-        for place, mistake in enumerate(shown):
-            x, y = place % columns, 1.25 * (place // columns)
+        for index, mistake in enumerate(shown):
+            x, y = index % columns, 1.25 * (index // columns)
             extent = (x + 0.12, x + 0.88, y + 0.98, y + 0.22)
             axes.imshow(pixels(mistake["image"]), cmap=gray_of(evaluation), extent=extent)
             truth, prediction = (shortened(names[mistake[key]], 8) for key in ("truth", "prediction"))

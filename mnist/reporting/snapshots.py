@@ -99,11 +99,11 @@ def cut(counts: Tensor, class_names: Sequence[str], most: int = MAX_CLASSES_SHOW
         return {"names": list(class_names), "counts": counts.tolist(), "within": 0}
     confused = counts.sum(dim=0) + counts.sum(dim=1) - 2 * counts.diagonal()
     kept = confused.argsort(descending=True, stable=True)[: most - 1].sort().values
-    place = torch.full((len(counts),), most - 1)
-    place[kept] = torch.arange(most - 1)
-    flat = place[:, None] * most + place[None, :]  # [classes, classes]
+    new_index = torch.full((len(counts),), most - 1)
+    new_index[kept] = torch.arange(most - 1)
+    flat = new_index[:, None] * most + new_index[None, :]  # [classes, classes]
     small = torch.zeros(most * most, dtype=counts.dtype).index_add_(0, flat.flatten(), counts.flatten())
-    others = counts[place == most - 1][:, place == most - 1]
+    others = counts[new_index == most - 1][:, new_index == most - 1]
     return {
         "names": [class_names[index] for index in kept.tolist()] + [OTHERS],
         "counts": small.view(most, most).tolist(),

@@ -242,4 +242,4 @@ def pixels(url: str) -> "Image":
 def downsample(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` evenly spaced items, including the first and the last."""
     count = min(len(items), most)
-    return [items[round(place * (len(items) - 1) / max(1, count - 1))] for place in range(count)]
+    return [items[round(index * (len(items) - 1) / max(1, count - 1))] for index in range(count)]

@@ -290,9 +290,9 @@ def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         mistakes.add_data(wandb.Image(pixels(mistake["image"])), *first, *second)
     moments = downsample(evaluation["history"], MAX_MOMENTS)
     examples = wandb.Table(columns=["image", "true class", *(f"step {moment['step']}" for moment in moments)])
-    for place, example in enumerate(evaluation["examples"]):
+    for index, example in enumerate(evaluation["examples"]):
         answers = [
-            f"{names[moment['predictions'][place]]} ({moment['probabilities'][place]:.0%})" for moment in moments
+            f"{names[moment['predictions'][index]]} ({moment['probabilities'][index]:.0%})" for moment in moments
         ]
         examples.add_data(wandb.Image(pixels(example["image"])), names[example["truth"]], *answers)
     return {

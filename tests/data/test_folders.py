@@ -82,9 +82,9 @@ def in_cache(pets: Path) -> list[str]:
 
 def test_gray_images_of_the_right_size_are_unchanged(digits: ImageData, tmp_path: Path) -> None:
     some = digits.train.take(slice(0, 300))
-    for place, (image, label) in enumerate(zip(some.images[:], some.labels.tolist(), strict=True)):
+    for index, (image, label) in enumerate(zip(some.images[:], some.labels.tolist(), strict=True)):
         (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.numpy()).save(tmp_path / "digits" / str(label) / f"{place}.png")
+        Image.fromarray(image.numpy()).save(tmp_path / "digits" / str(label) / f"{index}.png")
     data = load(tmp_path / "digits")
     assert contents(data.train, data.test) == contents(some)
     assert (data.name, data.class_names, data.skipped) == ("digits", tuple("0123456789"), ())
@@ -383,8 +383,8 @@ def test_a_class_without_a_readable_image_is_an_error(pets: Path) -> None:
     ],
 )
 def test_folders_that_are_not_data_sets_are_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
-    for place, (folder, count) in enumerate(counts.items()):
-        write_images(tmp_path / "data" / folder, count, first=100 * place)
+    for index, (folder, count) in enumerate(counts.items()):
+        write_images(tmp_path / "data" / folder, count, first=100 * index)
     with pytest.raises(ConfigError) as raised:
         load(tmp_path / "data")
     assert str(raised.value).startswith(f"--dataset {tmp_path / 'data'}: ")
@@ -492,9 +492,9 @@ def test_changed_pixels_in_the_cache_are_an_error_when_read(pets: Path, monkeypa
     for mapped_bytes in (0, 1 << 20):
         monkeypatch.setattr(MappedImages, "MAPPED", mapped_bytes)
         data = load(pets)
-        split = data.train if 7 in data.train.images.places else data.test  # type: ignore[union-attr]
-        (place,) = (split.images.places == 7).nonzero()[0].tolist()  # type: ignore[union-attr]
-        others = torch.tensor([it for it in range(len(split)) if it != place])
+        split = data.train if 7 in data.train.images.file_indices else data.test  # type: ignore[union-attr]
+        (index,) = (split.images.file_indices == 7).nonzero()[0].tolist()  # type: ignore[union-attr]
+        others = torch.tensor([it for it in range(len(split)) if it != index])
         for _ in range(2):
             assert len(split.images[others]) == len(split) - 1
             with pytest.raises(UserError, match="image 7 does not match its checksum: the file was changed or the"):
@@ -751,7 +751,7 @@ count = (600 << 20) // 12288
 images = MappedImages(Path(sys.argv[1]), (count, 64, 64, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 half = count // 2
-total = sum(int(images[places].sum()) for places in torch.randperm(half).split(64))
+total = sum(int(images[indices].sum()) for indices in torch.randperm(half).split(64))
 total += sum(int(images[start : min(start + 64, count)].sum()) for start in range(half, count, 64))
 assert total == 127.5 * (600 << 20), total
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

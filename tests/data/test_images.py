@@ -418,8 +418,8 @@ def accuracy(run: Path, folder: Path, pictures: Iterable[Image.Image], labels: S
 @pytest.mark.slow
 def test_pasted_and_drawn_digits_are_recognized(cnn_run: Path, digits: ImageData, tmp_path: Path) -> None:
     rng = np.random.default_rng(SEED)
-    places = rng.permutation(len(digits.test))[:MEASURED]
-    images, labels = digits.test.take(torch.from_numpy(places))
+    indices = rng.permutation(len(digits.test))[:MEASURED]
+    images, labels = digits.test.take(torch.from_numpy(indices))
     pasted = accuracy(cnn_run, tmp_path / "pasted", (paste_digit(it, rng) for it in images[:]), labels.tolist())
     written = [number % len(HANDS) for number in range(MEASURED)]
     drawn = accuracy(cnn_run, tmp_path / "drawn", (draw_digit(it, rng) for it in written), written)

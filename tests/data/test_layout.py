@@ -17,8 +17,8 @@ PETS = "cats", "dogs"
 
 def lay_out(top: Path, counts: Mapping[str, int]) -> None:
     """Make folders with these numbers of images, no two alike."""
-    for place, (folder, count) in enumerate(counts.items()):
-        write_images(top / folder, count, first=1000 * place)
+    for index, (folder, count) in enumerate(counts.items()):
+        write_images(top / folder, count, first=1000 * index)
 
 
 def of_classes(*folders: str, names: tuple[str, ...] = PETS) -> dict[str, int]:
@@ -103,16 +103,16 @@ def test_folders_of_different_folders_are_classes(tmp_path: Path) -> None:
     assert find_files(tmp_path).class_names == ("animals", "vehicles")
 
 
-@pytest.mark.parametrize("place", ["runs/x", "x"])
-def test_runs_and_caches_are_not_classes(place: str, tmp_path: Path) -> None:
-    lay_out(tmp_path, of_classes("") | {place: 3})
-    (tmp_path / place / "config.yaml").write_text("recipe: tutorial\n")
-    (tmp_path / place / "state.json").write_text(json.dumps({"status": "running"}))
+@pytest.mark.parametrize("path", ["runs/x", "x"])
+def test_runs_and_caches_are_not_classes(path: str, tmp_path: Path) -> None:
+    lay_out(tmp_path, of_classes("") | {path: 3})
+    (tmp_path / path / "config.yaml").write_text("recipe: tutorial\n")
+    (tmp_path / path / "state.json").write_text(json.dumps({"status": "running"}))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "pets-01234567-0123456789abcdef.u8").write_bytes(b"")
     folder = find_files(tmp_path)
     assert folder.class_names == PETS
-    assert dict(folder.skipped) == dict.fromkeys((place.split("/")[0], "cache"), "written by this project")
+    assert dict(folder.skipped) == dict.fromkeys((path.split("/")[0], "cache"), "written by this project")
 
 
 @pytest.mark.parametrize("other", ["CATS", unicodedata.normalize("NFD", "Kätzchen")])

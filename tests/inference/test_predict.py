@@ -46,12 +46,12 @@ def assert_figures(images: str, line: dict[str, float], printed: str) -> None:
     assert float(found[2]) == pytest.approx(100 * line["test/accuracy"], abs=0.02)
 
 
-def write_digits(folder: Path, digits: ImageData, places: Sequence[int]) -> list[str]:
+def write_digits(folder: Path, digits: ImageData, indices: Sequence[int]) -> list[str]:
     """Test digits in files, dark on light and large."""
     names = []
-    for place in places:
-        picture = ImageOps.invert(Image.fromarray(digits.test.images[place].numpy())).resize((280, 280))
-        names.append(str(folder / f"{place}.png"))
+    for index in indices:
+        picture = ImageOps.invert(Image.fromarray(digits.test.images[index].numpy())).resize((280, 280))
+        names.append(str(folder / f"{index}.png"))
         picture.save(names[-1])
     return names
 
@@ -65,7 +65,7 @@ def test_predict_prints_a_row_per_image_and_exits_with_1_for_unreadable_ones(
     assert main(["predict", str(tmp_path), "--model", str(run)]) == 1
     printed = capsys.readouterr()
     rows = {line.split()[0]: line.split()[1:] for line in printed.out.splitlines()}
-    assert [rows[name][0] for name in names] == [str(int(digits.test.labels[place])) for place in (0, 1, 2)]
+    assert [rows[name][0] for name in names] == [str(int(digits.test.labels[index])) for index in (0, 1, 2)]
     assert rows[str(tmp_path / "empty.png")] == ["no", "digit", "found"]
     assert f"{tmp_path}/broken.png: not an image" in printed.err
     assert main(["predict", *names, "--model", str(run)]) == 0

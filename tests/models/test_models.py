@@ -206,7 +206,7 @@ def test_batch_size_1_is_refused_for_networks_with_batchnorm() -> None:
     with pytest.raises(ConfigError, match="--batch-size 1: this network has BatchNorm"):
         check_batch(build_model("resnet18", 3, (3, 32, 32)), 1, (3, 32, 32))
     model = build_model("resnet18", 3, (3, 64, 64))
-    check_batch(model, 1, (3, 64, 64))  # 2 x 2 places are left of it
+    check_batch(model, 1, (3, 64, 64))  # 2 x 2 values are left of it
     assert int(model.state_dict()["net.bn1.num_batches_tracked"]) == 0
     check_batch(build_model("resnet18", 3, (3, 32, 32)), 2, (3, 32, 32))
     check_batch(build_model("cnn", 3, (3, 32, 32)), 1, (3, 32, 32))
