@@ -61,7 +61,7 @@ def main() -> None:
             "import torch": ("-c", "import torch"),
             "mnist predict": ("-m", "mnist", "predict", image, "--model", model),
         }
-        contestants = {name: lambda _, it=it: {"seconds": run(*it)} for name, it in commands.items()}
+        contestants = {name: lambda _, words=words: {"seconds": run(*words)} for name, words in commands.items()}
         results = interleave(contestants, arguments.rounds)
         images = []
         for digit in digits:

@@ -70,7 +70,7 @@ def main() -> None:
     variants = {"lean": [], **{name: [name] for name in (*METHODS, "zero_grad", "adam", "counters")}, "all": METHODS}
     weights: set[str] = set()
     with tempfile.TemporaryDirectory() as scratch:
-        contestants = {it: partial(train_without, Path(scratch), variants[it], weights) for it in variants}
+        contestants = {name: partial(train_without, Path(scratch), variants[name], weights) for name in variants}
         results = interleave(contestants, arguments.rounds)
     print(header("torch", "accelerate"))
     print_table(results, "lean")

@@ -86,7 +86,7 @@ def print_table(
     figures = list(dict.fromkeys(name for runs in results.values() for name in runs[0]))
     rows = [["", *figures, f"ratio to {baseline}"]]
     for name, runs in results.items():
-        cells = [form(column(runs, it)) if it in runs[0] else "" for it in figures]
+        cells = [form(column(runs, key)) if key in runs[0] else "" for key in figures]
         rows.append([name, *cells, form(ratios(runs, results[baseline], figure)) if figure in runs[0] else ""])
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:

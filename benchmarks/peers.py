@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[10], metavar="N", help="default: 10")
     parser.add_argument("--picture", type=Path, help="draw the ratios, of the first batch size, into this file")
     arguments = parser.parse_args()
-    missing = {name for name, packages in NEEDS.items() if not all(find_spec(it) for it in packages)}
+    missing = {name for name, packages in NEEDS.items() if not all(find_spec(package) for package in packages)}
     wanted = {*(arguments.only or CONTESTANTS.keys() - missing), "plain"}
     if missing and not arguments.only:
         print(f"not installed, left out: {', '.join(sorted(missing))} (pip install -e '.[bench]')")

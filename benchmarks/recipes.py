@@ -52,7 +52,7 @@ def train_published(seed: int, channels_last: bool) -> Figures:
     torch.manual_seed(seed)
     data = load_dataset("mnist", ROOT / "data")
     mean, std = data.train.images[:].div(255).mean(), data.train.images[:].div(255).std()
-    images, test_images = (((it.images[:] / 255 - mean) / std).unsqueeze(1) for it in (data.train, data.test))
+    images, test_images = (((split.images[:] / 255 - mean) / std).unsqueeze(1) for split in (data.train, data.test))
     labels, batch_size = data.train.labels, 256
     net = Published(channels_last)
     choose_threads(net, images[:batch_size])

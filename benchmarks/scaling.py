@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = [(name, count) for name in WORKLOADS if name.startswith(arguments.only) for count in PROCESSES]
     with tempfile.TemporaryDirectory() as scratch:
-        contestants = {f"{it[0]}, {it[1]} processes": partial(measure_both, *it, Path(scratch)) for it in cases}
+        contestants = {f"{case[0]}, {case[1]} processes": partial(measure_both, *case, Path(scratch)) for case in cases}
         results = dict(zip(cases, interleave(contestants, arguments.rounds).values(), strict=True))
 
     print(header("torch", "accelerate"))

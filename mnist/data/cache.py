@@ -180,7 +180,7 @@ def _build(folder: Folder, path: Path, image_size: int | None, scale: Scale | No
         try:
             with temporary.open("wb") as file:
                 if not _write(file, pool, folder, tasks, shape, scale):
-                    ranges = [it for chunk in _on_all_cores(pool, ranges_of, tasks) for it in chunk]
+                    ranges = [limits for chunk in _on_all_cores(pool, ranges_of, tasks) for limits in chunk]
                     file.seek(0)
                     file.truncate()
                     _write(file, pool, folder, tasks, shape, scale_of(ranges))
@@ -260,7 +260,8 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
         raise UserError(f"{folder.flag}: no image of the {part} split can be read. Fix some.")
     for label, name in enumerate(folder.class_names):
         if ("train", label) in every - readable:
-            lost = [(it.name, broken[it.name]) for it in folder.files if (it.part, it.label) == ("train", label)]
+            files = [file.name for file in folder.files if (file.part, file.label) == ("train", label)]
+            lost = [(file, broken[file]) for file in files]
             raise UserError(
                 f"{folder.flag}: no image of class {name} can be read: {reasons(lost)}. Fix some or remove its folder."
             )

@@ -182,7 +182,7 @@ def _parts_of(folder: Folder, files: Sequence[File], test_fraction: float | None
 def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
     """Mean and standard deviation of the training images, from integers: the same on every machine, in any order."""
     assert isinstance(train.images, MappedImages)
-    totals = [int(it) for it in sums[train.images.file_indices.numpy()].sum(axis=0)]
+    totals = [int(total) for total in sums[train.images.file_indices.numpy()].sum(axis=0)]
     pixels, channels = len(train) * math.prod(train.images.shape[1:3]), len(totals) // 2
     mean, std = [], []
     for total, squares in zip(totals[:channels], totals[channels:], strict=True):

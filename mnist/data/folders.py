@@ -87,7 +87,7 @@ def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:
     if folder.is_split and not any(file.part == "test" for file in folder.files):
         empty.append(layout.splits["test"])
     for name in empty:
-        below = [it for it in folder.skipped if it[0] == name or it[0].startswith(f"{name}/")]
+        below = [skipped for skipped in folder.skipped if skipped[0] == name or skipped[0].startswith(f"{name}/")]
         only = f", only skipped files: {reasons(below)}" if below else ""
         raise folder.error(f"{printable(name)}/ contains no images{only}. Add some or remove it.")
 
@@ -106,7 +106,7 @@ class Walk:
 
     def classes(self, classes: Sequence[tuple[str, int, str]]) -> None:
         """Walk the folders of the classes, each given as (part, label, name of the folder)."""
-        self.links = [it for it in classes if os.path.islink(self.tree.path / it[2])]
+        self.links = [entry for entry in classes if os.path.islink(self.tree.path / entry[2])]
         for class_folder in classes:
             if class_folder not in self.links:
                 self._below(*class_folder)
@@ -126,9 +126,9 @@ class Walk:
             contents = self.tree.scan(name)
             self.skipped += contents.skipped
             links, own = contents.links, contents.folders.values()
-            self.links += [(part, label, it) for it in (*own, *contents.images) if it in links]
-            self.found += [(part, label, it) for it in contents.images if it not in links]
-            to_do += [it for it in own if it not in links]
+            self.links += [(part, label, path) for path in (*own, *contents.images) if path in links]
+            self.found += [(part, label, path) for path in contents.images if path not in links]
+            to_do += [path for path in own if path not in links]
 
     def _follow(self, part: str, label: int, link: str) -> None:
         real, count = self.tree.real(link), len(self.found)
@@ -160,5 +160,6 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def reasons(skipped: Any) -> str:
     """(name, reason) pairs -> `an empty file (2), hidden (1)`, without the details of single files."""
-    kinds = Counter(re.split(r" \(|; |, or ", re.sub(r"^\d+ x \d+ (is |pixels, )?", "", it))[0] for _, it in skipped)
+    plain = (re.sub(r"^\d+ x \d+ (is |pixels, )?", "", reason) for _, reason in skipped)
+    kinds = Counter(re.split(r" \(|; |, or ", reason)[0] for reason in plain)
     return ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())

@@ -176,7 +176,9 @@ def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem, measu
 def _part_of(name: str) -> str | None:
     """The split that a folder's name means, in any spelling; None if none or several."""
     words = re.findall(r"[^\W\d_]+", name.casefold())
-    parts = {part for part, known in WORDS.items() for it in words if re.fullmatch(f"({'|'.join(known)}){FILLING}", it)}
+    parts = {
+        part for part, known in WORDS.items() for word in words if re.fullmatch(f"({'|'.join(known)}){FILLING}", word)
+    }
     return parts.pop() if len(parts) == 1 else None
 
 
@@ -205,9 +207,9 @@ def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
     found, keys = {}, {_key(name) for name in folders}
     for name, path in folders.items():
         contents = tree.scan(path)
-        inner = {_key(it) for it in contents.folders}
+        inner = {_key(folder) for folder in contents.folders}
         if len(inner) > 1 and not contents.images and inner <= keys and _key(name) not in inner:
-            found[name] = printable(a_few([f"{it}/" for it in contents.folders]))
+            found[name] = printable(a_few([f"{folder}/" for folder in contents.folders]))
     return found
 
 
@@ -215,7 +217,7 @@ def _refuse_same_folders(tree: Tree, classes: Mapping[str, str], problem: Proble
     """Raise if two folders contain no images but the same folders: they may be unnamed splits as well as classes."""
     inner = {name: tree.scan(path) for name, path in classes.items()}
     folders = {
-        name: {_key(it) for it in contents.folders}
+        name: {_key(folder) for folder in contents.folders}
         for name, contents in inner.items()
         if len(contents.folders) > 1 and not contents.images
     }
@@ -223,7 +225,7 @@ def _refuse_same_folders(tree: Tree, classes: Mapping[str, str], problem: Proble
     shared = {name: {key for key in keys if counts[key] > 1} for name, keys in folders.items()}
     for one, other in combinations([name for name, keys in shared.items() if len(keys) > 1], 2):
         if len(shared[one] & shared[other]) >= max(2, min(len(folders[one]), len(folders[other])) / 2):
-            same = sorted(it for it in inner[one].folders if _key(it) in folders[other])
+            same = sorted(folder for folder in inner[one].folders if _key(folder) in folders[other])
             raise problem(
                 f"{printable(one)}/ and {printable(other)}/ contain the same folders: {printable(a_few(same))}. If"
                 " these are the classes, rename the two to train/ and test/, or choose one of them:"
@@ -250,12 +252,13 @@ def _refuse_fewer_than_two(tree: Tree, classes: Mapping[str, str], parent: str, 
 
 def _hint(tree: Tree, *contents: Contents) -> str:
     """Where else the labels may be: in file names or in a table."""
-    names = Counter(re.sub(r"[\W\d_]+$", "", Path(it).stem) for it in contents[0].images)
+    names = Counter(re.sub(r"[\W\d_]+$", "", Path(image).stem) for image in contents[0].images)
     names_hint = table_hint = ""
     if len(names) > 1 and "" not in names and min(names.values()) > 1:
         first = printable(a_few(sorted(names)))
         names_hint = f" The file names begin with {first}: if these are the classes, make folders with these names."
-    tables = [name for it in (*contents, tree.scan("")) for name, _ in it.skipped if name.lower().endswith(TABLES)]
+    skipped = [name for folder in (*contents, tree.scan("")) for name, _ in folder.skipped]
+    tables = [name for name in skipped if name.lower().endswith(TABLES)]
     if tables:
         table_hint = f" {printable(tables[0])} is not read: folders are the classes."
     return names_hint + table_hint

@@ -111,7 +111,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         parts = [range(start, start + size) for start in range(first, len(self.order), stride)[:count]]
         ahead = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # positions [batches, B]
         ahead = ahead.to(self.home)
-        images, labels = (self._to_device(it) for it in self.split.gather(self.order[ahead]))
+        images, labels = (self._to_device(values) for values in self.split.gather(self.order[ahead]))
         X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[ahead])
         if self.training and self.training.augment:
             parameters = self._to_device(self.parameters[ahead])

@@ -52,7 +52,7 @@ def is_prepared(pixels: NDArray[np.uint8]) -> bool:
     if pixels.max() < 254 or np.count_nonzero(pixels) > pixels.size // 2:
         return False
     longest = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    return longest in (BOX - 1, BOX) and all(abs(it - MIDDLE) < 0.55 for it in _center_of_mass(pixels))
+    return longest in (BOX - 1, BOX) and all(abs(center - MIDDLE) < 0.55 for center in _center_of_mass(pixels))
 
 
 # --- from an image to ink
@@ -69,7 +69,7 @@ def _find(image: Image.Image) -> Box | None:
         ink = _ink(strength, noise)
     if ink is None:
         return None
-    left, top, right, bottom = (factor * it for it in _box(ink))
+    left, top, right, bottom = (factor * edge for edge in _box(ink))
     if max(right - left, bottom - top) < max(MIN_SIZE * max(image.size), 5):
         return None
     return left, top, right, bottom
@@ -180,7 +180,7 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
 def _smooth_surface(values: Floats) -> Floats:
     """A quadratic polynomial in x and y, [height, width], fitted robustly."""
     height, width = values.shape
-    y, x = (it.ravel() for it in np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"))
+    y, x = (grid.ravel() for grid in np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"))
     terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=1)
     z = values.ravel().astype(np.float64)
     fitted = np.full_like(z, np.median(z))

@@ -55,7 +55,7 @@ class TorchvisionModel(nn.Module):
         super().__init__()
         channels = image_shape[0]
         self.net, mean, std = _from_torchvision(name, image_shape, pretrained)
-        layers = [(path, it) for path, it in self.net.named_modules() if isinstance(it, (nn.Conv2d, nn.Linear))]
+        layers = [(path, layer) for path, layer in self.net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         first = next(layer for _, layer in layers if isinstance(layer, nn.Conv2d))
         path, last = layers[-1]
         bias = last.bias is not None

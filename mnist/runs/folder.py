@@ -201,7 +201,7 @@ class Run:
         self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | read_state(path)
         self.resume_command = shlex.join([*_script_command(), "--resume", _as_typed(self.folder)])
         earlier = self.state.get("commands")
-        earlier = [it for it in earlier if isinstance(it, str)] if isinstance(earlier, list) else []
+        earlier = [command for command in earlier if isinstance(command, str)] if isinstance(earlier, list) else []
         commands = [*earlier, shlex.join([*_script_command(), *sys.argv[1:]])]
         try:
             _point_latest(self.folder)
