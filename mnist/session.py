@@ -52,11 +52,11 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     local = find_run_here(config, explicit_settings)
     decode_folder(local.dataset, local.data_dir, local.image_size)  # before joining, which has a timeout
     state = join_processes(config.timeout_seconds)
-    requested, config = config, find_run(config, explicit_settings).with_place(config)
+    requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
     config.batch_sizes(state.num_processes)  # refuses a global batch that the processes cannot share
     check_trackers(config.tracker_names)
     precision = resolve_precision(config.mixed_precision, state.device.type)
-    check_alike(requested.shared | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
+    check_alike(requested.job_settings | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=state.device.type == "cpu",
         mixed_precision=config.mixed_precision,

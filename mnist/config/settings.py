@@ -33,8 +33,8 @@ MAY_CHANGE = {
 }
 """Settings that may change when a run is resumed."""
 
-SURROUNDINGS = {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
-"""Settings that may differ between a checkpoint and the run that loads it, besides MAY_CHANGE."""
+NOT_IN_FINGERPRINT = MAY_CHANGE | {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
+"""Settings that may differ between a checkpoint and the run that loads it."""
 
 AT_LEAST_1 = (
     *("epochs", "max_steps", "batch_size", "global_batch_size", "gradient_accumulation_steps"),
@@ -249,18 +249,17 @@ class TrainConfig:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that a checkpoint and the run that loads it must have in common."""
-        excluded = MAY_CHANGE | SURROUNDINGS
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in excluded}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IN_FINGERPRINT}
 
     @property
-    def shared(self) -> dict[str, Any]:
+    def job_settings(self) -> dict[str, Any]:
         """The settings that all processes of a job must have in common, by flag: all but paths."""
         paths = {"data_dir", "output_dir", "run_name", "resume", *(["dataset"] if is_path(self.dataset) else [])}
         return {flag(name): value for name, value in dataclasses.asdict(self).items() if name not in paths}
 
-    def with_place(self, asked: "TrainConfig") -> "TrainConfig":
+    def with_local_dataset(self, local: "TrainConfig") -> "TrainConfig":
         """The main process's settings (self) with this machine's own path to a folder of images."""
-        return dataclasses.replace(self, dataset=asked.dataset) if is_path(asked.dataset) else self
+        return dataclasses.replace(self, dataset=local.dataset) if is_path(local.dataset) else self
 
     def resumed(self, asked: "TrainConfig", explicit_settings: Collection[str], folder: Path) -> "TrainConfig":
         """The settings of the run in `folder` (self), with those of the command line (`asked`) that may change.
