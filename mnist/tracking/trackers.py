@@ -59,8 +59,9 @@ def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
             has_key = "SWANLAB_API_KEY" in os.environ
             mode = os.environ.get("SWANLAB_MODE") or ("cloud" if has_key else "offline")
             return {"run_name": PROJECT, "name": folder.name, "mode": mode, "log_dir": str(folder / "swanlab")}
-        case _:  # trackio: its own folder in the user's cache
+        case "trackio":  # its own folder in the user's cache
             return {"run_name": PROJECT, "name": folder.name}
+    raise AssertionError(f"{name}: not a tracker of CHOICES")
 
 
 def check_trackers(names: Sequence[str]) -> None:
