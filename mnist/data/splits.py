@@ -57,9 +57,6 @@ class MappedImages:
     def __len__(self) -> int:
         return len(self.file_indices)
 
-    def dim(self) -> int:
-        return 1 + len(self.item)
-
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """Copies of the images at `index`, of any shape. Raises UserError if the file has changed."""
         indices = self.file_indices[index]
