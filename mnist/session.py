@@ -120,7 +120,7 @@ class Session:
             stack.enter_context(self.tracking)
             stack.enter_context(self.checkpoints)
             stack.enter_context(waiting_for_others(config.timeout_seconds))
-            for note in [*self.checkpoints.resume(), *self.tracking.warnings]:
+            for note in [*self.checkpoints.resume(), *self.tracking.resume_notes]:
                 self.terminal.row("resumed", note)
             self.terminal.row("trackers", self.tracking.start(progress.step))
             self.stack = stack.pop_all()

@@ -94,6 +94,7 @@ class Tracking:
         self.kept_bytes: int | None = 0  # of metrics.jsonl, until the first line of this process
         self.wandb: WandbRun | None = None
         self.others: dict[str, GeneralTracker] = {}
+        self.resume_notes: list[str] = []  # shown when the run is resumed
         self.warnings: list[str] = []  # shown at the end of the run
         self.sync_command: str | None = None  # uploads a W&B run that is only on disk
 
@@ -117,7 +118,7 @@ class Tracking:
         if kept < 0:
             raise ValueError(f"{kept} bytes of metrics.jsonl")
         if size < kept:
-            self.warnings.append(
+            self.resume_notes.append(
                 f"metrics.jsonl has {size:,} of the {kept:,} bytes it had at the checkpoint; the curves are incomplete."
             )
         self.kept_bytes = kept

@@ -280,7 +280,7 @@ def test_writing_to_a_pipe_works_and_a_link_stays_a_link(tmp_path: Path) -> None
 def test_missing_metrics_are_reported(begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]) -> None:
     (begun / "metrics.jsonl").unlink()
     resume_here(begun)
-    assert re.search(r"resumed +metrics\.jsonl has 0 of the \d+ bytes it had", capsys.readouterr().out)
+    assert re.findall(r"(\w+) +metrics\.jsonl has 0 of the \d+ bytes it had", capsys.readouterr().out) == ["resumed"]
     assert state_of(begun)["status"] == "finished"
 
 
