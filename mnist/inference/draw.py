@@ -99,7 +99,8 @@ class DrawServer(ThreadingHTTPServer):
             loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
         )
         self.page = environment.get_template("draw.html")
-        self.content = {"title": title, "class_names": list(class_names)}
+        prompt = "Draw a digit" if list(class_names) == list("0123456789") else "Draw something"
+        self.content = {"title": title, "class_names": list(class_names), "prompt": prompt}
         self.host = host
         self.address_family = cast("socket.AddressFamily", family)
         self._answer = answer

@@ -152,6 +152,7 @@ def test_an_answer_comes_quickly(server: DrawServer) -> None:
 def test_the_page_is_self_contained_and_no_other_script_or_style_is_allowed(server: DrawServer) -> None:
     first, second = Reply(server, "GET", "/"), Reply(server, "GET", "/?anything")
     assert first.status == second.status == 200
+    assert b'<div id="label">Draw a digit</div>' in first.body
     page, policy = first.body.decode(), first.headers["Content-Security-Policy"]
     found = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)
     assert found
@@ -174,6 +175,7 @@ def test_hostile_names_stay_text() -> None:
         page = Reply(server, "GET", "/").body.decode()
     assert HOSTILE not in page
     assert page.count("<script") == 2
+    assert '<div id="label">Draw something</div>' in page  # the names are not digits
     found = re.search(r'id="class-names">(.*?)</script>', page)
     assert found
     assert json.loads(found[1]) == [HOSTILE, "other"]
