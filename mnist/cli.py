@@ -7,6 +7,7 @@ mnist export --model runs/latest              # runs/latest/model.onnx
 mnist runs                                    # a table of the runs in runs/
 mnist report runs/latest                      # runs/latest/report.html
 mnist report runs/a runs/b --output ab.html   # compare two runs
+mnist verify --processes 2 --recipe cnn       # does this machine train as promised?
 """
 
 import argparse
@@ -15,12 +16,16 @@ import dataclasses
 import io
 import json
 import os
+import shlex
+import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist.errors import ConfigError, ImageError, UserError
+from mnist.files import write_file
 from mnist.launch.streams import keep_output, printable, printable_lines
 
 if TYPE_CHECKING:
@@ -93,6 +98,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="output file (default: report.html in the run's folder; comparison.html here for several runs)",
     )
     report.set_defaults(do=write_report)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check that this machine trains as promised",
+        usage="mnist verify [-h] [--processes N] [--output FILE] [flags of train.py]",
+        description="Start real runs of train.py, two minutes of them, and check: the same seed gives the same run, a"
+        " killed run continues to the bit, all devices and numbers of processes give the same weights, and how fast it"
+        " is. Exits with 1 if a check fails.",
+        epilog="Name your own model and data with the flags of train.py: mnist verify --recipe cnn --dataset PetImages",
+        allow_abbrev=False,
+    )
+    verify.add_argument("--processes", type=int, default=1, metavar="N", help="processes to train with (default: 1)")
+    verify.add_argument("--output", type=Path, metavar="FILE", help="save the results as JSON")
+    verify.set_defaults(do=verify_machine)
     return parser
 
 
@@ -101,7 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_output(["stderr"])
     if sys.stdout is None:  # it was closed
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, flags = parser.parse_known_args(arguments)
+    options.flags = flags  # of train.py
+    if flags and options.do is not verify_machine:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -391,3 +414,43 @@ def write_report(options: argparse.Namespace) -> None:
     with _written_to(output):
         report.write_report(records, output)
         print(printable_lines(str(output)))
+
+
+def verify_machine(options: argparse.Namespace) -> int:
+    """Print a row per check, and save them as JSON. Returns 1 if a check failed."""
+    import tempfile
+    import time
+
+    from mnist.config.command_line import parse_command_line
+    from mnist.config.recipes import RECIPES
+    from mnist.config.settings import PROJECT_FOLDER
+    from mnist.launch.environment import describe_code
+
+    config = parse_command_line(RECIPES, options.flags)
+    if not (PROJECT_FOLDER / "train.py").is_file():
+        raise ConfigError("mnist verify starts train.py, which is in a checkout of the project: git clone it.")
+    if options.processes < 1:
+        raise ConfigError(f"--processes {options.processes}: must be at least 1.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the runs end and their folder goes
+    from mnist.runs.launched import LaunchedRuns
+    from mnist.verify import verify
+
+    parent, rows, started = Path(config.output_dir), [], time.time()
+    parent.mkdir(parents=True, exist_ok=True)
+    with _written_to(options.output), tempfile.TemporaryDirectory(dir=parent, prefix=".verify-") as folder:
+        print(f"train.py {shlex.join(options.flags)}: {options.processes} process(es), about two minutes")
+        for title, group in verify(LaunchedRuns(config, options.processes, Path(folder))):
+            print(f"\n{title}", flush=True)
+            for row in group:
+                rows.append(row)
+                figure = f"{row.figure} (limit {row.limit})" if row.limit else row.figure
+                print(f"  {row.result.upper() if row.result == 'fail' else row.result:<12}  {row.check:<48}  {figure}")
+                if row.note:
+                    print(f"  {'':<12}  {row.note}")
+        if options.output:
+            result = describe_code() | {"time": started, "flags": options.flags, "processes": options.processes}
+            result |= {"rows": [row._asdict() for row in rows]}
+            write_file(options.output, json.dumps(result, indent=2) + "\n")
+    counts = Counter(row.result for row in rows)
+    print(f"\n{counts['pass']} passed, {counts['fail']} failed, {counts['not possible']} not possible here")
+    return int(counts["fail"] > 0)

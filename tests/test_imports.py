@@ -8,7 +8,7 @@ from mnist.config.settings import PROJECT_FOLDER
 
 ORDER = (
     *("errors", "files", "config", "launch", "data", "models", "runs", "training", "tracking", "reporting"),
-    *("inference", "session", "cli", "__main__"),
+    *("inference", "session", "verify", "cli", "__main__"),
 )
 PACKAGE = PROJECT_FOLDER / "mnist"
 

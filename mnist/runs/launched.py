@@ -1,0 +1,172 @@
+"""Starts runs of train.py in processes of their own, one after the other or side by side, and reads them back.
+
+runs = LaunchedRuns(TrainConfig(), processes=2, folder=Path("/tmp/runs"))
+runs.train("short", processes=2, max_steps=30).lines
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from mnist.config.recipes import RECIPES
+from mnist.config.settings import PROJECT_FOLDER, TrainConfig, flag
+from mnist.errors import ConfigError, UserError
+from mnist.runs.record import Record, read_state
+
+STEPS = 30  # of a short run: six epochs of five batches
+SECONDS = 2.0  # of training in a longer run
+IN_FLOAT64 = ("-m", "mnist.runs.launched")
+
+
+class RunError(UserError):
+    """A run failed."""
+
+
+class LaunchedRuns:
+    """Runs with the settings of `config` but for those named in a call, in subfolders of `folder`."""
+
+    def __init__(
+        self, config: TrainConfig, processes: int, folder: Path, script: Path = PROJECT_FOLDER / "train.py"
+    ) -> None:
+        self.config = dataclasses.replace(config, resume=None, profile=False, trackers="none", output_dir=str(folder))
+        self.processes = processes
+        self.folder = folder
+        self.script = script
+        self.recipe = RECIPES[config.recipe]
+        self.global_batch_size = config.global_batch_size or config.batch_size * processes
+        on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self.device = torch.device("cpu") if on_cpu else torch.device(str(torch.accelerator.current_accelerator()))
+
+    def start(
+        self,
+        name: str,
+        processes: int = 1,
+        before: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> "subprocess.Popen[bytes]":
+        """Start a short run, in which the last batch of each epoch is smaller; its output goes to NAME.log.
+
+        The words `before` the script may name a module to start instead: ("-m", "package.module").
+        """
+        settings = {"global_batch_size": self.global_batch_size} | settings
+        settings = {"limit_train_images": 5 * settings["global_batch_size"] - 3, "limit_test_images": 200} | settings
+        settings = {"log_every": 1, "epochs": 10**6, "max_steps": STEPS} | settings
+        config = dataclasses.replace(self.config, run_name=name, batch_size=self.recipe.batch_size, **settings)
+        launcher: list[str] = []
+        if processes > 1:
+            file = PROJECT_FOLDER / "accelerate_configs" / f"multi_{'cpu' if self.device.type == 'cpu' else 'gpu'}.yaml"
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+            launcher += ["--num_processes", str(processes)]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *launcher, *before, str(self.script), *flags_of(config, self.recipe)],
+                cwd=PROJECT_FOLDER,
+                env=os.environ | (environment or {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def train(self, name: str, processes: int = 1, **options: Any) -> Record:
+        """The record of a whole run. Raises RunError if it fails, ConfigError if it refuses its settings."""
+        return self.finish(name, self.start(name, processes, **options))
+
+    def finish(self, name: str, process: "subprocess.Popen[bytes]") -> Record:
+        with killed_at_the_end(process):
+            process.wait()
+        self.require(process.returncode == 0, name, process)
+        return Record.read(self.folder / name)
+
+    def require(self, holds: bool, name: str, process: "subprocess.Popen[bytes]") -> None:
+        """Raise RunError or ConfigError with the error of a run unless the condition holds."""
+        if not holds:
+            state = read_state(self.folder / name / "state.json")
+            log = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+            lines = ["no output", *(line for line in log.splitlines() if line.strip())]
+            errors = [line for line in lines if re.match(r"\w+Error: ", line)]  # a launcher prints more after it
+            message = state.get("error") or [*lines, *errors][-1].removeprefix("ConfigError: ")
+            usage = 2 in (state.get("exit_code"), process.returncode)
+            raise ConfigError(message) if usage else RunError(message)
+
+    def wait_for_step(self, step: int, name: str, process: "subprocess.Popen[bytes]") -> None:
+        """Wait until a run has logged a step. Raises RunError if it ends before."""
+        while process.poll() is None:
+            with contextlib.suppress(OSError, ConfigError, IndexError):
+                if Record.read(self.folder / name).lines[-1]["step"] >= step:
+                    return
+            time.sleep(0.005)
+        self.require(False, name, process)
+
+    def plain_rate(self, **settings: Any) -> float:
+        """Images per second of the loop in plain PyTorch with the same settings (training/plain.py)."""
+        process = self.start("plain", before=("-m", "mnist.training.plain"), **settings)
+        with killed_at_the_end(process):
+            process.wait()
+        self.require(process.returncode == 0, "plain", process)
+        return float((self.folder / "plain.log").read_text(encoding="utf-8").split()[-1])
+
+    def rate_alone(self, **settings: Any) -> float:
+        """Images per second of independent runs at the same time, each with its share of the batch and the images."""
+        visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.processes)))).split(",")
+        settings["limit_train_images"] = -(-settings["limit_train_images"] // self.processes)
+        settings["global_batch_size"] = -(-self.global_batch_size // self.processes)
+        jobs = {}
+        for number in range(self.processes):
+            own = {"LOCAL_WORLD_SIZE": str(self.processes), "CUDA_VISIBLE_DEVICES": visible[number]}
+            jobs[f"alone-{number}"] = self.start(f"alone-{number}", environment=own, **settings)
+        done = [self.finish(name, job) for name, job in jobs.items()]
+        return sum(float(run.last["perf/images_per_second"]) for run in done)
+
+    @functools.cached_property
+    def short(self) -> Record:
+        """A short run with the settings of `config`."""
+        return self.train("short", self.processes)
+
+    @functools.cached_property
+    def longer(self) -> dict[str, Any]:
+        """Settings of a run of two epochs and a half that trains for about SECONDS."""
+        rate = self.short.evaluations[-1]["perf/images_per_second"]
+        steps = max(20, min(20_000, int(SECONDS * rate / self.global_batch_size)))
+        images = max(1, steps * 2 // 5 * self.global_batch_size - 3)
+        every = {"log_every": max(1, steps // 50), "checkpoint_every": steps // 7}
+        return every | {"max_steps": steps, "limit_train_images": images}
+
+
+def flags_of(config: TrainConfig, recipe: TrainConfig) -> list[str]:
+    """The flags that give `config`, whose recipe is `recipe`."""
+    names = [field.name for field in dataclasses.fields(config)]
+    changed = [name for name in names if name == "recipe" or getattr(config, name) != getattr(recipe, name)]
+    return [f"{flag(name)}={getattr(config, name)}" for name in changed]
+
+
+@contextlib.contextmanager
+def killed_at_the_end(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """SIGKILL the process and its descendants if they still run."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid)
+            for member in [family, *family.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            process.wait()
+
+
+if __name__ == "__main__":  # python -m mnist.runs.launched train.py FLAGS
+    torch.set_default_dtype(torch.float64)
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,286 @@
+"""Checks on this machine what training promises: the same result again, on every device and number of processes, safe
+to interrupt, and fast. All of it is measured on real runs of train.py.
+
+    for title, rows in verify(LaunchedRuns(config, processes=2, folder=folder)): ...    # mnist verify --processes 2
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from mnist.config.settings import CHOICES
+from mnist.errors import ConfigError
+from mnist.launch.hardware import available_cores, check_kernels, device_name, free_memory
+from mnist.runs.launched import IN_FLOAT64, STEPS, LaunchedRuns, RunError, killed_at_the_end
+from mnist.runs.record import Record, read_state
+
+GRACE_SECONDS = 10  # between SIGTERM and SIGKILL: Docker's default; Kubernetes and Slurm wait 30
+BUSY = "import torch; a = torch.rand(2000, 2000, device={device!r})\nwhile True: a @ a"  # another program
+
+
+class Row(NamedTuple):
+    """A check or a fact."""
+
+    check: str
+    figure: str
+    limit: str
+    result: str  # pass, fail, not possible; info for a fact
+    note: str = ""  # the likely cause of a failure and what to do; why a check is not possible
+
+
+def check(name: str, value: float, limit: float, cure: str, unit: str = "") -> Row:
+    """A row that passes if `value` is at most `limit`; `cure` is the note of a failure."""
+    passed = value <= limit  # not for NaN
+    return Row(name, f"{value:.3g}{unit}", f"{limit:g}{unit}", "pass" if passed else "fail", "" if passed else cure)
+
+
+def fact(name: str, figure: str) -> Row:
+    return Row(name, figure, "", "info")
+
+
+def not_possible(name: str, reason: str) -> Row:
+    return Row(name, "", "", "not possible", reason)
+
+
+# --- comparisons
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Between the weights of the models in two run folders."""
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
+    if first.keys() != second.keys():
+        return math.inf
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl without speed and memory, which differ between equal runs."""
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+def count_different_lines(a: Record, b: Record) -> int:
+    """Lines of metrics.jsonl that differ, apart from speed and memory."""
+    pairs = itertools.zip_longest(without_times(a.lines), without_times(b.lines))
+    return sum(first != second for first, second in pairs)
+
+
+def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[str, Any]], cure: str) -> Row:
+    """Two runs in float64: weights after STEPS steps of the project's own networks, else the first loss and gradient.
+
+    After several steps of a deep network, Adam has made large differences of rounding errors in gradients near zero.
+    """
+    shared: dict[str, Any] = {"before": IN_FLOAT64, "mixed_precision": "no", "compile": False}
+    is_own = runs.config.model in CHOICES["model"]
+    if not is_own:  # the first step of plain SGD is the gradient
+        shared |= {"max_steps": 1, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+        shared |= {"max_grad_norm": None}
+    folder = name.translate({ord(" "): "-", ord(","): None})
+    a, b = (runs.train(f"{folder}-{number}", **(shared | each)) for number, each in enumerate(options))
+    difference = largest_difference(a.folder, b.folder)
+    if is_own:
+        return check(f"{name}: weights", difference, 1e-10, cure)
+    loss, other_loss = (run.lines[0]["train/loss"] for run in (a, b))
+    scale = runs.config.learning_rate * a.lines[0]["optim/gradient_norm"]
+    return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, cure)
+
+
+def why_incomparable(runs: LaunchedRuns) -> str:
+    """Why the weights of this network depend on the device or the number of processes; empty if they do not."""
+    from mnist.models.saved import load_model
+
+    net, config = load_model(runs.short.folder / "model")
+    X = torch.rand(4, *config.image_shape)
+    with torch.no_grad():
+        if not torch.equal(net.train()(X), net(X)):
+            return "it draws random numbers (dropout), and every device and process has others"
+    if any(getattr(module, "track_running_stats", False) for module in net.modules()):
+        return "its BatchNorm normalizes over the images of each process"
+    return ""
+
+
+# --- the checks
+
+
+def machine(runs: LaunchedRuns) -> Iterator[Row]:
+    """Devices, versions, memory, cores and storage."""
+    count = 1 if runs.device.type == "cpu" else torch.accelerator.device_count()
+    yield fact("device", f"{count} x {device_name(runs.device)}" if count > 1 else device_name(runs.device))
+    yield fact("Python, torch", f"{platform.python_version()}, {torch.__version__}")
+    if runs.device.type == "cuda":
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
+        yield fact("CUDA, driver", f"{torch.version.cuda}, {driver[0] if driver else 'unknown'}")
+        capability, architectures = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        check_kernels(torch.cuda.get_device_name(), capability, architectures)
+        yield Row("kernels for the GPU", "sm_{}{}".format(*capability), " ".join(architectures), "pass")
+        yield fact("free GPU memory", f"{free_memory(runs.device) / 2**30:.1f} GiB")
+    if (shared := Path("/dev/shm")).is_dir():
+        yield fact("free in /dev/shm", f"{shutil.disk_usage(shared).free / 2**30:.2f} GiB")
+    cure = "Processes share a core. Start fewer, or give the container more cores (docker run --cpus)."
+    yield check("processes per core", runs.processes / available_cores(), 1, cure)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        with (runs.folder / "written").open("wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        seconds.append(time.perf_counter() - started)
+    cure = "Writing is slow there, so a checkpoint takes long. Choose another --output-dir."
+    yield check("writing 1 MiB to --output-dir", statistics.median(seconds), 1, cure, " s")
+
+
+def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
+    """Two runs with all that is the same, whatever else the device does."""
+    first = runs.train("first", runs.processes, **runs.longer)
+    busy = subprocess.Popen([sys.executable, "-c", BUSY.format(device=str(runs.device))])
+    with killed_at_the_end(busy):
+        again = runs.train("again", runs.processes, **runs.longer)
+    cure = "Something draws random numbers that --seed does not set, or a kernel adds in another order each time."
+    yield check("weights", largest_difference(first.folder, again.folder), 0, cure)
+    yield check("lines of metrics that differ", count_different_lines(first, again), 0, cure)
+
+
+def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
+    """A run that ends by SIGTERM and by SIGKILL, and is resumed both times; after `repeatable`."""
+    settings, folder = runs.longer | {"resume": "auto"}, runs.folder / "interrupted"
+    process = runs.start("interrupted", runs.processes, **settings)
+    with killed_at_the_end(process):
+        runs.wait_for_step(settings["max_steps"] // 4, "interrupted", process)
+        asked = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        seconds = time.perf_counter() - asked
+    state = read_state(folder / "state.json")
+    cure = "A step or a checkpoint takes long. Allow more time between SIGTERM and SIGKILL."
+    yield check("SIGTERM: time until the end", seconds, GRACE_SECONDS, cure, " s")
+    lost = state["step"] - (state["checkpoint"] or 0) if state["exit_code"] == 143 else math.inf
+    yield check("SIGTERM: steps lost", lost, 0, f"It ended as {state['status']}: {state['error']}.")
+    process = runs.start("interrupted", runs.processes, **settings)
+    with killed_at_the_end(process):
+        runs.wait_for_step(settings["max_steps"] // 2, "interrupted", process)
+    first, resumed = Record.read(runs.folder / "first"), runs.train("interrupted", runs.processes, **settings)
+    cure = "A checkpoint lacks some state, e.g. of a random generator, or of a network or optimizer of your own."
+    yield check("SIGKILL: weights in the end", largest_difference(first.folder, folder), 0, cure)
+    yield check("SIGKILL: lines of metrics that differ", count_different_lines(first, resumed), 0, cure)
+
+
+def devices(runs: LaunchedRuns) -> Iterator[Row]:
+    """The same run on the accelerator and on the CPU."""
+    name, random = "GPU and CPU", why_incomparable(runs)
+    if runs.device.type == "cpu":
+        yield not_possible(name, "torch sees no GPU")
+    elif "random" in random:
+        yield not_possible(name, random)
+    else:
+        cure = "Kernels compute something else on this GPU. Try another driver, or another version of torch."
+        yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), cure)
+
+
+def several(runs: LaunchedRuns) -> Iterator[Row]:
+    """One process and several; the last batch and the last window of accumulated batches are smaller."""
+    name = f"{runs.processes} processes and 1"
+    if runs.processes == 1 or why_incomparable(runs):
+        yield not_possible(name, why_incomparable(runs) if runs.processes > 1 else "add --processes 2, or more")
+        return
+    cure = "Gradients are not averaged as they should be. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
+    for title, steps in ((name, 1), (f"{name}, accumulating 4 batches", 4)):
+        one = {"gradient_accumulation_steps": steps}
+        yield compare(title, runs, (one, one | {"processes": runs.processes}), cure)
+
+
+def speed(runs: LaunchedRuns) -> Iterator[Row]:
+    """Images per second, where the time goes, and what several processes lose."""
+    settings = runs.longer | {"epochs": 2, "max_steps": None, "checkpoint_every": None, "log_every": None}
+    whole = runs.train("speed", **settings)
+    rate = whole.last["perf/images_per_second"]
+    yield fact("images per second", f"{rate:,.0f}")
+    cure = "Other programs use this machine, or logging and storage are slow: --profile shows where time goes."
+    yield check("time, relative to a loop in plain PyTorch", runs.plain_rate(**settings) / rate, 1.5, cure)
+    profiled = runs.train("profile", **settings, profile=True)
+    folder = profiled.folder / "profile"
+    table = [line.split() for line in (folder / "steps.txt").read_text().splitlines()[1:-1]] if folder.is_dir() else []
+    shares = sorted(((float(line[-2]), line[0]) for line in table), reverse=True)[:4]
+    if shares:
+        yield fact("parts of a step", ", ".join(f"{name} {share:.0f} %" for share, name in shares))
+    if runs.device.type == "cuda" and (trace := folder / "trace-0.json").is_file():
+        events = json.loads(trace.read_text())["traceEvents"]
+        kernels = sum(event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+        steps = sum(event.get("name") == "optimizer" and event.get("cat") == "user_annotation" for event in events)
+        busy = kernels / 1e6 / max(1, steps) * rate / runs.global_batch_size  # of a step without profiling
+        yield fact("the GPU is busy", f"{100 * busy:.0f} % of a step")
+    if runs.processes > 1:
+        together = runs.train("together", runs.processes, **settings).last["perf/images_per_second"]
+        alone = runs.rate_alone(**settings)
+        if runs.device.type == "cpu":
+            yield fact(f"{runs.processes} processes / {runs.processes} jobs", f"{together / alone:.2f} of their speed")
+        else:
+            cure = "The exchange of gradients is slow: larger batches, or NCCL_DEBUG=INFO to see which links it uses."
+            yield check(f"time lost to the exchange of {runs.processes}", 1 - together / alone, 0.5, cure)
+
+
+def precision(runs: LaunchedRuns) -> Iterator[Row]:
+    """bf16, fp16 and --compile."""
+    exact = runs.train("float32", mixed_precision="no", compile=False)
+    for kind in ("bf16", "fp16"):
+        try:
+            lower = runs.train(kind, mixed_precision=kind, compile=False)
+        except ConfigError as error:
+            yield not_possible(f"{kind}: mean training loss", str(error))
+            continue
+        means = [statistics.mean(line["train/loss"] for line in run.losses) for run in (exact, lower)]
+        cure = "The network needs float32 somewhere, or the learning rate is at its limit."
+        yield check(f"{kind}: mean training loss", abs(means[1] / means[0] - 1), 0.05, cure)
+        if "optim/skipped_steps" in lower.losses[-1]:
+            yield fact(f"{kind}: skipped steps", f"{lower.losses[-1]['optim/skipped_steps']} of {STEPS}")
+    cure = "The compiler makes other code than it should. Train without --compile, or try another version of torch."
+    name = "compiled and eager"
+    try:
+        row = compare(name, runs, ({}, {"compile": True}), cure)
+        reason = Record.read(runs.folder / "compiled-and-eager-1").environment.get("not_compiled")
+    except ConfigError as error:
+        reason = str(error)
+    yield not_possible(name, reason) if reason else row
+
+
+GROUPS = {
+    "This machine": machine,
+    "The same seed twice, the second time beside another program": repeatable,
+    "Interrupted twice and resumed, beside a run that was not": interrupted,
+    "The GPU beside the CPU, in float64": devices,
+    "Several processes beside one with the same global batch, in float64": several,
+    "Speed": speed,
+    "Lower precision and --compile, beside float32 and eager": precision,
+}
+
+
+def verify(runs: LaunchedRuns) -> Iterator[tuple[str, Iterator[Row]]]:
+    """Title and rows of each group, which are measured while they are read; a run that fails is a row.
+
+    Raises ConfigError for settings that train.py refuses.
+    """
+
+    def rows_of(group: Callable[[LaunchedRuns], Iterator[Row]]) -> Iterator[Row]:
+        try:
+            yield from group(runs)
+        except (RunError, ConfigError) as error:
+            yield Row("a run", "", "", "fail", str(error))
+
+    for title, group in GROUPS.items():
+        yield title, rows_of(group)
+        if group is machine:
+            runs.short  # noqa: B018 (started here, because nothing else is possible if it fails)
