@@ -237,6 +237,11 @@ def draw_digits(options: argparse.Namespace) -> None:
     from mnist.reporting.snapshots import picture
 
     model = load(options.model)
+    if model.config.preparation == "none":
+        raise ConfigError(
+            f"--model {options.model}: a {model.config.dataset} model takes only images of its own size, and a drawing"
+            " is larger. Draw for a model of mnist or of a folder of images; `mnist predict` classifies images."
+        )
 
     def answer(drawing: bytes) -> dict[str, Any]:
         prediction = model.predict(read_image(drawing, "the drawing", model.config.scale))

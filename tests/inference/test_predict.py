@@ -22,6 +22,7 @@ from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, ImageError, UserError
 from mnist.inference.predict import Model
 from mnist.models.hub import HubModel, load_from_hub
+from mnist.models.saved import save_model
 from tests.conftest import Launch, metrics_of, train_afresh
 from tests.data.test_images import png_claiming
 
@@ -214,6 +215,15 @@ def test_models_of_other_data_sets_take_only_images_of_their_size(run: Path, dig
     assert not torch.equal(model.predict(shifted).network_input, shifted)
     with pytest.raises(ImageError, match=r"280 x 280 pixels, but this fashion-mnist model needs 28 x 28"):
         shoes.predict(write_digits(tmp_path, digits, (0,))[0])
+
+
+def test_a_model_that_takes_no_drawings_serves_no_drawing_page(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(run)
+    save_model(model.net, tmp_path / "shoes", dataclasses.replace(model.config, preparation="none"))
+    assert main(["draw", "--model", str(tmp_path / "shoes")]) == 2
+    assert f"--model {tmp_path / 'shoes'}: a mnist model takes only" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
