@@ -321,6 +321,13 @@ def check_predict_and_draw_answer() -> str:
             return f"predict: {label}, draw: {answer['label']}, the test image is a {truth}; draw ends with {it.wait()}"
 
 
+def check_verify_passes_in_the_container() -> str:
+    with runs_folder() as runs, Container(runs, "mnist", "verify") as it:
+        expect(it.wait(), 0, f"exit code, with\n{it.logs()}\n")
+        expect(list(runs.iterdir()), [], "left in /runs")
+        return it.logs().splitlines()[-1]
+
+
 def check_wrong_usage_and_commands() -> str:
     once = "--rm", "--network=none"
     wrong = subprocess.run(["docker", "run", *once, "--env=NUM_PROCESSES=many", IMAGE], capture_output=True, text=True)
