@@ -134,8 +134,9 @@ class Session:
 
     def _describe(self) -> dict[str, Any]:
         """The content of environment.json; all processes must call it."""
+        captured = self.accelerator.captured
         return {
-            **describe_environment(self.accelerator, self.accelerator.captured is not None),
+            **describe_environment(self.accelerator, captured.compiler if captured else None),
             "not_compiled": self.accelerator.why_not_captured,
             **self.data.describe(),
             "parameters": count_parameters(self.net),

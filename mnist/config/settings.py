@@ -164,7 +164,7 @@ class TrainConfig:
     """Batches per optimizer step: 5 batches of 10 give the gradient of one batch of 50."""
 
     compile: bool = False
-    """Compile forward and backward pass into one graph. Takes seconds and needs a C++ compiler."""
+    """Run forward and backward pass as one graph. On a CPU it is compiled: takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
     """Compute precision of the layers. Default: the launcher's, which is `no` (float32) unless configured."""

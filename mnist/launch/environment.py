@@ -1,6 +1,6 @@
 """The environment of a run: processes, devices, versions and Git commit.
 
-environment = describe_environment(accelerator, loss_is_compiled=False)
+environment = describe_environment(accelerator)
 environment["device"], environment["git_commit"]
 """
 
@@ -20,8 +20,6 @@ import mnist
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.launch.hardware import device_name
 
-COMPILED = "inductor, loss and gradients in one graph"  # by --compile, not by the launcher
-
 
 @functools.cache
 def describe_code() -> dict[str, str | None]:
@@ -34,8 +32,11 @@ def describe_code() -> dict[str, str | None]:
     }
 
 
-def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> dict[str, Any]:
-    """Plain values by name, including those of `describe_code`. All processes must call this."""
+def describe_environment(accelerator: Accelerator, compiler: str | None = None) -> dict[str, Any]:
+    """Plain values by name, including those of `describe_code`. All processes must call this.
+
+    `compiler` is that of --compile; without it, the launcher's is described.
+    """
     code = describe_code()
     changes = _git("status", "--porcelain") if code["git_commit"] and accelerator.is_main_process else None
     return {
@@ -44,7 +45,7 @@ def describe_environment(accelerator: Accelerator, loss_is_compiled: bool) -> di
         "processes": describe_processes(accelerator),
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision.replace("no", "float32"),
-        "compiler": COMPILED if loss_is_compiled else accelerator.state.dynamo_plugin.backend.value.lower(),
+        "compiler": compiler or accelerator.state.dynamo_plugin.backend.value.lower(),
         **code,
         "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,
         "python": platform.python_version(),

@@ -22,6 +22,7 @@ FUSED_UPDATES: dict[type[Optimizer], Callable[..., None]] = {  # without them to
 class Captured(Protocol):
     """A loss whose gradients are computed with it (training/capture.py)."""
 
+    compiler: str  # what computes it
     loss: Tensor | None  # the last one
 
     def __call__(self, X: Tensor, y: Tensor, sample_weight: Tensor, /) -> Tensor: ...
