@@ -77,10 +77,10 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.split)
 
     def _fill_up(self, values: Tensor) -> Tensor:
-        """[batches * global_batch_size, ...] -> [batches * size, ...], padding each batch with zeros."""
+        """[batches * global_batch_size, ...] -> [batches, size, ...], padding each batch with zeros."""
         batches = values.view(-1, self.global_batch_size, *values.shape[1:])
         filling = batches.new_zeros(len(batches), self.size - self.global_batch_size, *values.shape[1:])
-        return torch.cat([batches, filling], dim=1).flatten(0, 1)
+        return torch.cat([batches, filling], dim=1)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose an epoch's order and augmentation, which depend on the seed and the epoch alone."""
@@ -104,21 +104,19 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def _read_ahead(self, positions: range) -> None:
         # Always group the same batches, even if an epoch is resumed midway: the last digit of a sum may depend on a
         # batch's memory address (torch.dot's does), and a resumed run must be identical.
-        size, stride = len(positions), self.size
+        size = len(positions)
         count = max(1, self.READ_AHEAD // (size * math.prod(self.split.images.shape[1:])))
-        batch, offset = divmod(positions.start, stride)
-        first = batch // count * count * stride + offset
-        parts = [range(start, start + size) for start in range(first, len(self.order), stride)[:count]]
-        ahead = torch.tensor([part.start for part in parts])[:, None] + torch.arange(size)  # positions [batches, B]
-        ahead = ahead.to(self.home)
-        images, labels = (self._to_device(values) for values in self.split.gather(self.order[ahead]))
-        X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[ahead])
+        batch, offset = divmod(positions.start, self.size)
+        first = batch // count * count
+        part = slice(first, first + count), slice(offset, offset + size)  # [batches, B]
+        images, labels = (self._to_device(values) for values in self.split.gather(self.order[part]))
+        X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[part].clone())
         if self.training and self.training.augment:
-            parameters = self._to_device(self.parameters[ahead])
+            parameters = self._to_device(self.parameters[part])
             X = augment(X.flatten(0, 1), parameters.flatten(0, 1)).view_as(X)
-        self.ready = dict(
-            zip(parts, zip(X.unbind(), labels.unbind(), sample_weight.unbind(), strict=True), strict=True)
-        )
+        starts = range(first * self.size + offset, self.order.numel(), self.size)
+        batches = zip(X.unbind(), labels.unbind(), sample_weight.unbind(), strict=True)
+        self.ready = {range(start, start + size): batch for start, batch in zip(starts, batches, strict=False)}
 
     def _to_device(self, values: Tensor) -> Tensor:
         on_cuda = self.device.type == "cuda"

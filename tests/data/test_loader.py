@@ -241,7 +241,7 @@ def test_augmented_images_resemble_the_originals_and_differ_per_epoch(digits: Im
     assert not any(torch.allclose(before, after) for before, after in zip(X, Z, strict=True))
     assert F.cosine_similarity(X.flatten(1), Z.flatten(1)).median() > 0.4  # still the same digits
     changed.dataset.set_epoch(1)  # type: ignore[attr-defined]
-    assert not torch.equal(changed.dataset.parameters, augmentation_parameters(50, 0, 0, flip=False))  # type: ignore[attr-defined]
+    assert not torch.equal(changed.dataset.parameters[0], augmentation_parameters(50, 0, 0, flip=False))  # type: ignore[attr-defined]
 
 
 def test_writing_is_not_mirrored(digits: ImageData) -> None:
@@ -250,7 +250,7 @@ def test_writing_is_not_mirrored(digits: ImageData) -> None:
     split = digits.train.take(slice(0, 50))
     for flips in (False, True):
         batches = build_loader(split, 50, training=Training(seed=0, augment=True, flips=flips))
-        assert bool(batches.dataset.parameters[:, 4].any()) is flips  # type: ignore[attr-defined]
+        assert bool(batches.dataset.parameters[..., 4].any()) is flips  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("free", "home"), [(4 * 107 * 784, "meta"), (4 * 107 * 784 - 1, "cpu")])
