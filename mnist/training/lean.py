@@ -104,11 +104,12 @@ class LeanOptimizer(AcceleratedOptimizer):
                 self.states = self._states_of_adam()
 
     def _states_of_adam(self) -> list[AdamState]:
-        """The state of each group after the first step; empty unless it is a fused Adam on the CPU."""
+        """The state of each group after the first step; empty unless it is a fused Adam on one CPU or CUDA device."""
         groups, state, kind = self.optimizer.param_groups, self.optimizer.state, type(self.optimizer)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        on_cpu = all(one.device.type == "cpu" and one.dtype == parameters[0].dtype for one in parameters)
-        if kind not in FUSED_UPDATES or not on_cpu or not all(one in state for one in parameters):
+        alike = len({(one.device, one.dtype) for one in parameters}) == 1  # torch updates each kind by itself
+        on_device = alike and parameters[0].device.type in ("cpu", "cuda")
+        if kind not in FUSED_UPDATES or not on_device or not all(one in state for one in parameters):
             return []
         decoupled = kind is torch.optim.AdamW  # Adam(decoupled_weight_decay=True) is AdamW
         for group in groups:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mnist.models.by_name import build_model
 from mnist.training.lean import LeanAccelerator, LeanOptimizer
 from mnist.training.losses import LOSSES
 from mnist.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
@@ -150,6 +151,29 @@ def test_the_lean_accelerator_is_bit_identical_to_accelerates(
         for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(one, other)
         torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_on_a_gpu_too_a_fused_adam_is_bit_identical_to_torchs(name: str, fresh_accelerate: None) -> None:
+    accelerator = LeanAccelerator()
+    models = [accelerator.prepare(build_model("cnn", 10))]
+    models.append(copy.deepcopy(models[0]))
+    theirs, ours = (build_optimizer(name, model.parameters(), 0.01, 0.001) for model in models)
+    ours = accelerator.prepare(ours)
+    for number in range(50):
+        if number == 25:  # as if resumed
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn_like(parameters[0])
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        theirs.step()
+        ours.step()
+        assert bool(ours.states)  # the shortcut was taken
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(ours.state_dict()["state"], theirs.state_dict()["state"], rtol=0, atol=0)
 
 
 def test_a_larger_gradient_is_clipped_to_max_grad_norm(run_here: RunHere) -> None:
