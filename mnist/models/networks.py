@@ -33,8 +33,10 @@ class Net(nn.Module):
         return F.log_softmax(self.fc4(x), dim=1)
 
 
-def pooling(sides: tuple[int, int], pooled: tuple[int, int]) -> nn.MaxPool2d:
+def pooling(sides: tuple[int, int], pooled: tuple[int, int]) -> nn.Module:
     """Max-pooling from `sides` to exactly `pooled`, with overlapping windows if they do not divide."""
+    if sides == pooled:
+        return nn.Identity()
     strides = sides[0] // pooled[0], sides[1] // pooled[1]
     windows = [side - (count - 1) * stride for side, count, stride in zip(sides, pooled, strides, strict=True)]
     return nn.MaxPool2d((windows[0], windows[1]), strides)

@@ -133,6 +133,14 @@ def test_activations_of_strided_networks_neither_grow_nor_vanish() -> None:
     assert 0.3 < float(last.detach().square().mean() / first.detach().square().mean()) < 3
 
 
+def test_a_pooling_from_3_x_3_to_3_x_3_is_left_out() -> None:
+    model, images = build_model("cnn-quick", 10), torch.rand(2, 1, 28, 28)
+    output = model(images)
+    assert not any(isinstance(module, nn.MaxPool2d) for module in model.modules())
+    model.pool = nn.MaxPool2d(1, 1)
+    assert torch.equal(model(images), output)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_networks_treat_each_image_alone_and_deterministically(recipe: str) -> None:
     model = build_model(RECIPES[recipe].model, 10).train()
