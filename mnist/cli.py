@@ -314,7 +314,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from mnist.data.loader import build_loader
     from mnist.data.transforms import eval_batch_size, scale_pixels
     from mnist.inference.predict import load
-    from mnist.launch.hardware import choose_threads
+    from mnist.launch.hardware import choose_threads, eval_memory
     from mnist.reporting.snapshots import cut
     from mnist.training.evaluate import evaluate_split
     from mnist.training.losses import LOSSES
@@ -328,7 +328,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     choose_threads(model.net, scale_pixels(data.test.images[: settings["batch_size"]]))
-    loader = accelerator.prepare(build_loader(data.test, eval_batch_size(data.test.images.shape[1:])))
+    batch_size = eval_batch_size(data.test.images.shape[1:], eval_memory(accelerator.device))
+    loader = accelerator.prepare(build_loader(data.test, batch_size))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
     result = evaluate_split(net, loader, LOSSES[settings["loss"]], accelerator)
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"

@@ -19,7 +19,7 @@ from mnist.config.settings import TrainConfig
 from mnist.data.splits import ImageData, Split
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 from mnist.errors import ConfigError
-from mnist.launch.hardware import free_memory
+from mnist.launch.hardware import device_memory, eval_memory
 from mnist.launch.processes import check_alike
 
 
@@ -51,7 +51,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self, split: Split, global_batch_size: int, num_processes: int, device: torch.device, training: Training | None
     ) -> None:
         self.device = device
-        fits = math.prod(split.images.shape) <= free_memory(device) / 4
+        fits = math.prod(split.images.shape) <= device_memory(device)[0] / 4
         self.home = device if fits else torch.device("cpu")  # of all images, labels, weights and parameters
         self.split = Split(split.images[:].to(device), split.labels.to(device)) if fits else split
         self.global_batch_size = global_batch_size
@@ -182,7 +182,7 @@ def build_loaders(
     training = Training(config.seed, config.gradient_accumulation_steps, config.augment, data.flips)
     global_batch_size = config.batch_sizes(processes).global_batch_size
     train_loader = build_loader(data.train, global_batch_size, processes, device, training)
-    eval_batch = eval_batch_size(data.train.images.shape[1:]) * processes
+    eval_batch = eval_batch_size(data.train.images.shape[1:], eval_memory(device)) * processes
     eval_loaders = {
         name: build_loader(split, eval_batch, processes, device)
         for name, split in evaluation_splits(data, config.seed).items()

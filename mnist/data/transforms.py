@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EVAL_IMAGES, EVAL_VALUES = 500, 2_000_000  # at most, per batch: activations take many times the memory
+EVAL_IMAGES, EVAL_VALUES = 500, 2_000_000  # at most, per batch on a CPU: activations take many times the memory
+EVAL_BYTES = 400  # per value of an image, on a GPU: activations take up to 372 (vit_h_14), VGG's 175, the CNN's 112
 MAX_ANGLE = math.radians(10)
 MAX_ZOOM = MAX_SHIFT = 0.1  # as a fraction of the image's sides
 
@@ -27,9 +28,10 @@ def scale_pixels(images: Tensor) -> Tensor:
     return images.to(torch.get_default_dtype()).div_(255)
 
 
-def eval_batch_size(pixels: Sequence[int]) -> int:
-    """Images of that shape per batch and process in evaluation."""
-    return max(1, min(EVAL_IMAGES, EVAL_VALUES // math.prod(pixels)))
+def eval_batch_size(pixels: Sequence[int], memory: int = 0) -> int:
+    """Images of that shape per batch and process in evaluation; `memory` is what a GPU has for them, in bytes."""
+    on_cpu = max(1, min(EVAL_IMAGES, EVAL_VALUES // math.prod(pixels)))
+    return max(on_cpu, memory // (EVAL_BYTES * math.prod(pixels)))
 
 
 def augmentation_parameters(count: int, seed: int, epoch: int, flip: bool) -> Tensor:

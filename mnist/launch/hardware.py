@@ -85,10 +85,19 @@ def check_kernels(name: str, capability: tuple[int, int], architectures: Sequenc
         )
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on an accelerator; 0 if unknown (Apple GPUs) and for the CPU."""
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Free bytes and all bytes of an accelerator; zeros if unknown (Apple GPUs) and for the CPU."""
     memory = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
-    return 0 if memory is None else int(memory(device)[0])
+    return (0, 0) if memory is None else memory(device)
+
+
+def eval_memory(device: torch.device) -> int:
+    """The bytes that a batch in evaluation may take on an accelerator; 0 if unknown and for the CPU.
+
+    As long as a quarter of the memory is free, it depends on the card alone: a resumed run evaluates the same batches.
+    """
+    free, total = device_memory(device)
+    return min(total // 16, free // 4)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -257,7 +257,7 @@ def test_writing_is_not_mirrored(digits: ImageData) -> None:
 def test_images_up_to_a_quarter_of_a_devices_free_memory_are_stored_there(
     free: int, home: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist.data.loader.free_memory", lambda device: free)
+    monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (free, free))
     split, meta = digits.train.take(slice(0, 107)), torch.device("meta")  # a device with shapes but no data
     batches = build_loader(split, 20, 3, meta, Training(seed=0, augment=True))
     assert {values.device.type for values in batches.dataset.split} == {home}  # type: ignore[attr-defined]

@@ -9,6 +9,8 @@ import torchvision
 from torch import Tensor
 
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
+from mnist.launch import hardware
+from mnist.launch.hardware import eval_memory
 
 
 def parameters(**values: float) -> Tensor:
@@ -76,3 +78,11 @@ def test_evaluation_batches_of_large_images_are_smaller() -> None:
     assert eval_batch_size((28, 28)) == 500
     assert eval_batch_size((224, 224, 3)) == 13
     assert eval_batch_size((3000, 3000, 3)) == 1
+
+
+def test_evaluation_batches_on_a_gpu_fit_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, images in ((80, 83), (20, 83), (4, 16), (1, 13)):  # GB of 80
+        monkeypatch.setattr(hardware, "device_memory", lambda device, free=free: (free * 10**9, 80 * 10**9))
+        assert eval_batch_size((224, 224, 3), eval_memory(torch.device("cuda"))) == images
+    monkeypatch.undo()
+    assert eval_memory(torch.device("cpu")) == 0

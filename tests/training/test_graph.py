@@ -177,7 +177,7 @@ def test_no_step_between_two_logs_waits_for_the_gpu(
 
     monkeypatch.setattr(Session, "batches", watched)
     if not resident:  # in GPU memory
-        monkeypatch.setattr("mnist.data.loader.free_memory", lambda device: 0)
+        monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (0, 0))
     settings: dict[str, Any] = {"limit_train_images": 3007, "log_every": 1000, "augment": True, "max_grad_norm": 1.0}
     run_here("run", compile=compiled, gradient_accumulation_steps=2, schedule="cosine", **settings)
     assert steps == 301
