@@ -1,4 +1,4 @@
-"""The `mnist` command: inspect, apply and export finished runs.
+"""The `mnist` command: inspect, apply and export finished runs, and check a machine.
 
 mnist predict seven.png photos/               # classify images
 mnist draw                                    # draw a digit in the browser
@@ -7,7 +7,7 @@ mnist export --model runs/latest              # runs/latest/model.onnx
 mnist runs                                    # a table of the runs in runs/
 mnist report runs/latest                      # runs/latest/report.html
 mnist report runs/a runs/b --output ab.html   # compare two runs
-mnist verify --processes 2 --recipe cnn       # does this machine train as promised?
+mnist verify --processes 2 --recipe cnn       # check that training works correctly on this machine
 """
 
 import argparse
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: one subcommand per function below."""
     parser = argparse.ArgumentParser(
         prog="mnist",
-        description="Inspect, apply and export finished runs.",
+        description="Inspect, apply and export finished runs, and check a machine.",
         epilog="To train, run `accelerate launch train.py` in a checkout of the project.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -52,11 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classify images")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, or - for standard input")
     _add_model(predict)
-    predict.add_argument("--top", type=int, default=3, metavar="N", help="most likely classes to show (default: 3)")
+    predict.add_argument("--top", type=int, default=3, metavar="N", help="show the N most likely classes (default: 3)")
     predict.add_argument("--json", action="store_true", help="print a JSON array instead of a table")
     predict.add_argument("--save", type=Path, metavar="FILE", help="save a figure of the images and predictions")
     predict.add_argument(
-        "--show-input", type=Path, metavar="FOLDER", help="save each image as the network sees it, in this folder"
+        "--show-input", type=Path, metavar="FOLDER", help="save each image as the network sees it to FOLDER"
     )
     predict.set_defaults(do=predict_images)
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="output file (default: model.onnx in the run's folder, or in the current one if the model is not a run's)",
+        help="output file (default: model.onnx in the run's folder, or in the current folder if --model is not a run)",
     )
     _add_dataset(export)
     export.set_defaults(do=export_model)
@@ -95,18 +95,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="output file (default: report.html in the run's folder; comparison.html here for several runs)",
+        help="output file (default: report.html in the run's folder; for several runs, comparison.html)",
     )
     report.set_defaults(do=write_report)
 
     verify = commands.add_parser(
         "verify",
-        help="check that this machine trains as promised",
+        help="check that training works correctly on this machine",
         usage="mnist verify [-h] [--processes N] [--output FILE] [flags of train.py]",
-        description="Start real runs of train.py, two minutes of them, and check: the same seed gives the same run, a"
-        " killed run continues to the bit, all devices and numbers of processes give the same weights, and how fast it"
-        " is. Exits with 1 if a check fails.",
-        epilog="Name your own model and data with the flags of train.py: mnist verify --recipe cnn --dataset PetImages",
+        description="Train several short runs, for about two minutes, and check that the same seed gives the same"
+        " weights, that a killed run resumes bit-identically, that all devices and numbers of processes agree, and how"
+        " fast training is. Exits with 1 if a check fails.",
+        epilog="To check your own model and data, add flags of train.py: mnist verify --recipe cnn --dataset PetImages",
         allow_abbrev=False,
     )
     verify.add_argument("--processes", type=int, default=1, metavar="N", help="processes to train with (default: 1)")
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that no flush at exit raises again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not raise again
         return 1
     except (UserError, OSError) as error:
         print(printable_lines(f"mnist {options.command}: {error}"), file=sys.stderr)
@@ -151,7 +151,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="NAME", help="dataset to test on (default: the model's training dataset)")
-    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="dataset folder (default: the run's, or data/)")
+    parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="data folder (default: the run's, or data/)")
 
 
 def predict_images(options: argparse.Namespace) -> int:
@@ -175,7 +175,7 @@ def predict_images(options: argparse.Namespace) -> int:
     if "-" in options.images:
         if sys.stdin is None:
             raise ConfigError("IMAGE -: standard input is closed.")
-        sources["-"] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)  # which may never end
+        sources["-"] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)  # standard input may never end
     if not sources:
         raise ConfigError(f"{', '.join(options.images)}: no images found.")
     width = max(len(printable(name)) for name in sources)
@@ -267,10 +267,10 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     run = Record.read(folder) if folder else None
     if not options.dataset and not run and model.config.preparation == "fit":
         raise ConfigError(
-            f"--model {options.model}: was trained on the folder {model.config.dataset}. Choose a folder to test on:"
-            " --dataset"
+            f"--model {options.model}: was trained on the folder {model.config.dataset}. Name a folder to test on with"
+            " --dataset."
         )
-    is_old = run is not None and "version" not in run.environment  # from before folders were read as they are now
+    is_old = run is not None and "version" not in run.environment  # an early version, which read folders differently
     trained_on = run.config["dataset"] if run else model.config.dataset
     defaults = TrainConfig(dataset=options.dataset or trained_on)  # raises ConfigError for an unknown dataset
     dataset = defaults.dataset
@@ -281,12 +281,12 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     if run and is_same:
         kept = ("limit_test_images", "image_size", "test_fraction")
         data_options = DataOptions(**{name: run.config[name] for name in kept})
-        if is_old and is_folder:  # the default size may have been another one
+        if is_old and is_folder:  # the default size may have been different
             data_options = data_options._replace(image_size=model.config.image_size[0])
     elif is_folder:
         data_options = DataOptions(image_size=model.config.image_size[0], test_fraction=1)
         scale = model.config.scale
-    # a folder's classes are numbered as in the model, whatever the folder holds now
+    # number a folder's classes as in the model, even if the folder has changed
     class_names = model.class_names if is_folder else None
     data = load_dataset(dataset, options.data_dir or data_dir, data_options, class_names, scale)
     shape, expected = tuple(data.test.images.shape[1:]), model.config.pixels
@@ -335,7 +335,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
     print(f"{printable(data.name)}, {result.images:,} test images: {figures}")
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
-        print(printable(f"(weights with the best validation loss; for the last ones: --model {options.model}/model)"))
+        print(printable(f"(weights with the lowest validation loss; for the last: --model {options.model}/model)"))
     table = cut(result.confusion, data.class_names)
     names = [printable(name)[:MAX_CLASS_NAME] for name in table["names"]]
     width, largest = max(len(name) for name in names), max(max(row) for row in table["counts"])
@@ -434,10 +434,10 @@ def verify_machine(options: argparse.Namespace) -> int:
 
     config = parse_command_line(RECIPES, options.flags)
     if not (PROJECT_FOLDER / "train.py").is_file():
-        raise ConfigError("mnist verify starts train.py, which is in a checkout of the project: git clone it.")
+        raise ConfigError("mnist verify needs train.py. Run it in a clone of the repository.")
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be at least 1.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the runs end and their folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs and removes their folder
     from mnist.runs.launched import LaunchedRuns
     from mnist.verify import verify
 

@@ -1,5 +1,5 @@
-"""Checks on this machine what training promises: the same result again, on every device and number of processes, safe
-to interrupt, and fast. All of it is measured on real runs of train.py.
+"""Check that training works correctly on this machine: reproducible, the same on every device and number of processes,
+safe to interrupt, and fast. Everything is measured on real runs of train.py.
 
     for title, rows in verify(LaunchedRuns(config, processes=2, folder=folder)): ...    # mnist verify --processes 2
 """
@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
 
 def check(name: str, value: float, limit: float, cure: str, unit: str = "") -> Row:
-    """A row that passes if `value` is at most `limit`; `cure` is the note of a failure."""
-    passed = value <= limit  # not for NaN
+    """A row that passes if `value` is at most `limit`; `cure` is its note if it fails."""
+    passed = value <= limit  # False for NaN
     return Row(name, f"{value:.3g}{unit}", f"{limit:g}{unit}", "pass" if passed else "fail", "" if passed else cure)
 
 
@@ -60,7 +60,7 @@ def not_possible(name: str, reason: str) -> Row:
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Between the weights of the models in two run folders."""
+    """The largest absolute difference between the weights of the models in two run folders."""
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
     if first.keys() != second.keys():
         return math.inf
@@ -79,9 +79,9 @@ def count_different_lines(a: Record, b: Record) -> int:
 
 
 def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[str, Any]], cure: str) -> Row:
-    """Two runs in float64: weights after STEPS steps of the project's own networks, else the first loss and gradient.
+    """Compare two runs in float64: final weights for the project's own networks, otherwise first loss and gradient.
 
-    After several steps of a deep network, Adam has made large differences of rounding errors in gradients near zero.
+    In a deep network, Adam turns rounding errors of near-zero gradients into large differences within a few steps.
     """
     shared: dict[str, Any] = {"before": IN_FLOAT64, "mixed_precision": "no", "compile": False}
     is_own = runs.config.model in CHOICES["model"]
@@ -106,7 +106,7 @@ def why_incomparable(runs: LaunchedRuns) -> str:
     X = torch.rand(4, *config.image_shape)
     with torch.no_grad():
         if not torch.equal(net.train()(X), net(X)):
-            return "it draws random numbers (dropout), and every device and process has others"
+            return "it draws random numbers (dropout), which differ between devices and processes"
     if any(getattr(module, "track_running_stats", False) for module in net.modules()):
         return "its BatchNorm normalizes over the images of each process"
     return ""
@@ -140,23 +140,23 @@ def machine(runs: LaunchedRuns) -> Iterator[Row]:
             file.flush()
             os.fsync(file.fileno())
         seconds.append(time.perf_counter() - started)
-    cure = "Writing is slow there, so a checkpoint takes long. Choose another --output-dir."
+    cure = "Storage is slow, and so are checkpoints. Choose another --output-dir."
     yield check("writing 1 MiB to --output-dir", statistics.median(seconds), 1, cure, " s")
 
 
 def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
-    """Two runs with all that is the same, whatever else the device does."""
+    """Two equal runs; during the second one, another program keeps the device busy."""
     first = runs.train("first", runs.processes, **runs.longer)
     busy = subprocess.Popen([sys.executable, "-c", BUSY.format(device=str(runs.device))])
     with killed_at_the_end(busy):
         again = runs.train("again", runs.processes, **runs.longer)
-    cure = "Something draws random numbers that --seed does not set, or a kernel adds in another order each time."
+    cure = "Something draws random numbers that --seed does not seed, or a kernel is nondeterministic."
     yield check("weights", largest_difference(first.folder, again.folder), 0, cure)
-    yield check("lines of metrics that differ", count_different_lines(first, again), 0, cure)
+    yield check("differing lines in metrics.jsonl", count_different_lines(first, again), 0, cure)
 
 
 def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
-    """A run that ends by SIGTERM and by SIGKILL, and is resumed both times; after `repeatable`."""
+    """A run that is stopped by SIGTERM, then by SIGKILL, and resumed each time. Needs the first run of `repeatable`."""
     settings, folder = runs.longer | {"resume": "auto"}, runs.folder / "interrupted"
     process = runs.start("interrupted", runs.processes, **settings)
     with killed_at_the_end(process):
@@ -167,7 +167,7 @@ def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
         seconds = time.perf_counter() - asked
     state = read_state(folder / "state.json")
     cure = "A step or a checkpoint takes long. Allow more time between SIGTERM and SIGKILL."
-    yield check("SIGTERM: time until the end", seconds, GRACE_SECONDS, cure, " s")
+    yield check("SIGTERM: time to exit", seconds, GRACE_SECONDS, cure, " s")
     lost = state["step"] - (state["checkpoint"] or 0) if state["exit_code"] == 143 else math.inf
     yield check("SIGTERM: steps lost", lost, 0, f"It ended as {state['status']}: {state['error']}.")
     process = runs.start("interrupted", runs.processes, **settings)
@@ -175,8 +175,8 @@ def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
         runs.wait_for_step(settings["max_steps"] // 2, "interrupted", process)
     first, resumed = Record.read(runs.folder / "first"), runs.train("interrupted", runs.processes, **settings)
     cure = "A checkpoint lacks some state, e.g. of a random generator, or of a network or optimizer of your own."
-    yield check("SIGKILL: weights in the end", largest_difference(first.folder, folder), 0, cure)
-    yield check("SIGKILL: lines of metrics that differ", count_different_lines(first, resumed), 0, cure)
+    yield check("SIGKILL: final weights", largest_difference(first.folder, folder), 0, cure)
+    yield check("SIGKILL: differing lines in metrics.jsonl", count_different_lines(first, resumed), 0, cure)
 
 
 def devices(runs: LaunchedRuns) -> Iterator[Row]:
@@ -187,17 +187,17 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
     elif "random" in random:
         yield not_possible(name, random)
     else:
-        cure = "Kernels compute something else on this GPU. Try another driver, or another version of torch."
+        cure = "This GPU computes wrong results. Try another driver, or another version of torch."
         yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), cure)
 
 
 def several(runs: LaunchedRuns) -> Iterator[Row]:
-    """One process and several; the last batch and the last window of accumulated batches are smaller."""
+    """One process and several. The last batch and the last accumulation window are smaller than the others."""
     name = f"{runs.processes} processes and 1"
     if runs.processes == 1 or why_incomparable(runs):
         yield not_possible(name, why_incomparable(runs) if runs.processes > 1 else "add --processes 2, or more")
         return
-    cure = "Gradients are not averaged as they should be. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
+    cure = "Gradients are averaged wrongly. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
     for title, steps in ((name, 1), (f"{name}, accumulating 4 batches", 4)):
         one = {"gradient_accumulation_steps": steps}
         yield compare(title, runs, (one, one | {"processes": runs.processes}), cure)
@@ -209,7 +209,7 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
     whole = runs.train("speed", **settings)
     rate = whole.last["perf/images_per_second"]
     yield fact("images per second", f"{rate:,.0f}")
-    cure = "Other programs use this machine, or logging and storage are slow: --profile shows where time goes."
+    cure = "Other programs use this machine, or logging or storage is slow. --profile shows where the time goes."
     yield check("time, relative to a loop in plain PyTorch", runs.plain_rate(**settings) / rate, 1.5, cure)
     profiled = runs.train("profile", **settings, profile=True)
     folder = profiled.folder / "profile"
@@ -222,15 +222,15 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
         kernels = sum(event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
         steps = sum(event.get("name") == "optimizer" and event.get("cat") == "user_annotation" for event in events)
         busy = kernels / 1e6 / max(1, steps) * rate / runs.global_batch_size  # of a step without profiling
-        yield fact("the GPU is busy", f"{100 * busy:.0f} % of a step")
+        yield fact("GPU busy", f"{100 * busy:.0f} % of a step")
     if runs.processes > 1:
         together = runs.train("together", runs.processes, **settings).last["perf/images_per_second"]
         alone = runs.rate_alone(**settings)
         if runs.device.type == "cpu":
-            yield fact(f"{runs.processes} processes / {runs.processes} jobs", f"{together / alone:.2f} of their speed")
+            yield fact(f"speed of {runs.processes} processes / separate runs", f"{together / alone:.2f}")
         else:
-            cure = "The exchange of gradients is slow: larger batches, or NCCL_DEBUG=INFO to see which links it uses."
-            yield check(f"time lost to the exchange of {runs.processes}", 1 - together / alone, 0.5, cure)
+            cure = "Averaging gradients is slow. Use larger batches; NCCL_DEBUG=INFO shows which links it uses."
+            yield check(f"time lost to averaging over {runs.processes} processes", 1 - together / alone, 0.5, cure)
 
 
 def precision(runs: LaunchedRuns) -> Iterator[Row]:
@@ -243,11 +243,11 @@ def precision(runs: LaunchedRuns) -> Iterator[Row]:
             yield not_possible(f"{kind}: mean training loss", str(error))
             continue
         means = [statistics.mean(line["train/loss"] for line in run.losses) for run in (exact, lower)]
-        cure = "The network needs float32 somewhere, or the learning rate is at its limit."
+        cure = "A layer needs float32, or training is barely stable: try a lower --learning-rate."
         yield check(f"{kind}: mean training loss", abs(means[1] / means[0] - 1), 0.05, cure)
         if "optim/skipped_steps" in lower.losses[-1]:
             yield fact(f"{kind}: skipped steps", f"{lower.losses[-1]['optim/skipped_steps']} of {STEPS}")
-    cure = "The compiler makes other code than it should. Train without --compile, or try another version of torch."
+    cure = "The compiled code is wrong. Train without --compile, or try another version of torch."
     name = "compiled and eager"
     try:
         row = compare(name, runs, ({}, {"compile": True}), cure)
@@ -259,17 +259,17 @@ def precision(runs: LaunchedRuns) -> Iterator[Row]:
 
 GROUPS = {
     "This machine": machine,
-    "The same seed twice, the second time beside another program": repeatable,
-    "Interrupted twice and resumed, beside a run that was not": interrupted,
-    "The GPU beside the CPU, in float64": devices,
-    "Several processes beside one with the same global batch, in float64": several,
+    "The same seed twice, the second time next to another program": repeatable,
+    "Interrupted twice and resumed, compared with an uninterrupted run": interrupted,
+    "GPU compared with CPU, in float64": devices,
+    "Several processes compared with one, with the same global batch, in float64": several,
     "Speed": speed,
-    "Lower precision and --compile, beside float32 and eager": precision,
+    "Lower precision and --compile, compared with float32 and eager": precision,
 }
 
 
 def verify(runs: LaunchedRuns) -> Iterator[tuple[str, Iterator[Row]]]:
-    """Title and rows of each group, which are measured while they are read; a run that fails is a row.
+    """The title and rows of each group. Rows are measured while they are read; a run that fails becomes a row.
 
     Raises ConfigError for settings that train.py refuses.
     """
@@ -283,4 +283,4 @@ def verify(runs: LaunchedRuns) -> Iterator[tuple[str, Iterator[Row]]]:
     for title, group in GROUPS.items():
         yield title, rows_of(group)
         if group is machine:
-            runs.short  # noqa: B018 (started here, because nothing else is possible if it fails)
+            runs.short  # noqa: B018 (run it now: if it fails, no other check is possible)

@@ -1,4 +1,4 @@
-"""`mnist verify`: its checks pass here, and each finds a fault of its kind."""
+"""`mnist verify`: its checks pass here, and each finds its kind of fault."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -71,14 +71,14 @@ def test_verify_passes_here_and_leaves_only_its_json_file(
 
 
 FAULTS: dict[str, tuple[Group, int, list[str]]] = {
-    "seed_changes": (repeatable, 1, ["weights", "lines of metrics that differ"]),
+    "seed_changes": (repeatable, 1, ["weights", "differing lines in metrics.jsonl"]),
     "last_batch_weighs_too_little": (
         *(several, 2),
         ["2 processes and 1: weights", "2 processes and 1, accumulating 4 batches: weights"],
     ),
     "generators_are_not_restored": (
         *(interrupted, 1),
-        ["SIGKILL: weights in the end", "SIGKILL: lines of metrics that differ"],
+        ["SIGKILL: final weights", "SIGKILL: differing lines in metrics.jsonl"],
     ),
 }
 

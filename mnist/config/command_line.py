@@ -19,14 +19,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 from mnist.config.settings import CHOICES, TrainConfig, check_choice, flag
 from mnist.errors import ConfigError
 
-MIN_COLUMNS = 40  # of the terminal: tyro's help does not terminate in very narrow ones
+MIN_COLUMNS = 40  # of the terminal: in a very narrow one, tyro's help never returns
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every profile seed",
     "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
     "training": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",
-    "processes": "compile mixed_precision timeout_seconds",
+    "execution": "compile mixed_precision timeout_seconds",
 }
 """The groups of `--help`: every field of TrainConfig is in one of them."""
 
@@ -46,7 +46,7 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     recipe = recipe_parser.parse_known_args(arguments)[0].recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
     if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
-        raise ConfigError("--batch-size and --global-batch-size: use only one. The other one follows from it.")
+        raise ConfigError("--batch-size and --global-batch-size: use only one of them.")
     if shutil.get_terminal_size().columns < MIN_COLUMNS:  # of COLUMNS, or of the terminal itself
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
     is_first = is_first_process()  # only the first process prints errors
@@ -61,7 +61,7 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
         )
     except SystemExit:
         if not is_first:
-            time.sleep(2)  # the launcher ends all processes as soon as one has ended; if not, nobody has printed
+            time.sleep(2)  # usually the launcher ends this process meanwhile, because process 0 has failed too
             print(f"Process {os.environ['RANK']}: wrong usage. See the error of process 0.", file=sys.stderr)
         raise
     values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
@@ -103,7 +103,7 @@ def explicit_settings(arguments: Sequence[str] | None = None) -> frozenset[str]:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first or the only process of its job; a stale RANK does not count."""
+    """Whether this is the first or only process of its job. RANK without WORLD_SIZE is ignored."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return alone or os.environ.get("RANK", "0") == "0"
 

@@ -29,7 +29,7 @@ CHOICES = {
 
 MAY_CHANGE = {
     *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds", "compile"),
-    *("dataset", "data_dir"),  # only their path: runs/folder.py compares the images
+    *("dataset", "data_dir"),  # only the path: runs/folder.py checks that the images are the same
 }
 """Settings that may change when a run is resumed."""
 
@@ -43,7 +43,7 @@ AT_LEAST_1 = (
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 MAX_INTEGER = 10**12
 MAX_IMAGE_SIZE = 1024  # pixels per side
-MAX_YAML = 64 << 10  # bytes of a config.yaml: parsing takes ten seconds per megabyte
+MAX_YAML = 64 << 10  # bytes of a config.yaml; parsing takes ten seconds per megabyte
 TYPES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ class BatchSizes(NamedTuple):
 
 
 class DataOptions(NamedTuple):
-    """Which images of a dataset are used, and how: the settings of the same names."""
+    """Settings that choose and prepare the images of a dataset, with the names of TrainConfig."""
 
     limit_train_images: int | None = None
     limit_test_images: int | None = None
@@ -77,13 +77,13 @@ class TrainConfig:
     """Folder name of the run. Default: recipe and time."""
 
     output_dir: str = "runs"
-    """Parent folder of the run's folder."""
+    """Folder in which the run's folder is created."""
 
     resume: str | None = None
-    """Resume the run in this folder. `auto` resumes the run called --run-name, or starts it if there is none."""
+    """Resume the run in this folder. `auto` resumes the run named by --run-name, or starts it if it does not exist."""
 
     checkpoint_every: int | None = None
-    """Optimizer steps between checkpoints. Default: every epoch, if that takes at most 5 % of the time."""
+    """Optimizer steps between checkpoints. Default: one epoch, or more if saving would take over 5 % of the time."""
 
     trackers: str = "wandb"
     """Comma-separated trackers to log to, in addition to metrics.jsonl."""
@@ -92,7 +92,7 @@ class TrainConfig:
     """Optimizer steps between logged training losses. Default: 100, or a tenth of an epoch if that is less."""
 
     profile: bool = False
-    """Print where the time of a training step goes, and save a trace of a few steps in the run's folder."""
+    """Print how long each part of a training step takes, and save a trace of a few steps in the run's folder."""
 
     seed: int = 0
     """Random seed for initial weights, shuffling and augmentation."""
@@ -101,13 +101,13 @@ class TrainConfig:
     """Dataset to train on: mnist, fashion-mnist, kmnist, or a folder with one subfolder of images per class."""
 
     data_dir: str = str(DATA_FOLDER)
-    """Folder of the datasets, in torchvision's layout (MNIST/raw/ ...), and of cached decoded images (cache/)."""
+    """Folder with the datasets, in torchvision's layout (MNIST/raw/ ...), and the cache of decoded images (cache/)."""
 
     image_size: int | None = None
-    """Width and height of a folder's images, in pixels. Default: 64, or 28 if all are gray and about that small."""
+    """Side in pixels to which a folder's images are resized. Default: 28 if all are gray and small, otherwise 64."""
 
     test_fraction: float | None = None
-    """Fraction of a folder's images held out for testing, if it has no test/ or val/. Default: 0.2."""
+    """Fraction of images held out for testing, for a folder without test/ or val/. Default: 0.2."""
 
     limit_train_images: int | None = None
     """Train on the first N images only."""
@@ -119,7 +119,7 @@ class TrainConfig:
     """Hold out the last N training images for validation. Tune settings on these, not on the test images."""
 
     augment: bool = False
-    """Randomly rotate, zoom and shift the training images; also mirror them, except MNIST and KMNIST."""
+    """Randomly rotate, zoom and shift the training images, and mirror them (not MNIST and KMNIST)."""
 
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
@@ -140,10 +140,10 @@ class TrainConfig:
     """Weight decay: decoupled in adamw, an L2 penalty in the others."""
 
     schedule: str = "constant"
-    """Learning rate schedule after the warm-up, over all optimizer steps."""
+    """Learning rate schedule over the optimizer steps after the warm-up."""
 
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up (one-cycle: 0 means 30 % of all steps)."""
+    """Optimizer steps of linear warm-up (one-cycle: along a cosine; 0 means 30 % of all steps)."""
 
     max_grad_norm: float | None = None
     """Clip the gradient norm to this value. Default: no clipping."""
@@ -152,13 +152,13 @@ class TrainConfig:
     """Number of passes over the training images."""
 
     max_steps: int | None = None
-    """Stop after N optimizer steps, if that is before the last epoch ends."""
+    """Stop after N optimizer steps, even before the last epoch ends."""
 
     batch_size: int = 10
     """Images per batch in each process."""
 
     global_batch_size: int | None = None
-    """Images per batch across all processes, however many there are; replaces --batch-size."""
+    """Images per batch over all processes together; replaces --batch-size."""
 
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step: 5 batches of 10 give the gradient of one batch of 50."""
@@ -167,7 +167,7 @@ class TrainConfig:
     """Run forward and backward pass as one graph. On a CPU it is compiled: takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
-    """Compute precision of the layers. Default: the launcher's, which is `no` (float32) unless configured."""
+    """Precision of the layers' computations. Default: the launcher's, which is `no` (float32) unless configured."""
 
     timeout_seconds: int = 600
     """Seconds that a process waits for the others before the job fails."""
@@ -208,7 +208,7 @@ class TrainConfig:
             known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} torchvision models such as resnet18"
             check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
         elif self.pretrained:
-            raise ConfigError(f"--pretrained: --model {self.model} has no weights. Try --model resnet18.")
+            raise ConfigError(f"--pretrained: --model {self.model} has no pretrained weights. Try --model resnet18.")
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
@@ -218,7 +218,7 @@ class TrainConfig:
         value = getattr(self, name)
         try:
             path = absolute(Path(value).expanduser())
-        except (RuntimeError, OSError) as error:  # no such user, links in a circle
+        except (RuntimeError, OSError) as error:  # no such user, or circular links
             raise ConfigError(f"{flag(name)} {value}: not a valid path: {error}") from error
         object.__setattr__(self, name, str(path))
 
@@ -248,12 +248,12 @@ class TrainConfig:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The settings that a checkpoint and the run that loads it must have in common."""
+        """The settings that must be the same in a checkpoint and the run that loads it."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_IN_FINGERPRINT}
 
     @property
     def job_settings(self) -> dict[str, Any]:
-        """The settings that all processes of a job must have in common, by flag: all but paths."""
+        """The settings that must be the same in all processes of a job, by flag: all except paths."""
         paths = {"data_dir", "output_dir", "run_name", "resume", *(["dataset"] if is_path(self.dataset) else [])}
         return {flag(name): value for name, value in dataclasses.asdict(self).items() if name not in paths}
 
@@ -262,9 +262,9 @@ class TrainConfig:
         return dataclasses.replace(self, dataset=local.dataset) if is_path(local.dataset) else self
 
     def resumed(self, asked: "TrainConfig", explicit_settings: Collection[str], folder: Path) -> "TrainConfig":
-        """The settings of the run in `folder` (self), with those of the command line (`asked`) that may change.
+        """The settings of the run in `folder` (self), updated from the command line (`asked`) where that is allowed.
 
-        `explicit_settings` are those named on the command line. Raises ConfigError if one of them differs and may not.
+        `explicit_settings` are those named on the command line. Raises ConfigError if one differs that must not change.
         """
         for name in explicit_settings:
             saved, new = getattr(self, name), getattr(asked, name)
@@ -280,7 +280,7 @@ class TrainConfig:
                     f"{flag(name)} {new}: the run in {folder} has {saved}. Omit the flag to resume it, or"
                     f" start a new run. Flags that may change: {', '.join(sorted(map(flag, MAY_CHANGE)))}."
                 )
-        # the timeout asked for is already in effect: the processes have joined
+        # the new timeout is already in effect: the processes have joined with it
         changes = {name: getattr(asked, name) for name in MAY_CHANGE & set(explicit_settings) | {"timeout_seconds"}}
         return dataclasses.replace(
             self, **changes, output_dir=str(folder.parent), run_name=folder.name, resume=str(folder)
@@ -346,7 +346,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     ):
         raise ConfigError(f"{path}: must map setting names to plain values.")
     for name, value in settings.items():
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:  # perhaps in hexadecimal, too long to be shown
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:  # may be too long to show, e.g. in hexadecimal
             raise ConfigError(f"{path}: {name}: must be at most {MAX_INTEGER:,}.")
     return settings
 
@@ -357,12 +357,12 @@ def flag(name: str) -> str:
 
 
 def is_path(dataset: str) -> bool:
-    """Whether --dataset means a folder: it has a separator, or is the name of a folder here and not of a dataset."""
+    """Whether --dataset is a folder: it contains a path separator, or names a folder here and no known dataset."""
     return dataset not in ("", *CHOICES["dataset"]) and (Path(dataset).name != dataset or Path(dataset).is_dir())
 
 
 def check_choice(name: str, value: str, choices: Sequence[str], known: str = "") -> None:
-    """Raise ConfigError with the closest names if `value` is not among `choices`; `known` describes these in short."""
+    """Raise ConfigError with the closest names if `value` is not in `choices`; `known` sums them up."""
     if value not in choices:
         near = difflib.get_close_matches(value.lower(), choices, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

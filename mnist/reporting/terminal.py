@@ -1,6 +1,6 @@
 """What the terminal shows during a run: a header, a progress bar and a line per epoch, and the result.
 
-On a terminal a progress bar moves; elsewhere (a file, a pipe, a scheduler's log) a plain line comes every ten seconds.
+If the output is not a terminal but a file, a pipe or a scheduler's log, a line every ten seconds replaces the bar.
 """
 
 import os
@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Terminal:
-    """Prints to standard output, on the one process that prints."""
+    """Prints to standard output, in the main process only."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -39,7 +39,7 @@ class Terminal:
             print(text, flush=True)
 
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
-        """Show what is about to be trained: the device, data, model, batch size, steps and run folder."""
+        """Print the device, data, model, batch size, steps and run folder."""
         self.print(self.styled(f"Recipe {printable(config.recipe)}", BOLD))
         self.row("device", resolved["device"])
         threads = "1 CPU thread" if resolved["threads"] == 1 else f"{resolved['threads']} CPU threads"
@@ -104,7 +104,7 @@ class Terminal:
         self.last_line = time.monotonic()
 
     def draw(self, evaluation: Evaluation) -> None:
-        """On a terminal, draw a test image in characters with its prediction; photographs would not be readable."""
+        """On a terminal, draw a test image in characters with its prediction; no photographs, which are unreadable."""
         if self.interactive and evaluation.history and evaluation.bright_on_black:
             latest, names = evaluation.history[-1], evaluation.class_names
             prediction = self.styled(names[latest["predictions"][0]], BOLD)
@@ -115,7 +115,7 @@ class Terminal:
     def result(
         self, folder: Path, values: Mapping[str, float], warnings: Sequence[str], sync_command: str | None
     ) -> None:
-        """Print the final metrics, where everything is, and what to do next."""
+        """Print the final metrics, the paths of the results, and what to do next."""
         self.print(self.styled(f"\n  {'':<11} {'loss':>8} {'accuracy':>10}", DIM))
         for split in SPLITS:
             if f"{split}/loss" in values:
@@ -131,7 +131,8 @@ class Terminal:
             self.row("warning", warning, YELLOW)
         if sync_command:
             self.row("W&B", f"{sync_command}   uploads this run (wandb login first)")
-        self.row("next", f"mnist runs {folder.parent}   lists all runs; python train.py --help   lists every setting")
+        self.row("next", f"mnist runs {folder.parent}   lists all runs")
+        self.row("", "python train.py --help   lists every setting")
 
     def styled(self, text: str, codes: str) -> str:
         """`text` with terminal codes around it, if the output supports color."""
@@ -144,7 +145,7 @@ def supports_color(stream: TextIO) -> bool:
 
 
 def draw_image(image: Tensor) -> str:
-    """An image, uint8 [height, width], in characters; one line is two rows of pixels, because characters are tall."""
+    """An image, uint8 [height, width], in characters. A line shows two rows of pixels, because characters are tall."""
     shades = " ░▒▓█"
     try:
         shades.encode(sys.stdout.encoding or "ascii")

@@ -1,4 +1,4 @@
-"""Starts runs of train.py in processes of their own, one after the other or side by side, and reads them back.
+"""Run train.py in separate processes, one after the other or at the same time, and read the results.
 
 runs = LaunchedRuns(TrainConfig(), processes=2, folder=Path("/tmp/runs"))
 runs.train("short", processes=2, max_steps=30).lines
@@ -36,7 +36,7 @@ class RunError(UserError):
 
 
 class LaunchedRuns:
-    """Runs with the settings of `config` but for those named in a call, in subfolders of `folder`."""
+    """Runs in subfolders of `folder`, with the settings of `config` except for those passed to a call."""
 
     def __init__(
         self, config: TrainConfig, processes: int, folder: Path, script: Path = PROJECT_FOLDER / "train.py"
@@ -60,7 +60,7 @@ class LaunchedRuns:
     ) -> "subprocess.Popen[bytes]":
         """Start a short run, in which the last batch of each epoch is smaller; its output goes to NAME.log.
 
-        The words `before` the script may name a module to start instead: ("-m", "package.module").
+        `before` are words before the script, such as ("-m", "package.module") to start a module with it.
         """
         settings = {"global_batch_size": self.global_batch_size} | settings
         settings = {"limit_train_images": 5 * settings["global_batch_size"] - 3, "limit_test_images": 200} | settings
@@ -81,7 +81,7 @@ class LaunchedRuns:
             )
 
     def train(self, name: str, processes: int = 1, **options: Any) -> Record:
-        """The record of a whole run. Raises RunError if it fails, ConfigError if it refuses its settings."""
+        """The record of a whole run. Raises RunError if it fails, ConfigError if train.py rejects the settings."""
         return self.finish(name, self.start(name, processes, **options))
 
     def finish(self, name: str, process: "subprocess.Popen[bytes]") -> Record:
@@ -91,7 +91,7 @@ class LaunchedRuns:
         return Record.read(self.folder / name)
 
     def require(self, holds: bool, name: str, process: "subprocess.Popen[bytes]") -> None:
-        """Raise RunError or ConfigError with the error of a run unless the condition holds."""
+        """Unless `holds`, raise RunError or ConfigError with the run's error message."""
         if not holds:
             state = read_state(self.folder / name / "state.json")
             log = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
@@ -102,7 +102,7 @@ class LaunchedRuns:
             raise ConfigError(message) if usage else RunError(message)
 
     def wait_for_step(self, step: int, name: str, process: "subprocess.Popen[bytes]") -> None:
-        """Wait until a run has logged a step. Raises RunError if it ends before."""
+        """Wait until a run has logged a step. Raises RunError if the run ends first."""
         while process.poll() is None:
             with contextlib.suppress(OSError, ConfigError, IndexError):
                 if Record.read(self.folder / name).lines[-1]["step"] >= step:
@@ -119,7 +119,7 @@ class LaunchedRuns:
         return float((self.folder / "plain.log").read_text(encoding="utf-8").split()[-1])
 
     def rate_alone(self, **settings: Any) -> float:
-        """Images per second of independent runs at the same time, each with its share of the batch and the images."""
+        """Total images per second of independent simultaneous runs, each with its share of the batch and the images."""
         visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.processes)))).split(",")
         settings["limit_train_images"] = -(-settings["limit_train_images"] // self.processes)
         settings["global_batch_size"] = -(-self.global_batch_size // self.processes)
@@ -137,7 +137,7 @@ class LaunchedRuns:
 
     @functools.cached_property
     def longer(self) -> dict[str, Any]:
-        """Settings of a run of two epochs and a half that trains for about SECONDS."""
+        """Settings of a run of two and a half epochs that trains for about SECONDS."""
         rate = self.short.evaluations[-1]["perf/images_per_second"]
         steps = max(20, min(20_000, int(SECONDS * rate / self.global_batch_size)))
         images = max(1, steps * 2 // 5 * self.global_batch_size - 3)
@@ -146,7 +146,7 @@ class LaunchedRuns:
 
 
 def flags_of(config: TrainConfig, recipe: TrainConfig) -> list[str]:
-    """The flags that give `config`, whose recipe is `recipe`."""
+    """The flags that turn `recipe` into `config`."""
     names = [field.name for field in dataclasses.fields(config)]
     changed = [name for name in names if name == "recipe" or getattr(config, name) != getattr(recipe, name)]
     return [f"{flag(name)}={getattr(config, name)}" for name in changed]

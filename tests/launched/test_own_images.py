@@ -216,7 +216,7 @@ def test_a_model_includes_the_normalization_of_its_training_images(
     environment["dataset_md5"] = "of an earlier version"
     del environment["version"]
     (run / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(ConfigError, match="started by an earlier version of this project"):
+    with pytest.raises(ConfigError, match="was started by a version of this project"):
         resume_here(run, max_steps=3)
 
 
@@ -296,7 +296,7 @@ def test_evaluate_names_the_weights_and_uses_the_runs_precision(
     run = run_here("x", validation_size=6, epochs=2, mixed_precision="bf16", **settings)
     capsys.readouterr()
     assert main(["evaluate", "--model", str(run)]) == 0
-    assert f"(weights with the best validation loss; for the last ones: --model {run}/model)" in capsys.readouterr().out
+    assert f"(weights with the lowest validation loss; for the last: --model {run}/model)" in capsys.readouterr().out
     assert main(["evaluate", "--model", str(run / "model")]) == 0
     last = metrics_of(run)[-1]
     assert_figures("few, 6 test images", last, capsys.readouterr().out)
