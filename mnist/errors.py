@@ -1,4 +1,4 @@
-"""Errors that a user can fix: shown as one message, without a traceback. All others keep their traceback."""
+"""Errors that a user can fix, shown as one message without a traceback. All other errors keep their traceback."""
 
 
 class UserError(Exception):
@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """An invalid setting. The exit code of wrong usage is that of argparse."""
+    """An invalid setting. Its exit code is that of argparse for wrong usage."""
 
     exit_code = 2
 

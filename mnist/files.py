@@ -1,9 +1,9 @@
-"""Atomic writes, which leave the old file or the new one after a crash or on a full disk, never half; folder locks.
+"""Atomic writes (after a crash or on a full disk there is the old file or the new one, never half); folder locks.
 
 write_file(folder / "state.json", "{}")
 with new_folder(folder / "model") as temporary: ...      # renamed once it is on the disk
 with storage_errors("runs/x", "try again"): ...          # a full disk raises UserError
-read_text(folder / "state.json")                         # OSError for a file larger than any that is written here
+read_text(folder / "state.json")                         # OSError for a file larger than this project writes
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from filelock import FileLock, Timeout
 from mnist.errors import UserError
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<word>new|old|gone)\.[0-9a-f]{8}")  # of temporary_name
-MAX_TEXT = 16 << 20  # bytes: nested empty lists take thirty times as much in memory
+MAX_TEXT = 16 << 20  # bytes; parsed JSON can take thirty times as much memory
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def temporary_name(path: Path, word: str) -> Path:
-    """A unique hidden name beside `path`: "new" will become `path`, "old" or "gone" has been it."""
+    """A unique hidden name beside `path`: "new" for what will replace it, "old" and "gone" for what it was."""
     return path.with_name(f".{path.name}.{word}.{secrets.token_hex(4)}")
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
-    """The text in a file; OSError for more than `max_bytes`, which a sparse file has for nothing."""
+    """The text in a file. Raises OSError for more than `max_bytes`; a sparse file can claim any size."""
     if path.stat().st_size > max_bytes:
-        raise OSError(errno.EFBIG, f"larger than {max_bytes >> 10:,} KiB, which no file of this project is", str(path))
+        raise OSError(errno.EFBIG, f"larger than {max_bytes >> 10:,} KiB, the limit for this file", str(path))
     return path.read_text(encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `folder` once its files are on the disk. If writing fails, `folder` stays."""
+    """A temporary folder that replaces `folder` once its files are on the disk. If writing fails, `folder` is kept."""
     temporary, old = temporary_name(folder, "new"), temporary_name(folder, "old")
     try:
         temporary.mkdir(parents=True)
@@ -88,7 +88,7 @@ def flush(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it exists; it is never seen half-removed."""
+    """Remove a folder, if it exists. Other processes never see it half-removed."""
     if folder.exists():
         doomed = temporary_name(folder, "gone")
         folder.rename(doomed)
@@ -112,7 +112,7 @@ def lock_folder(folder: Path, holder: str) -> FileLock | None:
     """Lock a folder until the lock is released or this process ends.
 
     Returns None if the file system does not support locks. Raises UserError if another process holds the lock;
-    `holder` is the part of the message that names it.
+    `holder` describes that process in the message.
     """
     path = folder / ".lock"
     if path.is_symlink() or (path.exists() and not path.is_file()):  # filelock would truncate a link's target
@@ -135,7 +135,7 @@ def lock_folder(folder: Path, holder: str) -> FileLock | None:
 
 
 def knows_locks(folder: Path) -> bool:
-    """Whether the file system of a folder supports locks. Versions of filelock differ in how they report that."""
+    """Whether the file system of a folder supports locks. How filelock reports this depends on its version."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -160,7 +160,7 @@ def storage_errors(path: Path, advice: str) -> Iterator[None]:
         if error.errno in STORAGE_ERRORS:
             file = f" ({error.filename})" if error.filename else ""
             raise UserError(
-                f"{path}: cannot write: {error.strerror}{file}. What was saved before is intact. Free some space or fix"
-                f" the permissions, then {advice}"
+                f"{path}: cannot write: {error.strerror}{file}. Earlier files are intact. Free some space or fix the"
+                f" permissions, then {advice}"
             ) from error
         raise

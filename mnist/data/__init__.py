@@ -1,1 +1,1 @@
-"""From files to batches: data sets, folders of images, the cache of decoded ones, transforms, the loader."""
+"""From files to batches: datasets, folders of images and their cache, transforms, and the loader (loader.py)."""

@@ -3,9 +3,9 @@
 cache = open_cache(find_files("PetImages"), Path("data/cache"), image_size=None)
 cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 64, 64] if all are gray
 
-The file name encodes the folder, the image size and the state of the folder's files, so any change in a name, size or
-time makes a new cache. The split does not matter. One file, so it is complete or absent: all pixels, then the digest
-and sums of each image, JSON with the rest, and FOOTER.
+The file's name depends on the folder, the image size, and the names, sizes and times of the folder's files, but not on
+the split. If one of them changes, a new cache is made. The cache is one file, so it is complete or absent: all pixels,
+the digest and sums of each image, JSON with the rest, and FOOTER.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ SIZE, SMALL_SIZE = 64, 28
 ABOUT_SMALL = 32  # gray images whose median shorter side is at most this become SMALL_SIZE
 MAX_BROKEN = 0.1  # of the files that should be images
 CHUNK = 16  # images per task of a decoding process
-SPARE_BYTES = 64 << 20  # left on the disk once the file is written
+SPARE_BYTES = 64 << 20  # to leave free on the disk
 
 Answer = TypeVar("Answer")
 Task = tuple[Path, str]  # a file, and its name relative to the folder
@@ -71,10 +71,10 @@ def record_type(channels: int) -> np.dtype[Any]:
 
 
 def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: Scale | None = None) -> Cache:
-    """The folder's images, decoded now if no process has done so yet.
+    """The folder's images, decoded now unless a process has done so before.
 
-    `scale` maps images with more than 8 bits per pixel, as a model was trained; by default the folder gets its own.
-    Outdated caches of the same folder and settings are deleted; a job that still maps one keeps it until it ends.
+    `scale` is that of a trained model for images with more than 8 bits per pixel; by default it is computed from the
+    folder. Outdated caches of the same folder and settings are deleted; a running job can still read the one it uses.
     Raises UserError if the images cannot be decoded or the file cannot be written.
     """
     source = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
@@ -102,7 +102,7 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: S
 
 
 def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
-    """The cache, mapped; None if there is no complete one of this folder."""
+    """The cache, memory-mapped; None if there is no complete one of this folder."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would never end
             return None
@@ -124,7 +124,7 @@ def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
             file.seek(math.prod(shape))
             records = np.frombuffer(file.read(shape[0] * kind.itemsize), kind)
         return Cache(MappedImages(path, shape, records["digest"]), records["digest"], records["sums"], broken, scale)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):  # or foreign JSON
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):  # or other JSON
         return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}. Fix that or remove it.") from error
@@ -143,9 +143,9 @@ def _fits(shape: tuple[Any, ...], count: int, image_size: int | None) -> bool:
 
 @contextlib.contextmanager
 def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
-    """Hold the lock of the cache folder, with a message if that takes over a second; yields whether it is locked.
+    """Lock the cache folder, with a message if that takes over a second; yields whether it is locked.
 
-    A file system without locks is fine: two processes may then write the same cache twice.
+    Without locks in the file system, two processes may write the same cache twice, which is harmless.
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -159,8 +159,8 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
                 lock.acquire()
     except OSError as error:
         raise UserError(
-            f"{cache_dir}: cannot be written ({error.strerror}), and {printable(folder.path.name)} is not decoded there"
-            " yet. Choose a writable folder: --data-dir PATH"
+            f"{cache_dir}: cannot be written ({error.strerror}), but is needed for the decoded images of"
+            f" {printable(folder.path.name)}. Choose a writable folder: --data-dir PATH"
         ) from error
     try:
         yield lock.is_locked
@@ -210,7 +210,7 @@ def _write(
     shape: tuple[int, ...],
     scale: Scale | None,
 ) -> bool:
-    """Write a complete cache; stops and returns False if an image needs a scale and there is none."""
+    """Write a complete cache. Returns False as soon as an image needs a scale and there is none."""
     records, broken, color = [], {}, len(shape) == 3
     work = partial(decode_images, size=shape[0], color=color, scale=scale)
     with tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar:
@@ -232,7 +232,7 @@ def _write(
 
 
 def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
-    """Print the size of the cache to be written; raises UserError if the disk has no room for it."""
+    """Print the size of the new cache. Raises UserError if the disk has no room for it."""
     size, free = len(folder.files) * math.prod(shape), shutil.disk_usage(path.parent).free
     mebibytes = f"{math.ceil(size / 2**20):,} MiB"
     name, pixels = printable(folder.path.name), f"{shape[0]} x {shape[1]}"
@@ -257,7 +257,7 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
     every = {(file.part, file.label) for file in folder.files}
     readable = {(file.part, file.label) for file in folder.files if file.name not in broken}
     for part in {part for part, _ in every} - {part for part, _ in readable}:
-        raise UserError(f"{folder.flag}: no image of the {part} split can be read. Fix some.")
+        raise UserError(f"{folder.flag}: no image of the {part} split can be read. Fix or replace them.")
     for label, name in enumerate(folder.class_names):
         if ("train", label) in every - readable:
             files = [file.name for file in folder.files if (file.part, file.label) == ("train", label)]
@@ -272,7 +272,7 @@ def _check_readable(folder: Folder, broken: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Decoding processes, one per core; None if starting them is not worth it."""
+    """A pool of decoding processes, one per core; None for too few images or one core."""
     workers = min(available_cores(), images // CHUNK)
     if workers < 2:
         yield None
@@ -287,8 +287,8 @@ def _pool(folder: Folder, images: int) -> Iterator[ProcessPoolExecutor | None]:
             " memory or fewer cores (taskset)."
         ) from error
     finally:
-        # Also after Ctrl-C or on a full disk, workers finish their chunks: if one is killed while it sends a result,
-        # this process waits for the rest forever.
+        # Let workers finish their chunks, even after Ctrl-C or on a full disk: if one is killed while sending a result,
+        # this process waits for the rest of it forever.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -1,10 +1,10 @@
-"""Load a data set: MNIST and data sets in its format by name, a folder of images by its path.
+"""Load a dataset: MNIST or one in its format by name, or a folder of images by its path.
 
     data = load_dataset("mnist", "data")
     data = load_dataset("PetImages", "data", DataOptions(image_size=64))
 
-MNIST's files are read as they are, .gz or raw, and never unpacked on disk: the folder may be read-only, and processes
-that start together cannot race.
+MNIST's files, .gz or raw, are never unpacked on disk: the folder may be read-only, and processes that start together
+cannot race.
 """
 
 import gzip
@@ -34,9 +34,9 @@ from mnist.errors import ConfigError, UserError
 from mnist.launch.streams import printable
 
 TEST_FRACTION = 0.2  # of each class, if a folder has no test split
-MIN_DEVIATION = 1 / 255  # of a data set's pixels, to not amplify uniform images to noise
-MAX_UNPACKED_BYTES = 256 << 20  # of an unpacked file in MNIST's format: five times the largest that exists
-MAX_CLASSES_NAMED = 6  # classes whose counts are shown
+MIN_DEVIATION = 1 / 255  # least standard deviation, so that normalizing does not amplify noise in uniform images
+MAX_UNPACKED_BYTES = 256 << 20  # of an unpacked file in MNIST's format: five times the largest known one
+MAX_CLASSES_NAMED = 6  # with more classes, only the smallest and largest counts are shown
 FILES = tuple(
     f"{kind}-ubyte" for kind in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 )
@@ -44,7 +44,7 @@ FILES = tuple(
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in MNIST's format, in --data-dir/torchvision_class/raw."""
+    """A dataset in MNIST's format, in --data-dir/torchvision_class/raw."""
 
     torchvision_class: str
     class_names: tuple[str, ...]
@@ -98,11 +98,11 @@ def load_dataset(
     """One of SOURCES, or the images of a folder, decoded into a file in `data_dir`/cache.
 
     torchvision downloads missing files of SOURCES. Images of a folder become `image_size` pixels square; by default 28
-    if all are gray (even if stored in color) and about that small, otherwise 64. Unless the folder is split,
-    `test_fraction` of each class, by default a fifth, is the test split. To test a model, pass its `class_names` and
-    its `scale` for images with more than 8 bits per pixel. Of processes that call it together, one decodes.
+    if all are gray (even if stored in color) and about that small, otherwise 64. A folder without splits is split by
+    `test_fraction`, by default a fifth of each class. To test a model, pass its `class_names` and, for images with more
+    than 8 bits per pixel, its `scale`. If several processes call this at once, only one of them decodes.
 
-    Raises ConfigError if a folder is not a data set or a setting leaves no image; UserError if a file is missing or
+    Raises ConfigError if a folder is not a dataset or a setting leaves no image; UserError if a file is missing or
     corrupt, over a tenth of a folder's images or all of a class cannot be read, or nothing can be written.
     """
     if name not in SOURCES:
@@ -114,7 +114,7 @@ def load_dataset(
 
 
 def decode_folder(name: str, data_dir: str | Path, image_size: int | None) -> None:
-    """Decode a folder of images unless `name` is one of SOURCES or it is decoded; raises what `load_dataset` raises."""
+    """Decode the folder `name`, if it is one and is not decoded yet. Raises the errors of `load_dataset`."""
     if name not in SOURCES:
         open_cache(find_files(name), Path(data_dir) / "cache", image_size)
 
@@ -125,7 +125,7 @@ def decode_folder(name: str, data_dir: str | Path, image_size: int | None) -> No
 def _load_folder(
     path: str, cache_dir: Path, options: DataOptions, class_names: Sequence[str] | None, scale: Scale | None
 ) -> ImageData:
-    """The images of a folder, shuffled with a fixed seed so that the first ones are from all classes."""
+    """The images of a folder, shuffled with a fixed seed so that the first N include all classes."""
     folder = find_files(path, class_names)
     cache = open_cache(folder, cache_dir, options.image_size, scale)
     files = [file for file in folder.files if file.name not in cache.broken]
@@ -180,22 +180,22 @@ def _parts_of(folder: Folder, files: Sequence[File], test_fraction: float | None
 
 
 def _normalization(train: Split, sums: NDArray[np.int64]) -> Normalization:
-    """Mean and standard deviation of the training images, from integers: the same on every machine, in any order."""
+    """Mean and standard deviation of the training images, from integers: exact in any order and on any machine."""
     assert isinstance(train.images, MappedImages)
     totals = [int(total) for total in sums[train.images.file_indices.numpy()].sum(axis=0)]
     pixels, channels = len(train) * math.prod(train.images.shape[1:3]), len(totals) // 2
     mean, std = [], []
     for total, squares in zip(totals[:channels], totals[channels:], strict=True):
         mean.append(total / pixels / 255)
-        variance = (pixels * squares - total * total) / pixels**2  # a difference of floats might be negative
+        variance = (pixels * squares - total * total) / pixels**2  # exact; with floats it might be negative
         std.append(max(math.sqrt(variance) / 255, MIN_DEVIATION))
     return Normalization(tuple(mean), tuple(std))
 
 
 def choose_parts(files: Sequence[File], test_fraction: float) -> NDArray[np.str_]:
-    """The split of each file: "test" for that fraction of each class, at least one image but not all, else "train".
+    """The split of each file: "test" for `test_fraction` of each class, at least one image but not all, else "train".
 
-    A hash of the names chooses, so adding or removing files moves hardly any other. A fraction of 1 is all of them.
+    Files are chosen by a hash of their names, so adding or removing some rarely moves others. 1 takes all of them.
     """
     parts = np.full(len(files), "train")
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -208,7 +208,7 @@ def choose_parts(files: Sequence[File], test_fraction: float) -> NDArray[np.str_
 
 
 def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
-    """The number of images per class, or of the smallest and the largest class if there are many."""
+    """The number of images per class; if there are many classes, of the smallest and the largest."""
     names = folder.class_names
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     order = sorted(range(len(names)), key=counts.__getitem__)
@@ -232,7 +232,7 @@ def _describe_scale(scale: Scale | None) -> list[str]:
 
 
 def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: NDArray[np.str_]) -> list[str]:
-    """A note on test images whose pixels, at the size of the data set, are those of a training image."""
+    """A note if test images have the same pixels, after resizing, as a training image."""
     known = list(zip(files, digests, parts, strict=True))
     trained_on = {digest: file.name for file, digest, part in known if part == "train"}
     twice = [(file.name, trained_on[digest]) for file, digest, part in known if part == "test" and digest in trained_on]
@@ -245,7 +245,7 @@ def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: N
     ]
 
 
-# --- data sets in MNIST's format
+# --- datasets in MNIST's format
 
 
 def _load_source(name: str, data_dir: Path, options: DataOptions) -> ImageData:
@@ -254,7 +254,7 @@ def _load_source(name: str, data_dir: Path, options: DataOptions) -> ImageData:
     if not all(_find(folder, file) for file in FILES):
         _download(name, source, data_dir)
     paths = {file: _find(folder, file) or folder / file for file in FILES}
-    # MNIST must be as published, which is in the repository; others may be compressed again, such as Debian's
+    # MNIST must be the published files, as in the repository; others may have been recompressed, such as Debian's
     strict = {file: source.md5[file] for file, path in paths.items() if name == "mnist" and path.suffix == ".gz"}
     images, labels, test_images, test_labels = (read_idx(path, strict.get(file)) for file, path in paths.items())
     files = {path: strict.get(file) or _md5(path) for file, path in paths.items()}
@@ -287,7 +287,7 @@ def _md5(path: Path) -> str:
 def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Split:
     if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or len(images) == 0:
         shapes = f"{list(images.shape)} and {list(labels.shape)}"
-        raise UserError(f"{folder}/{prefix}-*: images and labels of shapes {shapes} do not match.")
+        raise UserError(f"{folder}/{prefix}-*: images and labels have shapes {shapes}, which do not match.")
     if (largest := int(labels.max())) >= len(class_names):
         count = len(class_names)
         raise UserError(f"{folder}/{prefix}-labels: contains label {largest}, but there are only {count} classes.")
@@ -295,12 +295,12 @@ def _split(folder: Path, prefix: str, images: Tensor, labels: Tensor, class_name
 
 
 def read_idx(path: Path, md5: str | None = None) -> Tensor:
-    """Read an IDX file of bytes, .gz or raw, as uint8 [N, ...], and check the MD5 of a .gz file if one is given.
+    """Read an IDX file of bytes, .gz or raw, as uint8 [N, ...]. If `md5` is given, check it (.gz files only).
 
     Raises UserError with the file's name. Format: "THE IDX FILE FORMAT" on the MNIST database's page.
     """
     again = "Delete it and download it again."
-    too_large = f"{path}: over {MAX_UNPACKED_BYTES >> 20} MiB, larger than any such file. {again}"
+    too_large = f"{path}: over {MAX_UNPACKED_BYTES >> 20} MiB, too large for a dataset in MNIST's format. {again}"
     try:
         if path.stat().st_size > MAX_UNPACKED_BYTES:
             raise UserError(too_large)

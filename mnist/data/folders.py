@@ -26,12 +26,12 @@ class File(NamedTuple):
     name: str  # relative to the folder, with slashes
     label: int
     part: str  # "train", "val" or "test"; always "train" if the folder is not split
-    stamp: tuple[int, ...]  # changes if the file does
+    stamp: tuple[int, ...]  # changes when the file changes
 
 
 @dataclass
 class Folder:
-    """The files of a data set."""
+    """The files of a dataset."""
 
     path: Path  # resolved
     class_names: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Folder:
 
 
 def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Folder:
-    """Walk a folder of images. Raises ConfigError if it is not a data set, UserError if it cannot be read.
+    """Walk a folder of images. Raises ConfigError if it is not a dataset, UserError if it cannot be read.
 
     To test a model, pass its `class_names`; the folder may lack some of them.
     """
@@ -69,17 +69,17 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
     folder.class_names, folder.is_split = layout.class_names, "test" in layout.parts
-    folder.files = sorted(files)  # by name, however a model orders its classes: both share one cache
+    folder.files = sorted(files)  # by name and not by label, so every order of the classes shares one cache
     folder.skipped = [*layout.skipped, *walk.skipped]
     folder.notes = layout.notes
     if walk.outside:
-        folder.notes.append(f"followed links to outside the folder: {printable(a_few(walk.outside))}")
+        folder.notes.append(f"followed links that lead out of the folder: {printable(a_few(walk.outside))}")
     _check_images(folder, layout, class_names is None)
     return folder
 
 
 def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:
-    """Raise ConfigError if a class to train on has no image, or there is none to test on."""
+    """Raise ConfigError if a class to train on has no images, or if there are no images to test on."""
     counts = Counter((file.part, file.label) for file in folder.files)
     empty = [name for label, name in layout.parts.get("train", {}).items() if trains and not counts["train", label]]
     if not empty and not folder.files:
@@ -93,19 +93,19 @@ def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:
 
 
 class Walk:
-    """Collects the images of the classes, each real file once; a file itself takes precedence over links to it."""
+    """Collects the images of the classes, each real file once: under its own name rather than that of a link to it."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.found: list[tuple[str, int, str]] = []  # part, label and name of an image
-        self.links: list[tuple[str, int, str]] = []  # the same of a link to an image or a folder
+        self.links: list[tuple[str, int, str]] = []  # part, label and name of a link to an image or a folder
         self.skipped: list[tuple[str, str]] = []
-        self.outside: list[str] = []  # links out of the data set
+        self.outside: list[str] = []  # links that lead out of the dataset
         self.folders: set[str] = set()  # real paths of visited folders, to end cycles
         self.files: set[str] = set()  # real paths of images, filled only if there are links
 
     def classes(self, classes: Sequence[tuple[str, int, str]]) -> None:
-        """Walk the folders of the classes, each given as (part, label, name of the folder)."""
+        """Walk the class folders, each given as (part, label, name)."""
         self.links = [entry for entry in classes if os.path.islink(self.tree.path / entry[2])]
         for class_folder in classes:
             if class_folder not in self.links:
@@ -133,7 +133,7 @@ class Walk:
     def _follow(self, part: str, label: int, link: str) -> None:
         real, count = self.tree.real(link), len(self.found)
         if self.tree.path.is_relative_to(real):
-            self.skipped.append((link, "link to a parent of the data set"))
+            self.skipped.append((link, "link to a parent of the dataset"))
             return
         if not Path(real).is_relative_to(self.tree.path):
             self.outside.append(link)
@@ -146,7 +146,7 @@ class Walk:
             self.files.add(real)
             self.found += [] if known else [(part, label, link)]
         if known:
-            self.skipped.append((link, "link to something already read"))
+            self.skipped.append((link, "link to a file or folder already read"))
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 def reasons(skipped: Any) -> str:
-    """(name, reason) pairs -> `an empty file (2), hidden (1)`, without the details of single files."""
+    """(name, reason) pairs -> `an empty file (2), hidden (1)`, without details of individual files."""
     plain = (re.sub(r"^\d+ x \d+ (is |pixels, )?", "", reason) for _, reason in skipped)
     kinds = Counter(re.split(r" \(|; |, or ", reason)[0] for reason in plain)
     return ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common())

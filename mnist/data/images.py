@@ -31,7 +31,7 @@ from mnist.launch.streams import printable
 
 # photographs of 12 to 50 million pixels are common; 64 million take 200 MB in color, times a few copies
 MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 512 << 20  # of a file: that many pixels, uncompressed, of 16 bits in color and some more
+MAX_FILE_BYTES = 512 << 20  # of a file: MOST_PIXELS in 16-bit color, uncompressed, with a margin
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .heic .heif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff"
     " .webp".split()
@@ -40,7 +40,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 NEARLY_WHITE = 200  # of 255
 _one_at_a_time = threading.Lock()  # warning filters are global to all threads; also bounds memory
 
-Scale = tuple[float, float]  # of images with more than 8 bits per pixel: the values that become 0 and 255
+Scale = tuple[float, float]  # for images with more than 8 bits per pixel: the values that become 0 and 255
 
 
 def read_image(source: Path | bytes | BinaryIO, name: str = "", scale: Scale | None = None) -> Image.Image:
@@ -48,9 +48,9 @@ def read_image(source: Path | bytes | BinaryIO, name: str = "", scale: Scale | N
 
     EXIF orientation is applied; of an animation the first frame is read. Transparent pixels become white, or black if
     all opaque ones are nearly white. More than 8 bits per pixel are reduced by `scale`, by default from the image's
-    own range (`scale_of`). `name` is used in messages if the source has none.
+    own range (`scale_of`). `name` is for messages about a source without a name.
 
-    Raises ImageError, one line, if it cannot be opened, is not an image, is broken or has more than MAX_PIXELS.
+    Raises ImageError with one line if it cannot be opened, is not an image, is broken or has more than MAX_PIXELS.
     """
     return in_8_bits(_read(source, name), scale)
 
@@ -80,9 +80,9 @@ def _read(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
 def fit_image(image: Image.Image, size: int, color: bool) -> NDArray[np.uint8]:
     """An image in mode L or RGB, center-cropped and resized: uint8 [size, size], or [size, size, 3] in color.
 
-    An image of that size is unchanged. Bicubic with antialiasing: BOX is blocky when enlarging, and LANCZOS takes 50 %
-    longer and rings around strokes. Over four times too large, it is first reduced by an integer factor: 0.7 ms instead
-    of 1.2 for 500 x 375, 12 instead of 65 for 12 million pixels, with a difference of at most 3 of 255.
+    An image of that size is unchanged. Bicubic with antialiasing: BOX is blocky when enlarging, and LANCZOS takes
+    50 % longer and rings around strokes. If it is over four times too large, it is first reduced by an integer factor:
+    0.7 ms instead of 1.2 for 500 x 375, 12 instead of 65 for 12 million pixels, differing by at most 3 of 255.
     """
     image = image.convert("RGB" if color else "L")
     side = min(image.size)
@@ -92,10 +92,10 @@ def fit_image(image: Image.Image, size: int, color: bool) -> NDArray[np.uint8]:
 
 
 class Decoded(NamedTuple):
-    """The result of `fit_image`."""
+    """A decoded image: the result of `fit_image`."""
 
     pixels: bytes
-    digest: bytes  # of the pixels, whatever the file and its format
+    digest: bytes  # of the pixels, whatever the file format
     sums: tuple[int, ...]  # of each channel's pixels, then of their squares
 
 
@@ -169,15 +169,15 @@ def is_wide(image: Image.Image) -> bool:
 
 
 def range_of(image: Image.Image) -> Scale:
-    """The 0.1 % and 99.9 % quantiles of the pixels, which a few hot pixels do not change."""
+    """The 0.1 % and 99.9 % quantiles of the pixels, so a few hot pixels have no effect."""
     low, high = np.quantile(_values(image), (0.001, 0.999), method="nearest")
     return float(low), float(high)
 
 
 def scale_of(ranges: Sequence[Scale]) -> Scale:
-    """One scale for images with these ranges: from zero, or the lowest negative value, to the end of a bit depth.
+    """One scale for images with these ranges: from zero, or the lowest negative value, to the maximum of a bit depth.
 
-    Stretching the actual range instead would turn an empty page into noise. 12 bits stored in 16 are not dark.
+    Stretching the actual range would turn an empty page into noise. 12 bits stored in 16 are scaled as 12 bits.
     """
     low, high = min(0.0, *(low for low, _ in ranges)), max(high for _, high in ranges)
     if low < 0 or high <= 1:  # signed, or in [0, 1]
@@ -264,7 +264,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         raise ImageError(f"{name}: not an image, or of an unsupported format; PNG and JPEG always work.") from error
     width, height = image.size
     if isinstance(image, TiffImageFile) and {TILEWIDTH, TILELENGTH} <= image.tag_v2.keys():
-        # a tile is decoded whole, however little of it is in the picture
+        # a tile is decoded whole, even if little of it is in the image
         width, height = max(width, image.tag_v2[TILEWIDTH]), max(height, image.tag_v2[TILELENGTH])
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {width} x {height} is too large; the limit is {MAX_PIXELS:,} pixels.")
@@ -291,7 +291,7 @@ def _identify(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _open_supported(file: BinaryIO) -> Image.Image:
-    """Open only the formats of IMAGE_SUFFIXES: EPS and WMF run other programs, ICO may hide an image of any size."""
+    """Open only the formats of IMAGE_SUFFIXES: EPS and WMF run programs, ICO may contain an image of any size."""
     formats = {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES if suffix in Image.EXTENSION}
     return Image.open(file, formats=sorted(formats & set(Image.ID)))
 
@@ -329,7 +329,7 @@ def in_8_bits(image: Image.Image, scale: Scale | None) -> Image.Image:
 
 
 def _on_paper(image: Image.Image) -> Image.Image:
-    """RGBA -> RGB, on white, or on black if hardly any opaque pixel would be visible on white."""
+    """RGBA -> RGB, on white, or on black if hardly any opaque pixel would show on white."""
     opaque = np.asarray(image.getchannel("A")) >= 128
     dark = np.asarray(image.convert("RGB").convert("L")) < NEARLY_WHITE
     white_ink = opaque.any() and not opaque.all() and (opaque & dark).sum() < 0.002 * opaque.sum()

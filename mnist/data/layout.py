@@ -1,4 +1,4 @@
-"""Find out which folders of a data set are classes, and which are splits: training, validation and test images.
+"""Find out which folders of a dataset are classes and which are splits (train, val, test).
 
     layout = find_layout(Tree(Path("PetImages")), error)
     layout.parts        # {"train": {0: "train/Cat", 1: "train/Dog"}, "test": {0: "test/Cat", ...}}
@@ -26,7 +26,7 @@ WORDS = {
     "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-FILLING = r"(set|sets|data|images|imgs|folder|split)?"  # may follow a word: trainset
+FILLING = r"(set|sets|data|images|imgs|folder|split)?"  # may follow one of WORDS, as in trainset
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 OURS = "written by this project"
 CHILDREN_LOOKED_AT = 5  # of a folder that may contain runs
@@ -37,7 +37,7 @@ MAX_DESCENTS = 3
 
 
 class Contents(NamedTuple):
-    """The contents of one folder; paths are relative to the data set."""
+    """The contents of one folder; paths are relative to the dataset."""
 
     folders: dict[str, str]  # name -> path, sorted
     images: list[str]  # files with an image extension, sorted
@@ -53,7 +53,7 @@ class Tree:
         self.scan = functools.cache(self._scan)
 
     def _scan(self, name: str) -> Contents:
-        """The contents of the folder `name`, "" for the top. Raises OSError."""
+        """The contents of the folder `name` ("" is the dataset itself). Raises OSError."""
         found = Contents({}, [], [], set())
         with os.scandir(self.path / name) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -89,11 +89,11 @@ class Tree:
         return os.path.realpath(self.path / name)
 
 
-Problem = Callable[[str], Exception]  # makes an error that names the data set
+Problem = Callable[[str], Exception]  # makes an error that names the dataset
 
 
 class Layout(NamedTuple):
-    """The class folders of a data set."""
+    """The class folders of a dataset."""
 
     class_names: tuple[str, ...]
     parts: dict[str, dict[int, str]]  # "train", "val", "test" -> label -> folder; only "train" if it is not split
@@ -103,7 +103,7 @@ class Layout(NamedTuple):
 
 
 def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None = None) -> Layout:
-    """The layout of a data set. Raises `problem(...)` if it has none or is ambiguous.
+    """The layout of a dataset. Raises `problem(...)` if it has none or is ambiguous.
 
     To test a model, pass its `class_names`: the folder may lack some of them, but must have no others.
     """
@@ -143,7 +143,7 @@ def find_layout(tree: Tree, problem: Problem, class_names: Sequence[str] | None 
 
 
 def _find_splits(tree: Tree, folders: Mapping[str, str], problem: Problem, measures: bool) -> dict[str, str]:
-    """Split -> its folder; empty if the folders are the classes. To measure a model, one split is enough."""
+    """The folder of each split; empty if the folders are classes. To test a model (`measures`), one split is enough."""
     meant = {name: part for name in folders if (part := _part_of(name))}
     with_classes: dict[str, dict[str, str]] = {}
     for name, part in meant.items():
@@ -183,7 +183,7 @@ def _part_of(name: str) -> str | None:
 
 
 def _descend(tree: Tree, path: str, part: str) -> str:
-    """Descend into a folder of the same meaning if there is nothing else: `seg_train/seg_train` of `seg_train`."""
+    """Descend while a folder contains only another one for the same split, as in `seg_train/seg_train`."""
     for _ in range(MAX_DESCENTS):
         contents = tree.scan(path)
         inner = list(contents.folders)
@@ -194,7 +194,7 @@ def _descend(tree: Tree, path: str, part: str) -> str:
 
 
 def _choose(part: str, paths: Mapping[str, str], problem: Problem) -> str:
-    """Of the folders that mean the same split, the one with exactly such a name."""
+    """Of several folders for one split, the one whose name is exactly one of WORDS."""
     names = [name for name in paths if name.casefold() in WORDS[part]] if len(paths) > 1 else list(paths)
     if len(names) != 1:
         both = " and ".join(f"{printable(name)}/" for name in sorted(paths)[:2])
@@ -203,7 +203,7 @@ def _choose(part: str, paths: Mapping[str, str], problem: Problem) -> str:
 
 
 def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
-    """Folders that contain only folders named like their siblings, such as augmented copies; and these names."""
+    """Folders whose subfolders are named like the folder's siblings, e.g. augmented copies -> the subfolders' names."""
     found, keys = {}, {_key(name) for name in folders}
     for name, path in folders.items():
         contents = tree.scan(path)
@@ -214,7 +214,7 @@ def _find_copies(tree: Tree, folders: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_same_folders(tree: Tree, classes: Mapping[str, str], problem: Problem) -> None:
-    """Raise if two folders contain no images but the same folders: they may be unnamed splits as well as classes."""
+    """Raise if two folders contain the same folders and no images: they may be splits or classes."""
     inner = {name: tree.scan(path) for name, path in classes.items()}
     folders = {
         name: {_key(folder) for folder in contents.folders}
@@ -251,7 +251,7 @@ def _refuse_fewer_than_two(tree: Tree, classes: Mapping[str, str], parent: str, 
 
 
 def _hint(tree: Tree, *contents: Contents) -> str:
-    """Where else the labels may be: in file names or in a table."""
+    """A hint if the labels seem to be in file names or in a table."""
     names = Counter(re.sub(r"[\W\d_]+$", "", Path(image).stem) for image in contents[0].images)
     names_hint = table_hint = ""
     if len(names) > 1 and "" not in names and min(names.values()) > 1:
@@ -271,7 +271,7 @@ def _strays(contents: Contents) -> list[tuple[str, str]]:
 
 
 def _number(names: Iterable[str], problem: Problem) -> dict[str, int]:
-    """Key of each name -> label. Raises if two names are the same on other systems."""
+    """The label of each name's key. Raises if two names would be the same on other systems."""
     labels: dict[str, int] = {}
     known: dict[str, str] = {}
     for label, name in enumerate(names):

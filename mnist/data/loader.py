@@ -37,7 +37,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     `sample_weight` [B] is each image's weight in the loss, so no code treats the last batch specially. In training,
     every optimizer step averages over its actual number of images, even in a shorter last window of accumulated
-    batches. The weight is 1 / images of the step, times what others divide by: gradient_accumulation_steps
+    batches. The weight is 1 / images of the step, times the divisors applied later: gradient_accumulation_steps
     (accelerator.backward) and num_processes (DistributedDataParallel). In evaluation (`training` is None) it is 1.
     Padding has weight 0: it fills the last batch, and every batch to a `size` that the processes divide evenly.
 

@@ -1,4 +1,4 @@
-"""Images in memory or in a file, and a data set of them: training, validation and test split.
+"""Images in memory or in a file, and datasets made of them: training, validation and test splits.
 
 data = load_dataset("mnist", "data")      # data/datasets.py
 data.train.images[:10], data.train.labels[:10]      # uint8 [10, 28, 28], int64 [10]
@@ -35,7 +35,7 @@ class MappedImages:
     MAPPED = 512 << 20
 
     def __init__(self, path: Path, shape: tuple[int, ...], digests: NDArray[np.uint8] | None = None) -> None:
-        """The start of a file, as an array of that shape.
+        """`shape` is that of the images, which are at the start of the file.
 
         With `digests` [N, 16] (images.py), each image is checked when this process first reads it.
         """
@@ -46,7 +46,7 @@ class MappedImages:
         self.unchecked = np.full(shape[0], digests is not None)
         self.pixels: NDArray[np.uint8] | None = None
         if math.prod(shape) <= self.MAPPED or not hasattr(os, "preadv"):  # Windows
-            # not torch.from_file: that would be writable and count as allocated memory
+            # not torch.from_file, whose memory would be writable and count as allocated
             content = mmap.mmap(self.file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
             self.pixels = np.frombuffer(content, np.uint8).reshape(shape)
 
@@ -58,7 +58,7 @@ class MappedImages:
         return len(self.file_indices)
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        """Copies of the images at `index`, of any shape. Raises UserError if the file has changed."""
+        """Copies of the images at `index`, which may have any shape. Raises UserError if the file has changed."""
         indices = self.file_indices[index]
         images = self._read(indices) if self.pixels is None else self.pixels.take(indices.numpy(), axis=0)
         if self.unchecked[indices.numpy()].any():
@@ -109,7 +109,7 @@ class Split(NamedTuple):
         """Copies of images and labels at `index`, of any shape."""
         if isinstance(self.images, MappedImages):
             return self.images[index], self.labels[index]
-        # copies whole images, while indexing copies bytes: a tenth of the time for 784 bytes
+        # copies whole images where indexing copies bytes: a tenth of the time for 784 bytes
         images = self.images.index_select(0, index.flatten()).view(*index.shape, *self.images.shape[1:])
         return images, self.labels[index]
 
@@ -123,7 +123,7 @@ class Normalization(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory, or mapped into it."""
+    """A dataset in memory or in a memory-mapped file."""
 
     name: str
     class_names: tuple[str, ...]
@@ -131,17 +131,17 @@ class ImageData:
     validation: Split | None
     test: Split
     notes: tuple[str, ...] = ()  # for the header of a run
-    files: Mapping[Path, str] = field(default_factory=dict)  # their MD5 sums; of a folder of images none
+    files: Mapping[Path, str] = field(default_factory=dict)  # with their MD5; empty for a folder of images
     pixels_md5: str = ""  # of the decoded images of a folder
-    skipped: tuple[tuple[str, str], ...] = ()  # files of a folder that are not in the data set, and why
+    skipped: tuple[tuple[str, str], ...] = ()  # files of a folder that are not in the dataset, and why
     normalization: Normalization | None = None  # of the training images of a folder
     scale: Scale | None = None  # of images with more than 8 bits per pixel, if any
-    preparation: str = "none"  # of images to predict, see models/saved.py
-    flips: bool = False  # whether a mirrored image keeps its class, unlike writing
+    preparation: str = "none"  # of images to classify: see models/saved.py
+    flips: bool = False  # whether a mirrored image keeps its class; False for handwriting
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image as a network takes it."""
+        """Channels, height and width of the network's input."""
         height, width, *colors = self.test.images.shape[1:]
         return (colors[0] if colors else 1), height, width
 
@@ -153,7 +153,7 @@ class ImageData:
         return self.name + size if self.preparation == "fit" else self.name
 
     def describe(self) -> dict[str, Any]:
-        """What a run records of it."""
+        """What a run records about the data."""
         return {"data": self.title, **self.counts, "dataset_md5": self.checksum}
 
     @property

@@ -1,4 +1,4 @@
-"""Pixels -> model input, the same for training, evaluation and prediction; and augmentation for training.
+"""Pixels -> model input (the same for training, evaluation and prediction), and augmentation for training.
 
 X = scale_pixels(images)                                         # uint8 -> [B, channels, height, width] in [0, 1]
 X = augment(X, augmentation_parameters(len(X), seed=0, epoch=1, flip=False))
@@ -37,7 +37,7 @@ def eval_batch_size(pixels: Sequence[int], memory: int = 0) -> int:
 def augmentation_parameters(count: int, seed: int, epoch: int, flip: bool) -> Tensor:
     """[count, 5]: angle, zoom, shift right, shift down and 1 to mirror (half of them if `flip`); zeros change nothing.
 
-    They depend on the arguments alone, not on the number of processes or where a run is resumed.
+    They depend only on the arguments, not on the number of processes or on where a run was resumed.
     """
     random = np.random.default_rng([seed, epoch, 1])  # [seed, epoch] is the order of the images
     moves = random.uniform(-1, 1, (count, 4)) * [MAX_ANGLE, MAX_ZOOM, MAX_SHIFT, MAX_SHIFT]
@@ -48,7 +48,7 @@ def augmentation_parameters(count: int, seed: int, epoch: int, flip: bool) -> Te
 def augment(X: Tensor, parameters: Tensor) -> Tensor:
     """Rotate, zoom, shift and mirror X [B, channels, height, width] by `parameters` [B, 5], in one interpolation.
 
-    Outside pixels repeat the nearest edge pixel: black around digits, and no black corners in photographs.
+    Pixels from outside the image repeat its nearest edge pixel, so photographs get no black corners.
     """
     angle, zoom, right, down, mirrored = parameters.to(X)[:, :, None, None].unbind(1)  # each [B, 1, 1]
     height, width = X.shape[2:]

@@ -1,4 +1,4 @@
-"""A folder of images as a data set: its files, refused folders, and the cache of decoded images."""
+"""A folder of images as a dataset: its files, refused folders, and the cache of decoded images."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def in_cache(pets: Path) -> list[str]:
     return [path.suffix for path in (pets.parent / "cache").iterdir() if path.name != ".lock"]
 
 
-# --- what is in a data set
+# --- what is in a dataset
 
 
 def test_gray_images_of_the_right_size_are_unchanged(digits: ImageData, tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_links_are_followed_and_a_note_names_those_out_of_the_folder(pets: Path,
     data = load(pets)
     assert data.class_names == ("bird", "cat", "dog")
     assert contents(data.train, data.test) == expected((range(200, 203), 0), (range(20), 1), (range(100, 110), 2))
-    assert "followed links to outside the folder: bird" in data.notes
+    assert "followed links that lead out of the folder: bird" in data.notes
 
 
 def test_linked_images_are_read_once(pets: Path) -> None:
     (pets / "ant").symlink_to(pets / "dog")  # sorted before its target
-    with pytest.raises(ConfigError, match=r"ant/ contains no images, only skipped files: link to something already re"):
+    with pytest.raises(ConfigError, match=r"ant/ contains no images, only skipped files: link to a file or folder"):
         load(pets)
     (pets / "ant").unlink()
     write_images(pets / "ant", 2, first=300)
@@ -158,7 +158,7 @@ def test_linked_images_are_read_once(pets: Path) -> None:
     data = load(pets)
     assert contents(data.train, data.test) == expected((range(300, 302), 0), (range(20), 1), (range(100, 110), 2))
     skipped = dict(data.skipped)
-    assert skipped["ant/again.png"] == skipped["ant/more"] == "link to something already read"
+    assert skipped["ant/again.png"] == skipped["ant/more"] == "link to a file or folder already read"
 
 
 def test_of_three_splits_val_is_the_validation_split(pets: Path, tmp_path: Path) -> None:
@@ -326,13 +326,13 @@ def test_invalid_files_are_skipped_with_reasons_and_odd_ones_are_read(pets: Path
         "__MACOSX": "system file",
         "README": "not in a class folder",
         "stray.png": "not in a class folder",
-        "cat/circle": "link to something already read",
-        "cat/linked.png": "link to something already read",
+        "cat/circle": "link to a file or folder already read",
+        "cat/linked.png": "link to a file or folder already read",
     }
     assert len(data.skipped) == 15
     (note,) = (note for note in data.notes if "skipped" in note)
     assert note.startswith("15 of 109 files skipped, listed in skipped.txt: ")
-    for part in ("link to something already read (2)", "not an image (2)", "too large (2)", "an empty file (1)"):
+    for part in ("link to a file or folder already read (2)", "not an image (2)", "too large (2)", "an empty file (1)"):
         assert part in note
     kept = contents(data.train, data.test)
     odd = [noise(400, channels=1), noise(401, channels=1), np.full((28, 28), 255, np.uint8)]
@@ -573,7 +573,7 @@ def test_a_full_disk_leaves_nothing_behind(pets: Path) -> None:
 
 def test_a_read_only_folder_is_an_error_unless_it_has_the_cache(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pets.parent / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"pets is not decoded there yet\. Choose a writable folder: --data-dir"):
+    with pytest.raises(UserError, match=r"the decoded images of pets\. Choose a writable folder: --data-dir"):
         load_dataset(str(pets), pets.parent / "file")
     load(pets)
     monkeypatch.setattr(cache, "FileLock", None)

@@ -1,4 +1,4 @@
-"""Reading data sets, and the batches made of them."""
+"""Reading datasets, and the batches made of them."""
 
 import gzip
 import shutil

@@ -283,7 +283,7 @@ def test_models_are_sent_whatever_the_runs_id_and_whatever_else_fails(
     told = track(tmp_path / "run", prepare(tmp_path / "run", classes=3, epochs=1))
     wandb.teardown()
     sent = [it.artifact.name for it in wandb_log.read_records(log_of(tmp_path / "run")) if it.HasField("artifact")]
-    assert sent == ["model-my-pets", "model-my-pets", "made-up"]  # the best and the last, the data set
+    assert sent == ["model-my-pets", "model-my-pets", "made-up"]  # the best and the last, the dataset
     assert told["warnings"] == ["W&B did not receive all results (no table); they are on disk."]
 
 
