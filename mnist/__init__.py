@@ -1,4 +1,4 @@
-"""Train image classifiers with one visible loop, on any hardware. `accelerate launch train.py` starts here.
+"""Train image classifiers on any hardware with the loop in train.py, and apply the trained models.
 
 from mnist import load
 load("runs/latest").predict("seven.png").label

@@ -1,4 +1,4 @@
-"""Connects a training run to its folder, trackers, terminal, checkpoints, signals and report.
+"""Connect a training run to its folder, trackers, terminal, checkpoints, signals and report.
 
 config, accelerator = start(config)
 with Session(accelerator, config, data, model, optimizer, scheduler) as run:
@@ -44,25 +44,25 @@ from mnist.training.progress import Progress
 
 
 def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset()) -> tuple[TrainConfig, LeanAccelerator]:
-    """Join the processes of the job; returns the settings to train with, and the Accelerator.
+    """Connect the processes of the job. Returns the settings to train with, and the Accelerator.
 
-    The settings are those of `config`, or those of the resumed run except for `explicit_settings`. Raises ConfigError
-    for a launch or settings that would not do what they say.
+    The settings are `config`, or those of the resumed run updated by `explicit_settings`. Raises ConfigError for a
+    launch or settings that would silently do something else.
     """
     local = find_run_here(config, explicit_settings)
-    decode_folder(local.dataset, local.data_dir, local.image_size)  # before joining, which has a timeout
+    decode_folder(local.dataset, local.data_dir, local.image_size)  # may take longer than the timeout of joining
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
-    config.batch_sizes(state.num_processes)  # refuses a global batch that the processes cannot share
+    config.batch_sizes(state.num_processes)  # raises if the processes cannot share the global batch
     check_trackers(config.tracker_names)
     precision = resolve_precision(config.mixed_precision, state.device.type)
     check_alike(requested.job_settings | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=state.device.type == "cpu",
         mixed_precision=config.mixed_precision,
-        # as a plugin, because an environment variable overrides the plain number
+        # as a plugin, because an environment variable would override a plain number
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        # the DataLoader yields global batches: each process takes a slice, and the schedule steps once per step
+        # the DataLoader yields global batches: each process takes a slice, and schedulers step once per optimizer step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=accelerate_settings(config.gradient_accumulation_steps),
     )
@@ -72,9 +72,9 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
 
 
 class Session:
-    """A training run, a context manager that records in the folder how the run ended: finished, failed or interrupted.
+    """A training run. As a context manager, it records how the run ends: finished, failed or interrupted.
 
-    All processes have one; only the main process writes and prints.
+    Every process has one; only the main process writes and prints.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Session:
         optimizer: Any,
         scheduler: Any,
     ) -> None:
-        """`model`, `optimizer` and `scheduler` are prepared by `accelerator`."""
+        """`model`, `optimizer` and `scheduler` must be prepared by `accelerator`."""
         self.accelerator = accelerator
         self.config = config
         self.data = data
@@ -163,7 +163,7 @@ class Session:
     def _profile(self) -> Profile:
         parts = {
             "zero_grad": (self.optimizer, "zero_grad"),
-            "forward": (self.accelerator.captured or self.model, "forward"),  # captured: includes the gradients
+            "forward": (self.accelerator.captured or self.model, "forward"),  # a compiled loss includes the gradients
             "backward": (self.accelerator, "backward"),
             "optimizer": (self.optimizer, "step"),
             "schedule": (self.scheduler, "step"),
@@ -189,14 +189,14 @@ class Session:
         self.evaluating_since = time.perf_counter()
 
     def clip_gradients(self) -> None:
-        """Clip the gradients of an optimizer step to --max-grad-norm, if set; store their norm."""
+        """Clip the gradient norm of an optimizer step to --max-grad-norm, if set. Store the norm for the log."""
         is_logged = (self.progress.step + 1) % self.log_every == 0
         self.gradient_norm = clip_gradients(self.model, self.accelerator, self.config.max_grad_norm, measure=is_logged)
 
     def after_step(self, loss: Tensor) -> None:
-        """Count a batch; after an optimizer step, log and save a checkpoint if due, and handle signals.
+        """Count a batch. After an optimizer step, also log and save a checkpoint if due, and handle signals.
 
-        Fetches the loss from the device only every --log-every optimizer steps. Raises Interrupted after a signal,
+        Fetches the loss from the device only every --log-every optimizer steps. Raises Interrupted after a signal, and
         DivergedError for a loss that is not finite.
         """
         self._log_step(loss)
@@ -211,7 +211,7 @@ class Session:
             if progress.step % self.log_every == 0:
                 values = progress.finite({"train/loss": progress.loss.read()})
                 values["optim/learning_rate"] = self._learning_rate()
-                # fp16 skips a step where the norm is infinite
+                # with fp16, a step whose norm is infinite is skipped
                 if self.gradient_norm is not None and self.gradient_norm.isfinite():
                     values["optim/gradient_norm"] = float(self.gradient_norm)
                 self.tracking.log({"step": progress.step, "epoch": progress.epoch, **values})
@@ -229,12 +229,12 @@ class Session:
         self._heartbeat()
 
     def _heartbeat(self) -> None:
-        """Update state.json from time to time, to show that the run is alive."""
+        """Update state.json every few seconds, to show that the run is alive."""
         if self.run.heartbeat_due:
             self.run.update_state(**self.progress.position)
 
     def check_signals(self) -> None:
-        """Before each batch of an evaluation. Raises Interrupted after a signal."""
+        """Called before each batch of an evaluation. Raises Interrupted after a signal."""
         self.interruption.check()
         self._heartbeat()
 

@@ -31,7 +31,7 @@ from mnist.launch.streams import printable
 
 # photographs of 12 to 50 million pixels are common; 64 million take 200 MB in color, times a few copies
 MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 512 << 20  # of a file: MOST_PIXELS in 16-bit color, uncompressed, with a margin
+MAX_FILE_BYTES = 512 << 20  # of a file: MAX_PIXELS in 16-bit color, uncompressed, with a margin
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .heic .heif .jfif .jpe .jpeg .jpg .jp2 .pbm .pcx .pgm .png .pnm .ppm .tga .tif .tiff"
     " .webp".split()

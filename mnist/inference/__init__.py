@@ -1,1 +1,1 @@
-"""Use a trained model: predict images and handwriting, draw on a page, export."""
+"""Use a trained model: classify images and handwriting, serve the drawing page, export to ONNX."""

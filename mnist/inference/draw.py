@@ -7,8 +7,8 @@ server = build_server(answer, names, "title", port=0)       # for tests: a free 
 
     {"label": "7", "probability": 0.98, "probabilities": [0.0, ...], "network_input": "data:image/png;base64,..."}
 
-with None as the label if nothing was recognized; `network_input` may be empty. The page is one file, draw.html, and
-loads nothing else. The server is stateless.
+with None as the label if no digit was found; `network_input` may be empty. The page is a single file, draw.html. The
+server is stateless.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Answer = Callable[[bytes], Mapping[str, Any]]
 
 HOST, PORT = "127.0.0.1", 7860
 MAX_BODY = 2**20  # bytes of an image; the page sends some 5 kB
-MAX_DRAWING_SIDE = 2048  # pixels: limits the memory that a small file can unpack to
+MAX_DRAWING_SIDE = 2048  # pixels; bounds the memory into which a small file can unpack
 TIMEOUT = 10  # seconds to wait for a client
 METHODS = {"/": "GET", "/answer": "POST"}
 ANY_ADDRESS = ("", "0.0.0.0", "::")
@@ -62,10 +62,10 @@ def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HO
 def build_server(
     answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT
 ) -> "DrawServer":
-    """A server that listens but does not answer yet; port 0 is any free one.
+    """A server that listens but does not handle requests yet. Port 0 selects a free port.
 
     `answer` is called by one thread at a time and may raise UserError for an image that it cannot read. Raises
-    UserError if the port is in use or forbidden, ConfigError if the host or port is invalid.
+    UserError if the port is in use or not allowed, ConfigError if the host or port is invalid.
     """
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port {port}: must be from 0 to {2**16 - 1}.")
@@ -75,10 +75,10 @@ def build_server(
         ]
         return DrawServer(answer, class_names, title, host, family, cast("tuple[str, int]", address[:2]))
     except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"--host {host}: unknown host. Use {HOST} for this machine alone.") from error
+        raise ConfigError(f"--host {host}: unknown host. Use {HOST} for this machine only.") from error
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigError(f"--host {host}: not an address of this machine. {HOST} always is.") from error
+            raise ConfigError(f"--host {host}: not an address of this machine. Try {HOST}.") from error
         if error.errno == errno.EADDRINUSE:
             reason = "in use, perhaps by another `mnist draw`"
         else:
@@ -88,7 +88,7 @@ def build_server(
 
 
 class DrawServer(ThreadingHTTPServer):
-    """One thread per request, so an idle client blocks no other."""
+    """An HTTP server with one thread per request, so an idle client does not block others."""
 
     def __init__(
         self, answer: Answer, class_names: Sequence[str], title: str, host: str, family: int, address: tuple[str, int]
@@ -104,12 +104,12 @@ class DrawServer(ThreadingHTTPServer):
         self.host = host
         self.address_family = cast("socket.AddressFamily", family)
         self._answer = answer
-        # a network is switched to evaluation and back, and two at a time would only share the cores
+        # predicting switches the network to evaluation mode and back; two threads would only compete for the cores
         self._answering = threading.Lock()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Skips HTTPServer's lookup of this machine's full name, which may take seconds."""
+        """Skip HTTPServer's lookup of this machine's full name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
 
     @property
@@ -124,14 +124,14 @@ class DrawServer(ThreadingHTTPServer):
             return self._answer(image)
 
     def is_named(self, host: str) -> bool:
-        """Whether a Host header names this machine, against DNS rebinding: another site whose name resolves to us.
+        """Whether a Host header names this machine; prevents DNS rebinding (another site whose name resolves to us).
 
-        The port is not compared, since it differs behind `ssh -L`.
+        Ignores the port, which differs behind `ssh -L`.
         """
         name = (host[1:].partition("]") if host.startswith("[") else host.partition(":"))[0].lower()
         if is_loopback(name) or name == self.host.lower():
             return True
-        # on all addresses, any of them is ours: a number was not resolved from a name
+        # listening on all addresses: a numeric one is ours, because it was not resolved from a name
         return self.host in ANY_ADDRESS and (is_number(name) or name == socket.gethostname().lower())
 
     def server_close(self) -> None:
@@ -146,11 +146,11 @@ class DrawServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request, after which the connection is closed: what follows a refused body is not read."""
+    """Handles one request and closes the connection, so data after a refused body is not read."""
 
     server: DrawServer
     timeout = TIMEOUT
-    disable_nagle_algorithm = True  # headers and body are two packets; do not delay the second
+    disable_nagle_algorithm = True  # headers and body are two packets; the second must not be delayed
 
     def handle_any(self) -> None:
         """Answer any request."""
@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_any  # noqa: N815 (http.server's)
 
     def send_page(self) -> None:
-        """Send the page; the browser accepts no style or script but its own."""
+        """Send the page. The browser accepts no styles and scripts but those of the page."""
         nonce = secrets.token_urlsafe(16)
         page = self.server.page.render(**self.server.content, nonce=nonce)
         allowed = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; connect-src 'self'"
@@ -214,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
     def send(self, status: int, kind: str, body: bytes, allowed: str = "", **headers: str) -> None:
-        """Send a response that is not cached; `allowed` is added to a policy that denies everything."""
+        """Send a response that is not cached. `allowed` extends a security policy that denies everything."""
         self.send_response(status)
         policy = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         for name, value in {
@@ -232,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server's own errors, such as for malformed requests."""
+        """Send http.server's own errors, e.g. for malformed requests."""
         self.refuse(code, message or HTTPStatus(code).phrase)
 
     def version_string(self) -> str:
@@ -253,12 +253,12 @@ def is_number(name: str) -> bool:
 
 
 def size_of_png(body: bytes) -> tuple[int, int] | None:
-    """Width and height as Pillow would decode it, if there are several headers; None if it is not a PNG."""
+    """Width and height as Pillow reads them (a file may have several headers); None if it is not a PNG."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused, and the client told
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused with an error
             with Image.open(io.BytesIO(body), formats=["PNG"]) as image:
                 width, height = image.size
                 return width, height

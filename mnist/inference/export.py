@@ -1,4 +1,4 @@
-"""Export a trained model to ONNX, for programs without PyTorch: `pip install -e '.[onnx]'`.
+"""Export a trained model to ONNX, for programs without PyTorch. Needs `pip install -e '.[onnx]'`.
 
 mnist export --model runs/latest                        # runs/latest/model.onnx
 largest = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
@@ -40,9 +40,9 @@ class Probabilities(nn.Module):
 
 
 def export_onnx(model: Model, path: Path, images: Tensor) -> float:
-    """Write the model to `path` and return the largest difference between its probabilities and the original's.
+    """Write the model to `path`. Returns the largest difference between its probabilities and those of the original.
 
-    They are compared on `images`, uint8 [N, height, width] or [N, height, width, 3], one alone and the rest in batches.
+    Compares on `images`, uint8 [N, height, width] or [N, height, width, 3]: the first alone, the others in batches.
     Raises UserError, and writes nothing, if a package is missing or the difference is above MAX_DIFFERENCE.
     """
     try:
@@ -65,7 +65,7 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     program.model.metadata_props.update(metadata(model, tuple(X.shape[1:])))
     is_stream = path.exists() and not path.is_file()  # a pipe, or /dev/null
     path = path if is_stream else path.resolve()  # do not replace a link such as /dev/stdout
-    # a folder, because large weights go into a second file that the first one names
+    # a folder, because large weights go into a second file, to which the first one refers by name
     temporary = Path(tempfile.mkdtemp()) if is_stream else temporary_name(path, "new")
     try:
         temporary.mkdir(exist_ok=True)
@@ -90,12 +90,12 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
 
 
 def run(session: Any, images: Tensor) -> Tensor:
-    """An exported model's probabilities [N, classes] for uint8 images, in onnxruntime."""
+    """The exported model's probabilities [N, classes] for uint8 images, computed by onnxruntime."""
     return torch.from_numpy(session.run(["probabilities"], {"images": scale_pixels(images).numpy()})[0])
 
 
 def metadata(model: Model, shape: tuple[int, ...]) -> dict[str, str]:
-    """The file's metadata; `shape` is channels, height and width."""
+    """The metadata of the ONNX file; `shape` is channels, height and width."""
     prepared = {"digit": DIGIT, "fit": FIT}.get(model.config.preparation, "none")
     preprocessing = {"layout": "NCHW", "shape": list(shape), "scale": "uint8 / 255", "image": prepared}
     return {

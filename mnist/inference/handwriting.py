@@ -3,7 +3,7 @@
     pixels = prepare_digit(read_image(Path("photo.jpg")))     # uint8 [28, 28], or None if there is no digit
 
 MNIST's digits were resized to fit 20 x 20, keeping the aspect ratio, and centered in 28 x 28 by center of mass (LeCun
-et al., "Gradient-based learning applied to document recognition", 1998). Extracting ink from a photograph is ours.
+et al., "Gradient-based learning applied to document recognition", 1998). Ink extraction is this project's own.
 """
 
 import numpy as np
@@ -17,18 +17,18 @@ Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
 
 SIDE, BOX = 28, 20  # pixels: MNIST's images, and the box around their digits
-MIDDLE = 14.0  # center of mass, in pixels from the first; 13.48 to 14.5 in MNIST
-SEARCHED = 480  # pixels: longest side of the image in which a digit is searched
-DRAWN = 240  # pixels: longest side of the crop in which it is cleaned
-BRUSH = 3.0  # longest side / BRUSH: anything wider is paper
-MEDIAN_WINDOW = 2.5  # longest side / MEDIAN_WINDOW: a window mostly of paper
+MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 in MNIST
+SEARCHED = 480  # pixels: longest side to which an image is reduced to find the digit
+DRAWN = 240  # pixels: longest side to which the crop is reduced to extract the ink
+BRUSH = 3.0  # anything wider than longest side / BRUSH is paper
+MEDIAN_WINDOW = 2.5  # a window of longest side / MEDIAN_WINDOW is mostly paper
 MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
 MIN_SIZE = 0.02  # of a digit, relative to the longest side
-MAX_STROKE_LENGTH = 10  # of all strokes together, relative to the digit's longest side; a texture has more
+MAX_STROKE_LENGTH = 10  # of all strokes together, in units of the digit's longer side; textures exceed it
 MAX_PIECES = 8  # connected regions of a digit
-MIN_PIECE = 0.06  # size of a region, relative to the largest; smaller is dirt
-MIN_STROKE = 2.0  # pixels in the box: thinner strokes are thickened
+MIN_PIECE = 0.06  # size of a region, relative to the largest; smaller ones are dirt
+MIN_STROKE = 2.0  # width in pixels of the 20 x 20 box; thinner strokes are thickened
 
 
 def prepare_digit(image: Image.Image) -> Tensor | None:
@@ -47,7 +47,7 @@ def prepare_digit(image: Image.Image) -> Tensor | None:
 
 
 def is_prepared(pixels: NDArray[np.uint8]) -> bool:
-    """Whether an image [28, 28] looks like all 70,000 of MNIST: bright ink on mostly black, in size and position."""
+    """Whether an image [28, 28] is like all 70,000 of MNIST: bright ink on black, of their size and position."""
     rows, columns = np.nonzero(pixels.any(axis=1))[0], np.nonzero(pixels.any(axis=0))[0]
     if pixels.max() < 254 or np.count_nonzero(pixels) > pixels.size // 2:
         return False
@@ -76,7 +76,7 @@ def _find(image: Image.Image) -> Box | None:
 
 
 def _clean(image: Image.Image, box: Box) -> Floats | None:
-    """The ink [height, width] in 0..1 of the digit in `box`, cropped to it, its strokes thick enough."""
+    """The ink [height, width] in 0..1 of the digit in `box`: cropped, with thin strokes thickened."""
     margin = max(box[2] - box[0], box[3] - box[1]) // 4 + 2
     left, top = max(0, box[0] - margin), max(0, box[1] - margin)
     right, bottom = min(image.width, box[2] + margin), min(image.height, box[3] + margin)
@@ -94,13 +94,13 @@ def _clean(image: Image.Image, box: Box) -> Floats | None:
 
 
 def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
-    """The image in gray, [height, width] in 0..255, at most `longest` pixels long, and the reduction factor."""
+    """The image in gray, [height, width] in 0..255, reduced to at most `longest` pixels per side, and the factor."""
     factor = -(-max(image.size) // longest)
     whole = tuple(max(side - side % factor, min(side, factor)) for side in image.size)
     # whole blocks only: a partial one at the edge would be noisier
     small = image.reduce(factor, box=(0, 0, whole[0], whole[1])).convert("L")
     if min(small.size) >= 64:
-        small = small.filter(ImageFilter.GaussianBlur(0.8))  # against camera and JPEG noise
+        small = small.filter(ImageFilter.GaussianBlur(0.8))  # reduces camera and JPEG noise
     return np.asarray(small, dtype=np.float32), factor
 
 
@@ -127,9 +127,9 @@ def _ink(strength: Floats, noise: float) -> Floats | None:
 
 
 def _foreign(mask: Mask) -> Mask | None:
-    """The part of a mask that is a table next to the paper, a shadow or a frame, or None.
+    """The part of a mask that is not ink, e.g. a table next to the paper, a shadow or a frame; None if there is none.
 
-    It lies along an edge of the image, or it is a rectangle around other things.
+    Such a region lies along an edge of the image, or is a rectangle around other regions.
     """
     labels = label_regions(mask)
     edge = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
@@ -159,8 +159,8 @@ def _foreign(mask: Mask) -> Mask | None:
 def _contrast(gray: Floats) -> tuple[Floats, float]:
     """Each pixel's contrast relative to the paper's brightness, positive for ink, and the noise (std) of the paper.
 
-    First the paper is a smooth surface that fits most pixels, which tells whether ink is darker or lighter. Then it is
-    what remains after removing everything narrower than a brush (morphological opening).
+    The paper is first estimated by a smooth surface that fits most pixels; this shows whether ink is darker or lighter.
+    It is then refined by removing everything narrower than a brush (morphological opening).
     """
     light = np.log(gray + 16)  # makes shadows additive; 16 avoids dividing by black paper
     height, width = gray.shape
@@ -172,7 +172,7 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     contrast = sign * np.expm1(light - _resized(surface, (width, height)))
     brush = max(3, round(max(gray.shape) / BRUSH))
     contrast -= _sliding(_sliding(contrast, brush, np.minimum), brush, np.maximum)
-    low, lower = np.quantile(contrast, [0.25, 0.05])  # both are paper, unless over three quarters are ink
+    low, lower = np.quantile(contrast, [0.25, 0.05])  # both are paper if at least a quarter of the image is
     noise = float(low - lower) / 0.97  # for a normal distribution, like 0.674 below
     return (contrast - low - 0.674 * noise).astype(np.float32), noise
 
@@ -186,7 +186,7 @@ def _smooth_surface(values: Floats) -> Floats:
     fitted = np.full_like(z, np.median(z))
     for _ in range(8):
         off = np.abs(z - fitted)
-        weight = 1 / (1 + (off / (2 * np.median(off) + 0.01)) ** 2)  # Cauchy's, small for outliers
+        weight = 1 / (1 + (off / (2 * np.median(off) + 0.01)) ** 2)  # Cauchy weights, small for outliers
         scaled = terms * weight[:, None]
         solution = np.linalg.lstsq(scaled.T @ terms, scaled.T @ z, rcond=None)[0]
         fitted = terms @ solution
@@ -194,7 +194,7 @@ def _smooth_surface(values: Floats) -> Floats:
 
 
 def _sliding(values: Floats, window: int, pick: np.ufunc) -> Floats:
-    """Minimum or maximum filter with a square window, edges repeated: 15 times as fast as torch's max_pool2d."""
+    """Minimum or maximum filter with a square window and repeated edges; 15 times as fast as torch's max_pool2d."""
     for axis in (0, 1):
         padding = [(0, 0), (0, 0)]
         padding[axis] = (window // 2, window - 1 - window // 2)
@@ -210,7 +210,7 @@ def _sliding(values: Floats, window: int, pick: np.ufunc) -> Floats:
 
 
 def _sliding_median(values: Floats, window: int) -> Floats:
-    """Median filter with a square window of an odd size, edges repeated."""
+    """Median filter with a square window of odd size and repeated edges."""
     padded = np.pad(values, window // 2, mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window))
     return np.asarray(np.median(windows, axis=(2, 3)), dtype=np.float32)

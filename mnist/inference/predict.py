@@ -48,8 +48,8 @@ class Model:
         """The Prediction for an image, or a list of them for a list.
 
         An image is a path, a PIL image, a NumPy array or a tensor (uint8 or in [0, 1]; [height, width] or [height,
-        width, 3]; several as [N, height, width]). It is prepared like the training images.
-        Raises ImageError for a file that cannot be read, ValueError for an array of another shape.
+        width, 3]; several as [N, height, width]). It is prepared like the training images. Raises ImageError for a
+        file that cannot be read, ValueError for an array of another shape.
         """
         is_array = isinstance(images, (np.ndarray, Tensor))
         stacked = is_array and (images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (3, 4)))
@@ -58,7 +58,7 @@ class Model:
         return predictions if several else predictions[0]
 
     def predict_prepared(self, images: Sequence[Tensor | None]) -> list[Prediction]:
-        """The predictions for results of `prepare`."""
+        """The predictions for images returned by `prepare`."""
         found = [image for image in images if image is not None]
         rows = iter(predict(self.net, torch.stack(found)) if found else ())
         return [
@@ -84,7 +84,7 @@ class Model:
             return prepare_digit(picture)
         height, width = self.config.image_size
         if self.config.preparation == "none" and picture.size != (width, height):
-            raise ImageError(  # resizing a photograph of a shoe would not make it a bright shape on black
+            raise ImageError(  # resizing alone would not turn a photograph into a bright shape on black
                 f"The image is {picture.width} x {picture.height} pixels, but this {self.config.dataset} model needs"
                 f" {width} x {height}. Resize it to look like the training images."
             )
@@ -92,7 +92,7 @@ class Model:
 
 
 def as_picture(image: Any) -> "Image.Image":
-    """A PIL image, a NumPy array or a tensor as a PIL image. Raises ValueError for other shapes or values."""
+    """Convert a NumPy array or a tensor to a PIL image. Raises ValueError for unsupported shapes or values."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -118,7 +118,7 @@ def load(source: str | os.PathLike[str]) -> Model:
         if (candidate / "model.safetensors").is_file():
             return Model(*load_model(candidate))
     if (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: this run has no model yet. It is written when the run ends.")
+        raise UserError(f"{folder}: this run has no model yet. It is saved when training ends.")
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         from mnist.models.hub import load_from_hub
 
@@ -128,7 +128,7 @@ def load(source: str | os.PathLike[str]) -> Model:
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], on its device."""
+    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], computed on `net`'s device."""
     training, device = net.training, next(net.parameters()).device
     net.eval()
     batches = torch.split(images, eval_batch_size(images.shape[1:]))

@@ -1,1 +1,1 @@
-"""Processes, devices, signals and output streams, from launch to exit code."""
+"""From launch to exit code: processes, devices, signals and output streams."""

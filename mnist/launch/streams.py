@@ -16,7 +16,7 @@ NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
 
 class LastingOutput(io.RawIOBase):
-    """A file descriptor whose writes never fail; `lost` is why the first one would have."""
+    """A file descriptor whose writes never fail; `lost` is the error of the first one that was lost."""
 
     def __init__(self, descriptor: int, lost: str = "") -> None:
         self.descriptor = descriptor
@@ -44,7 +44,7 @@ class LastingOutput(io.RawIOBase):
 
 def keep_output(streams: Sequence[str] = ("stdout", "stderr")) -> None:
     """Make these streams survive the loss of their reader, and escape characters that their encoding lacks."""
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # or a file would take a closed stream's number
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # otherwise a file might get the number of a closed stream
         pass
     os.close(opened)
     for name in streams:

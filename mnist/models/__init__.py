@@ -1,1 +1,1 @@
-"""Networks by name; trained models in files and on the Hugging Face Hub."""
+"""Networks (networks.py) by name; trained models in files and on the Hugging Face Hub."""

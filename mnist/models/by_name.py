@@ -21,7 +21,7 @@ from mnist.models.networks import MODELS, ImageShape, Normalized
 
 
 def check_batch(model: nn.Module, images: int, image_shape: ImageShape) -> None:
-    """Raise ConfigError if a BatchNorm would get a single value per channel, from one image per process."""
+    """Raise ConfigError if one image per process would give a BatchNorm layer a single value per channel."""
     if images > 1:
         return
     try:
@@ -43,8 +43,8 @@ class TorchvisionModel(nn.Module):
     convolution sums the weights over the three colors, so its output equals that for a gray RGB image. Auxiliary heads
     are removed.
 
-    BatchNorm, if any, uses the statistics of a process's own share of a batch, including padding (real images with
-    weight 0 in the loss), so n processes do not train to exactly the weights of one. DistributedDataParallel broadcasts
+    BatchNorm layers use the statistics of each process's share of a batch, including padding (real images with weight 0
+    in the loss), so n processes do not end with exactly the weights of one. DistributedDataParallel broadcasts
     the running statistics, used in evaluation, from the first process.
     """
 
@@ -70,7 +70,7 @@ class TorchvisionModel(nn.Module):
         self.register_buffer("std", std)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Like torch's, but supplies the layer versions that MNASNet needs and safetensors files lack."""
+        """Like torch's, but adds the layer versions that MNASNet needs and safetensors files lack."""
         state = self.state_dict()  # which has the versions
         for name in state.keys() - state_dict.keys():
             del state[name]
@@ -136,7 +136,7 @@ def build_model(
     """
     if name in MODELS:
         if pretrained:
-            raise ConfigError(f"--pretrained: {name} has no pretrained weights, only torchvision's models do.")
+            raise ConfigError(f"--pretrained: {name} has no pretrained weights; only torchvision's models do.")
         net = MODELS[name](num_classes, image_shape)
         return net if normalization is None else Normalized(net, *normalization)
     from torchvision import models
@@ -145,7 +145,7 @@ def build_model(
         raise ConfigError(f"--model {name}: neither {' nor '.join(MODELS)} nor one of torchvision's models.")
     try:
         model = TorchvisionModel(name, num_classes, image_shape, pretrained)
-        device = next(model.parameters()).device  # "meta" where shapes alone are asked for: buffers follow
+        device = next(model.parameters()).device  # "meta" inside models/saved.py: buffers must follow
         with torch.no_grad():
             model.to(device).eval()(torch.zeros(2, *image_shape, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:

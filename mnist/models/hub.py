@@ -45,10 +45,10 @@ def load_from_hub(name: str) -> tuple[nn.Module, ModelConfig]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     reachable = True
-    try:  # otherwise huggingface_hub would retry five times, with a line on the terminal each
+    try:  # without this check, huggingface_hub would retry five times and print a line each time
         urllib.request.urlopen(constants.ENDPOINT, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # the server has answered
     except ValueError as error:
         raise ConfigError(f"HF_ENDPOINT={constants.ENDPOINT}: not a URL. It must begin with https://.") from error
     except OSError:

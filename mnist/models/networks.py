@@ -16,7 +16,7 @@ ImageShape = tuple[int, int, int]  # channels, height, width
 
 
 class Net(nn.Module):
-    """The PyTorch MNIST tutorial's MLP, 784-64-64-64-10 with ReLU and log-softmax; the tutorial's state_dict loads."""
+    """The PyTorch MNIST tutorial's MLP, 784-64-64-64-10 with ReLU and log-softmax. Loads the tutorial's state_dict."""
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
@@ -65,31 +65,31 @@ class Normalized(nn.Module):
 class CNN(nn.Module):
     """A small convolutional network in the style of LeNet-5 (LeCun et al., 1998), with ReLU and max-pooling.
 
-    The second pooling leaves 7 x 7 values of larger images too; at 224 x 224 the first dense layer would otherwise have
-    12.8 million weights. On 360 generated photographs of three shapes, 64 x 64 in color, it reached 98 % after 8 epochs
-    of 1,441, one-cycle to 3e-3 (three seeds); 96 % with non-overlapping windows that leave 8 x 8. No BatchNorm, so the
-    gradient of a batch does not depend on the number of processes. Raises ConfigError if images are too small.
+    The second pooling reduces larger images to 7 x 7 as well; otherwise, at 224 x 224, the first dense layer would have
+    12.8 million weights. After 8 epochs on 1,441 generated photographs of three shapes (64 x 64, color), one-cycle to
+    3e-3, it reached 98 % on 360 others (three seeds), and 96 % with non-overlapping windows that leave 8 x 8. Without
+    BatchNorm, gradients do not depend on the number of processes. Raises ConfigError if images are too small.
     """
 
-    MIN_SIDE = 4  # pixels, for pooling twice
+    MIN_SIDE = 4  # pixels per side, because images are pooled twice
 
     def __init__(self, num_classes: int = 10, image_shape: ImageShape = (1, 28, 28)) -> None:
         super().__init__()
         channels, height, width = image_shape
         if min(height, width) < self.MIN_SIDE:
             raise ConfigError(
-                f"--model cnn: does not accept images of {width} x {height} pixels; each side needs {self.MIN_SIDE}."
+                f"--model cnn: does not accept images of {width} x {height} pixels; the minimum is {self.MIN_SIDE}."
             )
         self.conv1 = nn.Conv2d(channels, 16, 5, padding=2)
         self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
         sides = height // 2, width // 2
         pooled = min(7, sides[0] // 2), min(7, sides[1] // 2)
-        self.pool = pooling(sides, pooled)  # (2, 2) of 28 pixels
+        self.pool = pooling(sides, pooled)  # 2 x 2 windows for 28 x 28 pixels
         self.fc1 = nn.Linear(32 * pooled[0] * pooled[1], 128)
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [B, 16, 14, 14] of 28 x 28 pixels
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [B, 16, 14, 14] from 28 x 28 pixels
         x = F.relu(self.pool(self.conv2(x)))  # [B, 32, 7, 7]
         x = F.relu(self.fc1(x.flatten(1)))
         return F.log_softmax(self.fc2(x), dim=1)
@@ -116,7 +116,7 @@ class Strided(nn.Module):
             if min(height, width) < 1:
                 raise ConfigError(
                     f"--model {self.name}: does not accept images of {image_shape[2]} x {image_shape[1]} pixels, which"
-                    f" are too small. --model cnn accepts {CNN.MIN_SIDE} x {CNN.MIN_SIDE} and up."
+                    f" are too small. --model cnn accepts {CNN.MIN_SIDE} x {CNN.MIN_SIDE} and larger."
                 )
             convolution = nn.Conv2d(channels, filters, size, stride, padding)
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
@@ -135,14 +135,14 @@ class Strided(nn.Module):
 
 
 class QuickCNN(Strided):
-    """Three small convolutions: 28 x 28 -> 12, 5 and 3 pixels a side."""
+    """Three small convolutions: 28 x 28 -> 12, 5 and 3 pixels per side."""
 
     name, padded = "cnn-quick", False
     layers = ((24, 5, 2), (32, 3, 2), (48, 3, 1))
 
 
 class DeepCNN(Strided):
-    """Five convolutions with 40 times the work: 28 x 28 -> 14, 14, 7, 7 and 7 pixels a side."""
+    """Five convolutions with 40 times the work: 28 x 28 -> 14, 14, 7, 7 and 7 pixels per side."""
 
     name, padded = "cnn-deep", True
     layers = ((32, 5, 2), (64, 3, 1), (64, 3, 2), (128, 3, 1), (128, 3, 1))

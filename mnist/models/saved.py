@@ -27,21 +27,21 @@ from mnist.models.by_name import build_model
 from mnist.models.networks import MODELS, non_finite_parameters
 
 MAX_CLASSES = 100_000
-MAX_HEADER = 1 << 20  # bytes of a model.safetensors: the largest networks need a fifth of it, and it takes time
+MAX_HEADER = 1 << 20  # bytes of a model.safetensors, slow to parse; the largest networks need a fifth
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is needed, besides the weights, to rebuild a model and name its predictions."""
+    """Everything besides the weights that is needed to rebuild a model and name its predictions."""
 
     architecture: str
     class_names: tuple[str, ...]
     image_size: tuple[int, int]  # height, width in pixels
     dataset: str
     channels: int = 1  # 3 for images in color
-    preparation: str = "none"  # of images: "digit" like MNIST's, "fit" to the size, "none" if they must have the size
+    preparation: str = "none"  # of images: "digit" as in MNIST, "fit" to resize, "none" if they must have the size
     normalized: bool = False  # whether the weights include the mean and standard deviation (networks.Normalized)
-    scale: tuple[float, float] | None = None  # of images with more than 8 bits per pixel, if trained on such
+    scale: tuple[float, float] | None = None  # if trained on images with more than 8 bits per pixel (images.Scale)
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
@@ -63,7 +63,7 @@ class ModelConfig:
 
 
 def save_model(model: nn.Module, folder: Path, config: ModelConfig) -> None:
-    """Replace the contents of `folder` by model.safetensors and config.json, both or neither.
+    """Replace the contents of `folder` atomically with model.safetensors and config.json.
 
     Raises UserError, and writes nothing, if weights are not finite.
     """
@@ -90,12 +90,12 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     normalization = ([0.0] * config.channels, [1.0] * config.channels) if config.normalized else None
     shape = config.image_shape
     try:
-        with _without_memory(config.architecture):  # what config.json can ask for takes gigabytes
+        with _without_memory(config.architecture):  # config.json may request gigabytes
             model = build_model(config.architecture, len(config.class_names), shape, normalization=normalization)
     except ConfigError as error:
         raise UserError(f"{folder / 'config.json'}: {printable(str(error))}") from error
     kinds = {name: value.dtype for name, value in model.state_dict().items()}
-    # copied: what is loaded lies in the file itself, which somebody may truncate
+    # copied, because loaded tensors are mapped from the file, which may be truncated later
     weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in weights.items()}
     try:
         model.load_state_dict(weights, assign=True)
@@ -108,7 +108,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
 
 
 def _without_memory(architecture: str) -> AbstractContextManager[Any]:
-    """A context in which networks are built as shapes, without memory for their weights."""
+    """A context in which networks are built without allocating their weights."""
     if architecture in MODELS:
         return torch.device("meta")
     from accelerate import init_empty_weights  # torchvision's need real tensors while they are built
@@ -132,7 +132,7 @@ def read_config(path: Path) -> ModelConfig:
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not the description of a model ({printable(problem)[:200]}).") from error
+        raise UserError(f"{path}: not a valid model description ({printable(problem)[:200]}).") from error
     if not 1 <= len(config.class_names) <= MAX_CLASSES:
         raise UserError(f"{path}: {len(config.class_names):,} classes; must be 1 to {MAX_CLASSES:,}.")
     return config
@@ -152,7 +152,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"a header of {header:,} bytes")
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch's, of a shape
-        problem = f"truncated or another format: {error}" if start else "an empty file"
+        problem = f"truncated, or in another format: {error}" if start else "an empty file"
         raise UserError(f"{path}: not a safetensors file ({printable(problem)[:200]}). Download it again.") from error
 
 

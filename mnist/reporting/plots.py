@@ -1,4 +1,4 @@
-"""Plots of a run by matplotlib: PNG files for papers, SVG for a page that may be light or dark.
+"""Plots of a run by matplotlib: PNG files, and SVG for a page in light or dark mode.
 
 curves([Record.read(folder)]).savefig("curves.png")
 panels([record])                                # for an HTML page
@@ -18,7 +18,7 @@ from mnist.runs.record import MAX_POINTS, Record, downsample, pixels
 
 TRAIN, TEST, VALIDATION, TRUTH, REST = "#4078c0", "#e0812b", "#8f6bbf", "#3a9a63", "#c8ccd4"
 RUN_COLORS = ("#4078c0", "#e0812b", "#3a9a63", "#c44e6a", "#8f6bbf", "#8c6d46", "#3aa3b5", "#7f7f7f")
-INK = "#1c2733"  # text and axes; in a page, its text color
+INK = "#1c2733"  # text and axes; replaced by the text color of an HTML page
 SPLITS = (
     ("train", TRAIN, "train (in sample)"),
     ("val", VALIDATION, "validation"),
@@ -70,7 +70,7 @@ def draw_loss(axes: Any, records: Sequence[Record]) -> None:
         losses = records[0].losses
         points = _points(losses, "train/loss")
         axes.plot(*points, color=TRAIN, alpha=0.5, linewidth=1, label="during training", zorder=1)
-        shown += [line["train/loss"] for line in losses[len(losses) // 20 + 1 :]]  # the first ones would dwarf the rest
+        shown += [line["train/loss"] for line in losses[len(losses) // 20 + 1 :]]  # the first 5 % would dwarf the rest
     _draw_splits(axes, records, "loss", scale=1)
     axes.set_ylim(0, 1.05 * (max(shown, default=0) or 1))
     _finish(axes, "Loss" if len(records) == 1 else "Test loss")
@@ -131,7 +131,7 @@ def curves(records: Sequence[Record]) -> Any:
 
 
 def confusion(evaluation: dict[str, Any]) -> Any:
-    """A figure of the confusion matrix: rows are true classes, the color is the share of the row."""
+    """A figure of the confusion matrix: rows are true classes, and the color shows the share of the row."""
     import numpy as np
 
     names, counts = evaluation["confusion"]["names"], np.array(evaluation["confusion"]["counts"])
@@ -144,7 +144,7 @@ def confusion(evaluation: dict[str, Any]) -> Any:
         figure = Figure(figsize=(side + 0.1, side))
         axes = figure.subplots()
         axes.grid(visible=False)
-        # twice the largest value, to keep the colors light behind the numbers
+        # up to twice the largest value, so colors stay light behind the numbers
         axes.imshow(right, cmap="Blues", vmin=0, vmax=2)
         axes.imshow(wrong, cmap="Oranges", vmin=0, vmax=2 * (np.nan_to_num(wrong).max() or 1))
         for row, column in zip(*counts.nonzero(), strict=True):
@@ -165,7 +165,7 @@ def mistakes(evaluation: dict[str, Any], most: int = 32) -> Any:
     rows = -(-len(shown) // columns)
     with drawing() as Figure:
         figure = Figure(figsize=(10, 0.6 + 1.55 * rows))
-        # one axes for all images, each 1 by 1.25 with its text: one axes per image took most of a second
+        # one axes for all images (1 x 1.25 each, with text), because one axes per image took most of a second
         axes = figure.subplots()
         axes.set_axis_off()
         centered: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -230,20 +230,20 @@ def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
 
 
 def shortened(name: str, most: int = 20) -> str:
-    """`name` cut to at most `most` characters; matplotlib omits labels that begin with an underscore."""
+    """`name` cut to at most `most` characters, with a space before an underscore: matplotlib omits labels with one."""
     name = f" {name}" if name.startswith("_") else name
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def panels(records: Sequence[Record]) -> list[str]:
-    """The curves as SVG elements for an HTML page, whose text color they take."""
+    """The curves as SVG elements for an HTML page; they use its text color."""
     import matplotlib
 
-    one_run = len(records) == 1  # whose training loss is part of draw_loss
+    one_run = len(records) == 1  # draw_loss already shows its training loss
     draws: list[Any] = [draw_loss, draw_accuracy, *(partial(draw_metric, key=key) for key in list(METRICS)[one_run:])]
     elements = []
     for number, draw in enumerate(draws):
-        with drawing() as Figure, matplotlib.rc_context({"svg.hashsalt": str(number)}):  # for ids unique in the page
+        with drawing() as Figure, matplotlib.rc_context({"svg.hashsalt": str(number)}):  # makes ids unique in the page
             figure = Figure(figsize=(4.6, 3.4))
             draw(figure.subplots(), records)
             buffer = io.StringIO()

@@ -15,20 +15,20 @@ from mnist.files import write_file
 from mnist.reporting import plots
 from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, downsample
 
-MAX_CLASS_ROWS = 20  # in the table of classes; of more, the least accurate
-MAX_EPOCH_ROWS = 100  # in the table of epochs; of more, the last
+MAX_CLASS_ROWS = 20  # in the table of classes; if there are more, the least accurate ones
+MAX_EPOCH_ROWS = 100  # in the table of epochs; if there are more, the last ones
 PATHS = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that do not affect the result
 ENVIRONMENT = ("device", "processes", "threads", "precision", "torch", "git_commit")  # compared between runs
 COMPARED = ("val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
 
 class LiveReport:
-    """The report of a run in progress, rewritten after an epoch if that takes little of the run's time.
+    """The report of a run in progress, rewritten after an epoch if that takes at most SHARE_OF_TIME of the run's time.
 
-    Errors become warnings. A run that fails or is interrupted rewrites it as it ends.
+    Errors become warnings. The report is also written when a run fails or is interrupted.
     """
 
-    SHARE_OF_TIME = 0.02  # of the 5 % that all logging may take
+    SHARE_OF_TIME = 0.02  # all logging together may take 5 %
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ def write_pictures(record: Record) -> None:
         figures["mistakes"] = plots.mistakes(record.evaluation)
     for name, figure in figures.items():
         path = record.folder / f"{name}.png"
-        if figure is None:  # no mistakes anymore
+        if figure is None:  # there are no mistakes any more
             path.unlink(missing_ok=True)
         else:
             with plots.drawing():
@@ -84,8 +84,8 @@ def write_pictures(record: Record) -> None:
 
 
 def write_report(records: Sequence[Record], output: Path) -> None:
-    """Write the report of one run, or of several: their curves in one chart and the settings that differ."""
-    write_file(output, render(records).encode(errors="backslashreplace"))  # a path may hold bytes that are not text
+    """Write the report of one run, or the comparison of several: curves in shared charts, and settings that differ."""
+    write_file(output, render(records).encode(errors="backslashreplace"))  # paths may contain undecodable bytes
 
 
 def render(records: Sequence[Record]) -> str:
@@ -131,7 +131,7 @@ def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     worst = max((1 - row["accuracy"] for row in classes), default=0) or 1
     for row in classes:
-        row["strength"] = (1 - row["accuracy"]) / worst  # length of its bar, 0 to 1
+        row["strength"] = (1 - row["accuracy"]) / worst  # length of the bar, 0 to 1
     if len(classes) > MAX_CLASS_ROWS:
         return sorted(classes, key=lambda row: row["accuracy"])[:MAX_CLASS_ROWS]
     return classes
@@ -163,7 +163,7 @@ def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def best_values(records: Sequence[Record]) -> dict[str, float]:
-    """The best of each metric over several runs: the highest accuracy, the lowest loss."""
+    """The best value of each metric over several runs: the highest accuracy or the lowest loss."""
     values = {key: [record.last[key] for record in records if key in record.last] for key in COMPARED}
     return {key: (min if "loss" in key else max)(column) for key, column in values.items() if column}
 

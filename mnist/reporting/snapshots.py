@@ -1,5 +1,5 @@
-"""evaluation.json in a run's folder: the last confusion matrix and most confident mistakes, and the predictions for ten
-test images after every evaluation.
+"""evaluation.json in a run's folder: confusion matrix and most confident mistakes of the last evaluation, and
+predictions for ten test images after every evaluation.
 
     evaluation = Evaluation(run.folder, data)
     evaluation.update({"step": 600, "epoch": 1}, result, predict(net, evaluation.images))
@@ -21,19 +21,19 @@ from mnist.data.splits import ImageData
 from mnist.files import write_file
 from mnist.training.evaluate import Result
 
-MAX_CLASSES_SHOWN = 20  # in the confusion matrix; of more, the most confused and all others as one
+MAX_CLASSES_SHOWN = 20  # in the confusion matrix; if there are more, the least confused are merged
 MAX_STORED_SIDE = 96  # pixels, of a stored image
 OTHERS = "all others"
 
 
 class Evaluation:
-    """Collects evaluations of the test images. The main process writes; all processes carry the state."""
+    """Collects evaluations of the test images. Only the main process writes; all processes have the state."""
 
     def __init__(self, folder: Path, data: ImageData) -> None:
         self.path = folder / "evaluation.json"
         self.split = data.test
         self.class_names = data.class_names
-        self.bright_on_black = data.preparation != "fit"  # like MNIST; shown dark on white
+        self.bright_on_black = data.preparation != "fit"  # as in MNIST; such images are shown dark on white
         self.examples = first_of_each_class(data.test.labels, count=10)
         self.history: list[dict[str, Any]] = []  # predictions for the examples, one entry per evaluation
 
@@ -80,7 +80,7 @@ class Evaluation:
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Positions [count] of the first image of each of the first classes, then of the first other images."""
+    """Positions [count] of the first image of each class, then of other images, as many as `count` allows."""
     first: dict[int, int] = {}
     for position, label in enumerate(labels.tolist()):
         first.setdefault(label, position)
@@ -90,10 +90,10 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 
 def cut(counts: Tensor, class_names: Sequence[str], most: int = MAX_CLASSES_SHOWN) -> dict[str, Any]:
-    """A confusion matrix [classes, classes] cut to at most `most` rows, with their names and the same sum.
+    """A confusion matrix [classes, classes] reduced to at most `most` rows, with their names and the same sum.
 
-    It keeps the most confused classes and merges the others into the last row and column. Confusions among the merged
-    classes land on the diagonal; `within` counts them.
+    Keeps the most confused classes and merges the others into the last row and column. `within` counts errors among the
+    merged classes, which land on the diagonal.
     """
     if len(counts) <= most:
         return {"names": list(class_names), "counts": counts.tolist(), "within": 0}
@@ -112,7 +112,7 @@ def cut(counts: Tensor, class_names: Sequence[str], most: int = MAX_CLASSES_SHOW
 
 
 def picture(image: Tensor) -> str:
-    """An image as a data URL: uint8 [height, width] as PNG; color, [height, width, 3], as JPEG, a fifth as large."""
+    """A data URL of an image, uint8 [height, width] as PNG, [height, width, 3] as JPEG (a fifth of the size)."""
     small = Image.fromarray(image.numpy())
     small.thumbnail((MAX_STORED_SIDE, MAX_STORED_SIDE))
     buffer, kind = io.BytesIO(), "png" if image.dim() == 2 else "jpeg"

@@ -1,11 +1,11 @@
-"""The folder of a run, which is never overwritten: its settings and state.
+"""The folder of a run: its settings and state. An existing run is never overwritten.
 
     config = find_run(config, explicit_settings)  # --resume: the settings of the run to resume
     with Run.open(config, data.checksum) as run:
         run.update_state(step=100, epoch=1)
     json.loads((run.folder / "state.json").read_text())["status"]     # running, finished, interrupted or failed
 
-Programs that watch a job should read state.json: launchers turn every exit code into 1.
+Programs that watch a job should read state.json, because launchers return 1 for every run that does not finish.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ SECONDS_BETWEEN_HEARTBEATS = 10.0
 def find_run(config: TrainConfig, explicit_settings: Collection[str]) -> TrainConfig:
     """The settings to train with: those of the run to resume, if there is one. All processes must call this.
 
-    That run is the one of --resume, or the one that this job began before torchrun restarted it. `explicit_settings`
-    are those named on the command line. Only the main process looks, because other machines may not have the folder.
-    Raises ConfigError if there is no such run or an explicit setting may not change.
+    That run is the one given by --resume, or the one that this job started before torchrun restarted it. Only the main
+    process looks, because other machines may not have the folder. `explicit_settings` are those named on the command
+    line. Raises ConfigError if there is no such run or if an explicit setting must not change.
     """
     return on_main_process(lambda: _find(config, explicit_settings))
 
 
 def find_run_here(config: TrainConfig, explicit_settings: Collection[str]) -> TrainConfig:
-    """The same before the processes have joined, if this machine has the folder. Errors are left to `find_run`."""
+    """Like `find_run`, but before the processes have joined, and only on this machine. Leaves errors to `find_run`."""
     with contextlib.suppress(UserError, OSError):
         return _find(config, explicit_settings)
     return config
@@ -74,13 +74,13 @@ def _find(config: TrainConfig, explicit_settings: Collection[str]) -> TrainConfi
     if folder is None or not (folder / "config.yaml").is_file():
         return dataclasses.replace(config, resume=None)
     resumed = TrainConfig.load(folder / "config.yaml").resumed(config, explicit_settings, folder)
-    # config.yaml may only have the batch size per process, and the number of processes may have changed
+    # config.yaml may have only the batch size per process, and the number of processes may have changed since
     saved = read_state(folder / "environment.json").get("global_batch_size")
     return resumed if saved is None else dataclasses.replace(resumed, global_batch_size=saved)
 
 
 def has_checkpoint(config: TrainConfig) -> bool:
-    """Whether the run is resumed and has a checkpoint to take its weights from. All processes must call this."""
+    """Whether this run is resumed from a checkpoint. All processes must call this."""
     folder = Path(config.resume or "") / "checkpoints"
     return config.resume is not None and on_main_process(lambda: any(folder.glob("step-*")))
 
@@ -104,7 +104,7 @@ def _folder_of_job(parent: Path) -> Path | None:
 
 @dataclass
 class Run:
-    """A run's folder and its state. All processes have the path; only the main process writes."""
+    """A run's folder and state. All processes know the path; only the main process writes."""
 
     folder: Path = Path()
     writes: bool = False
@@ -163,13 +163,13 @@ class Run:
             before = environment.get("dataset_md5")
             if before is None:
                 raise UserError(
-                    f"{path}: cannot be read. It identifies the images of this run. Restore it from a backup, or start"
-                    " a new run."
+                    f"{path}: cannot be read, but holds the checksum of this run's images. Restore it from a backup,"
+                    " or start a new run."
                 )
             if before != dataset_md5 and "version" not in environment and is_path(config.dataset):
                 raise ConfigError(
-                    f"--resume {folder}: started by an earlier version of this project, which did not normalize the"
-                    " images of a folder. Its model still works, but the run cannot be resumed. Start a new run."
+                    f"--resume {folder}: was started by a version of this project that did not normalize the images"
+                    " of a folder, and cannot be resumed. Its model still works. Start a new run."
                 )
             if before != dataset_md5:
                 raise ConfigError(
@@ -186,7 +186,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Identifies this run, and stays the same when it is resumed. Only the main process has it."""
+        """Identifies this run, also after it is resumed. Only the main process has it."""
         return str(self.state.get("id", ""))
 
     def _lock_and_start(self) -> None:
@@ -195,7 +195,7 @@ class Run:
         holder = read_state(path).get("process")
         self.lock = lock_folder(self.folder, f", process {holder}" if holder else "")
         if self.lock is None:
-            self.warnings.append(f"{self.folder}: its file system does not support locks. Run only one job there.")
+            self.warnings.append(f"{self.folder}: its file system has no locks. Run only one job in this folder.")
         self.identity = _identity(self.folder)
         remove_leftovers(self.folder)
         self.state = {"id": secrets.token_hex(4), "checkpoint": None, "step": 0, "epoch": 0} | read_state(path)
@@ -212,7 +212,7 @@ class Run:
         self.update_state(status="running", error=None, exit_code=None, **started)
 
     def write_environment(self, environment: Mapping[str, Any], skipped: Collection[tuple[str, str]] = ()) -> None:
-        """Write environment.json, and skipped.txt: (name, reason) of each file of the dataset that was left out."""
+        """Write environment.json, and skipped.txt: (name, reason) of each skipped file of the dataset."""
         if self.writes:
             write_file(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         if self.writes and skipped:
@@ -237,13 +237,13 @@ class Run:
                 f"{self.folder}: was moved or removed during the run. No further files will be written. If it was"
                 " moved, resume from its new place: --resume PATH"
             )
-        self.identity = identity  # some network file systems renumber inodes
+        self.identity = identity  # some network file systems change inode numbers
 
     @property
     def heartbeat_due(self) -> bool:
         """Whether state.json is due for a heartbeat.
 
-        The training loop itself must check this: a separate thread would keep beating while the loop hangs.
+        The training loop itself must check this: a separate thread would keep updating while the loop hangs.
         """
         return self.writes and time.monotonic() - self.updated_at > SECONDS_BETWEEN_HEARTBEATS
 
@@ -310,7 +310,7 @@ def _make_folder(parent: Path, name: str, config: TrainConfig) -> Path:
 
 def _point_latest(folder: Path) -> None:
     latest = folder.with_name("latest")
-    if latest.exists() and not latest.is_symlink():  # somebody's own
+    if latest.exists() and not latest.is_symlink():  # not created by a run
         raise FileExistsError(errno.EEXIST, "it is a file or folder, not a link")
     link = temporary_name(latest, "new")
     link.symlink_to(folder.name)
@@ -322,11 +322,11 @@ def _point_latest(folder: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UserError for a pipe, which would never end, or a folder where a file of the run is to be."""
+    """Raise UserError for a pipe, which could be read forever, or a folder in the place of a file."""
     for path in folder.iterdir():
         is_data = path.suffix in (".json", ".jsonl", ".yaml", ".txt")
         if path.exists() and not path.is_file() and (is_data or not path.is_dir()):
-            raise UserError(f"{path}: not a file of the run. Remove it.")
+            raise UserError(f"{path}: must be a regular file. Remove it.")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1000  # per curve in a report
 MAX_MOMENTS = 12  # evaluations shown per example image
-DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # needs no request
+DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # makes no network request
 OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
-MAX_READ_SIDE = 1024  # pixels of an image in evaluation.json: those that are kept are smaller
-MAX_CLASSES_READ = 100  # classes in a confusion matrix, most likely classes of an image: fewer are kept
+MAX_READ_SIDE = 1024  # pixels of an image in evaluation.json; snapshots.py writes smaller ones
+MAX_CLASSES_READ = 100  # classes in a confusion matrix or of an image; snapshots.py writes fewer
 MAX_LINE = 1 << 20  # characters, of metrics.jsonl
 MAX_NUMBER = 1e40  # float32 ends at 3.4e38; plots and sums of far larger numbers overflow
 
@@ -114,7 +114,7 @@ class Record:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The values of a state.json; empty if it is unreadable or not an object, because it may be another program's."""
+    """The values of a state.json; empty if it is unreadable or not an object (another program's file)."""
     if not path.is_file():  # a pipe would never end
         return {}
     try:
@@ -125,7 +125,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def find_records(parent: Path) -> tuple[list[Record], list[str]]:
-    """The runs in a folder, sorted by the time of their last state, and what is wrong with the invalid ones."""
+    """The valid runs in a folder, sorted by the time in state.json, and an error message per invalid run."""
     records, problems = [], []
     for folder in {path.parent.resolve() for path in parent.glob("*/config.yaml")}:  # `latest` is a link
         try:
@@ -136,7 +136,7 @@ def find_records(parent: Path) -> tuple[list[Record], list[str]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that is still being written."""
+    """The complete lines of a metrics.jsonl; the last one may still be being written."""
     lines = []
     with path.open(encoding="utf-8", newline="\n") as file:
         while (text := file.readline(MAX_LINE)).endswith("\n") or len(text) == MAX_LINE:
@@ -160,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _parse_json(text: str) -> Any:
-    """Raises ValueError for what is not JSON, and for every number beyond `MAX_NUMBER`."""
+    """Raises ValueError for invalid JSON and for numbers beyond `MAX_NUMBER`."""
     return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
 
 
@@ -172,7 +172,7 @@ def _number(text: str) -> int | float:
 
 
 def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
-    """Raise ValueError unless `values` is a dict that has at least the names of `kinds`, with these types."""
+    """Raise ValueError unless `values` is a dict with at least the names in `kinds`, of these types."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {values!r:.50} is not an object")
     for name, kind in kinds.items():
@@ -182,7 +182,7 @@ def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
 
 
 def check_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError for an evaluation.json that snapshots.py cannot have written."""
+    """Raise ValueError, TypeError or KeyError if snapshots.py cannot have written this evaluation.json."""
     kinds = {"step": int, "epoch": int, "class_names": list, "images": list, "correct": list, "confusion": dict}
     kinds |= {"bright_on_black": bool}
     expect(evaluation, kinds | {"mistakes": list, "examples": list, "history": list}, "evaluation.json")
@@ -225,7 +225,7 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
 
 
 def pixels(url: str) -> "Image":
-    """Decode the image of a `data:` URL. Raises ConfigError for what snapshots.py cannot have written."""
+    """Decode the image in a `data:` URL. Raises ConfigError if snapshots.py cannot have written it."""
     from PIL import Image
 
     try:

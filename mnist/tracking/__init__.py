@@ -1,1 +1,1 @@
-"""Logs metrics to metrics.jsonl, W&B and other trackers."""
+"""Log metrics to metrics.jsonl, W&B and other trackers (trackers.py)."""

@@ -1,4 +1,4 @@
-"""Logs metrics to metrics.jsonl and to trackers by name.
+"""Log metrics to metrics.jsonl and to trackers, which are chosen by name.
 
     with Tracking(True, run.folder, "4f2a91c0", settings, ["wandb", "tensorboard"]) as tracking:
         print(tracking.start(step=0))
@@ -25,15 +25,15 @@ from mnist.runs.record import Record
 from mnist.tracking.wandb_run import DatasetArtifact, ModelArtifact, WandbRun, first_line
 
 PROJECT = "mnist"  # the trackers' default project
-PACKAGES = {"comet_ml": "comet-ml"}  # the pip name, if it is not the module's
-UNATTENDED = {  # no prompts, and no waiting minutes for a server
-    "mlflow": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"},  # 247 s without (measured)
+PACKAGES = {"comet_ml": "comet-ml"}  # name for pip, if different from the module's
+UNATTENDED = {  # variables that prevent prompts and long waits for a server
+    "mlflow": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"},  # otherwise 247 s, measured
     "swanlab": {"SWANLAB_INTERACTIVE": "false", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
 }
 
 
 def arguments_of(name: str, folder: Path, step: int) -> dict[str, Any]:
-    """The arguments of Accelerate's tracker class, for the run in `folder` that continues after `step`.
+    """The arguments of Accelerate's tracker class for the run in `folder`, which continues after `step`.
 
     Files go into the run's folder, unless the tracker has one place for all runs.
     """
@@ -80,7 +80,7 @@ def _overall(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Tracking:
-    """The metrics of one run, written by the main process; does nothing on the others."""
+    """Logs the metrics of one run in the main process; does nothing in the others."""
 
     def __init__(
         self, writes: bool, folder: Path, run_id: str, settings: Mapping[str, Any], names: Sequence[str]
@@ -91,7 +91,7 @@ class Tracking:
         self.run_id = run_id
         self.settings = dict(settings)
         self.names = names
-        self.kept_bytes: int | None = 0  # of metrics.jsonl, until the first line of this process
+        self.kept_bytes: int | None = 0  # size of metrics.jsonl at the checkpoint; None once this process has written
         self.wandb: WandbRun | None = None
         self.others: dict[str, GeneralTracker] = {}
         self.resume_notes: list[str] = []  # shown when the run is resumed
@@ -112,7 +112,7 @@ class Tracking:
         return {"metrics_bytes": self.file.tell()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """To be called before `start`. Raises ValueError for a negative length."""
+        """Call this before `start`. Raises ValueError for a negative length."""
         kept = state["metrics_bytes"]
         size = self.file.seek(0, os.SEEK_END) if self.writes else kept
         if kept < 0:
@@ -124,7 +124,7 @@ class Tracking:
         self.kept_bytes = kept
 
     def _cut(self) -> None:
-        """Before the first row, remove those logged after the checkpoint: they will be logged again."""
+        """Before the first row, remove the rows after the checkpoint, because they will be logged again."""
         if self.kept_bytes is not None:
             self.file.truncate(min(self.kept_bytes, self.file.seek(0, os.SEEK_END)))
             self.file.seek(0, os.SEEK_END)
@@ -133,7 +133,7 @@ class Tracking:
     def start(self, step: int) -> str:
         """Start the trackers of a run that continues after `step`; returns their description.
 
-        Raises UserError if W&B rejects the user's variables. Other trackers that fail are dropped with a warning.
+        Raises UserError if W&B rejects the user's WANDB_* variables. Other failing trackers are dropped with a warning.
         """
         descriptions = []
         for name in self.names if self.writes else ():
@@ -171,7 +171,7 @@ class Tracking:
             self._attempt(name, partial(tracker.log, without_step, step=values["step"]))
 
     def log_results(self, data: ImageData) -> None:
-        """At the end of a run on `data`, log its last evaluation and its models to W&B."""
+        """Log the run's last evaluation, its models and a reference to `data` to W&B, at the end of a run."""
         if self.wandb is None:
             return
         try:
@@ -190,7 +190,7 @@ class Tracking:
         self.wandb.log_results(record.evaluation, dataset, models)
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        """Call a tracker; one that raises, whatever it is, is dropped with a warning."""
+        """Call a tracker; if it raises anything, drop it with a warning."""
         try:
             action()
         except Exception as error:

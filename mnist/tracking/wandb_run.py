@@ -4,9 +4,9 @@
     run.log({"step": 100, "epoch": 1, "train/loss": 0.5})
     run.finish(None)
 
-Online with a key and a server that answers, otherwise offline. Starting and finishing take at most ten seconds each,
-and errors in between end only the logging to W&B. W&B's own variables apply: WANDB_PROJECT, WANDB_ENTITY, WANDB_TAGS,
-WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, WANDB_MODE, WANDB_BASE_URL and others.
+The run is online if there is a key and the server answers, otherwise offline. Starting and finishing take at most ten
+seconds each. Errors in between stop only the logging to W&B. W&B's own variables apply: WANDB_PROJECT, WANDB_ENTITY,
+WANDB_TAGS, WANDB_RUN_GROUP, WANDB_JOB_TYPE, WANDB_NOTES, WANDB_MODE, WANDB_BASE_URL and others.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from mnist.errors import DivergedError, UserError
 from mnist.launch.signals import Interrupted
 from mnist.runs.record import MAX_MOMENTS, downsample, pixels
 
-SERVER_SECONDS = 5  # W&B adds up to three seconds of its own
+SERVER_SECONDS = 5  # to which W&B adds up to three seconds
 ANSWER_SECONDS = 2
 POLL_SECONDS = 10
 RESULTS_SECONDS = 2.5
-SLOWEST_UPLOAD = 1e6  # bytes per second; allows time for models
+SLOWEST_UPLOAD = 1e6  # bytes per second; gives large models time to upload
 
 
 class DatasetArtifact(NamedTuple):
@@ -47,7 +47,7 @@ class ModelArtifact(NamedTuple):
 
 
 class WandbRun:
-    """Starts a W&B run. Raises UserError if W&B rejects the user's WANDB_* variables."""
+    """A W&B run, started on creation. Raises UserError if W&B rejects the user's WANDB_* variables."""
 
     def __init__(self, project: str, folder: Path, run_id: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class WandbRun:
             self.description = "wandb (failed)"
 
     def _start(self) -> None:
-        # W&B's error reporting waits up to 22 s (measured) at exit for a server that does not answer
+        # at exit, W&B's error reporting waits up to 22 s (measured) for a server that does not answer
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if not _home_is_writable():
             for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
@@ -107,7 +107,7 @@ class WandbRun:
             self._init("offline")
 
     def _init(self, mode: Any) -> None:
-        import wandb  # whose arguments override the environment, so check the user's variables first
+        import wandb  # its arguments override the environment, so use the user's variables first
 
         self.run = wandb.init(
             project=self.project,
@@ -145,7 +145,7 @@ class WandbRun:
         folder = Path(os.path.relpath(run.settings.sync_dir))
         folder = Path(run.settings.sync_dir) if ".." in folder.parts else folder
         pattern = f"{'offline-' * run.offline}run-*-{run.id}"
-        resumed = len(list(folder.parent.glob(pattern))) > 1  # then each process has left a folder
+        resumed = len(list(folder.parent.glob(pattern))) > 1  # each start of the run has its own folder
         self.sync = f"wandb sync {shlex.quote(str(folder.parent if resumed else folder))}{f'/{pattern}' * resumed}"
         if run.offline:
             self.sync_command = self.sync
@@ -170,8 +170,8 @@ class WandbRun:
     ) -> None:
         """Log the confusion matrix, mistakes and example images, and the dataset and models as artifacts.
 
-        `evaluation` is the content of evaluation.json (reporting/snapshots.py), bounded in size. Uploads wait for the
-        server, as long as a slow connection needs if it keeps answering.
+        `evaluation` is the content of evaluation.json (reporting/snapshots.py), bounded in size. Waits for the
+        uploads; on a slow connection, for as long as the server keeps answering.
         """
         if self.run is None or self.run.disabled:
             return
@@ -209,7 +209,7 @@ class WandbRun:
         exit_code = 0 if error is None else 1
         try:
             if isinstance(error, Interrupted):
-                if "WANDB_SWEEP_ID" not in os.environ:  # a sweep agent stops bad runs for good
+                if "WANDB_SWEEP_ID" not in os.environ:  # sweep agents stop bad runs, which must not be requeued
                     self.run.mark_preempting()
                 exit_code = error.exit_code
             if isinstance(error, DivergedError):
@@ -224,7 +224,7 @@ class WandbRun:
     def _disable(self, error: Exception) -> None:
         """Continue without W&B."""
         self.run = None
-        self.warning = f"W&B stopped ({first_line(error)}); its copy of the run may be incomplete, see metrics.jsonl."
+        self.warning = f"W&B stopped ({first_line(error)}); its copy of the run may be incomplete. See metrics.jsonl."
         self.sync_command = self.sync
 
 
@@ -238,14 +238,14 @@ def _use_dataset(run: Any, data: DatasetArtifact) -> Any:
     if not data.files:  # a folder of images, identified by its checksum
         with artifact.new_file("pixels.md5") as file:
             file.write(data.metadata["md5"])
-    try:  # as an input of the run; use_artifact does the same for a new artifact, but not offline
+    try:  # as an input of the run; offline, use_artifact cannot do this for a new artifact
         return run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    except (AttributeError, TypeError):  # private: another wandb may lack it or have changed it
+    except (AttributeError, TypeError):  # private: another version of wandb may lack it
         return run.log_artifact(artifact)
 
 
 def artifact_name(name: str) -> str:
-    """`name` in W&B's characters: ASCII letters, digits and `-_.`, 128 at most. `Übung 1` becomes `Ubung-1`."""
+    """`name` in characters that W&B accepts: ASCII letters, digits, `-_.`; 128 at most. `Übung 1` becomes `Ubung-1`."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-")[:128] or "dataset"
 
@@ -253,7 +253,7 @@ def artifact_name(name: str) -> str:
 def _log_model(run: Any, model: ModelArtifact) -> Any:
     import wandb
 
-    name = artifact_name(f"model-{run.id}")  # the id may be the user's, in WANDB_RUN_ID
+    name = artifact_name(f"model-{run.id}")  # the user may have set the id with WANDB_RUN_ID
     artifact = wandb.Artifact(name, type="model", metadata=dict(model.metadata))
     for path in sorted(model.folder.iterdir()):  # add_dir would print
         artifact.add_file(str(path))
@@ -261,7 +261,7 @@ def _log_model(run: Any, model: ModelArtifact) -> Any:
 
 
 def _answers(url: str) -> bool:
-    """Whether the server answers in time, and not with a server error."""
+    """Whether the server answers in time and without a server error (5xx)."""
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
             return True

@@ -1,1 +1,1 @@
-"""Losses, optimizers, evaluation, progress, checkpoints and profiling."""
+"""Losses, optimizers and schedules, evaluation, progress (steps, epochs), checkpoints and profiling."""

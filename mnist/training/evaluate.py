@@ -52,7 +52,7 @@ class Result:
     def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
         """The logged metrics: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
 
-        Accuracy per class is only of val and test, with at most 20 classes, and of classes that have images.
+        Accuracy per class is only for val and test, if there are at most 20 classes, and for classes with images.
         """
         values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
         if split != "train" and len(class_names) <= MAX_CLASSES_LOGGED:

@@ -1,4 +1,4 @@
-"""Accelerate's wrappers without work that has no effect, which takes a third of the default job's time on a CPU.
+"""Accelerate's wrappers without work that has no effect here (a third of the default job's time on a CPU).
 
 accelerator = LeanAccelerator(...)
 model, optimizer = accelerator.prepare(model, optimizer)
@@ -32,7 +32,7 @@ class Captured(Protocol):
 class LeanAccelerator(Accelerator):
     """An Accelerator with shortcuts that give the same result to the bit.
 
-    docs/performance.md has what each of them is worth, measured by benchmarks/lean.py.
+    docs/performance.md lists what each of them saves, measured by benchmarks/lean.py.
     """
 
     captured: Captured | None = None  # the loss that --compile made

@@ -38,7 +38,7 @@ class Profile:
     ) -> None:
         """`parts` are the calls of the training loop per batch: an object and the name of its method.
 
-        The main process passes the table to `output` and writes it to `folder`/profile/, like each process its trace.
+        The main process passes the table to `output`, and writes it to `folder`/profile/. All processes write traces.
         """
         self.folder = folder / "profile"
         self.accelerator = accelerator

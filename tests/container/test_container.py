@@ -154,7 +154,7 @@ def test_the_wandb_key_comes_from_the_environment_or_a_file(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="not a text file"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
     file.write_bytes(b"a\0b")
-    with pytest.raises(UsageError, match="holds more than a key"):
+    with pytest.raises(UsageError, match="must contain only the key"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(file)})
     with pytest.raises(UsageError, match=r"WANDB_API_KEY_FILE=.*missing: cannot be read"):
         entrypoint.wandb_key({"WANDB_API_KEY_FILE": str(tmp_path / "missing")})

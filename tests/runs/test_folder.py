@@ -195,7 +195,7 @@ def test_a_link_latest_that_cannot_be_updated_is_a_warning(tmp_path: Path, monke
 def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcntl.flock", refuse(errno.ENOLCK))
     with Run.create(config(tmp_path, "mine")) as run:
-        assert "its file system does not support locks" in run.warnings[0]
+        assert "its file system has no locks" in run.warnings[0]
     assert state_of(run.folder)["status"] == "finished"
 
 
@@ -220,7 +220,7 @@ def test_a_pipe_in_the_place_of_a_runs_file_is_named_before_anything_waits(name:
         pass
     (run.folder / name).unlink(missing_ok=True)
     os.mkfifo(run.folder / name)
-    with pytest.raises(UserError, match=f"{name}: not a file of the run"):
+    with pytest.raises(UserError, match=f"{name}: must be a regular file"):
         reopen(run)
 
 
