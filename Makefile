@@ -6,7 +6,7 @@ train: ## the tutorial's recipe
 test: ## four to five minutes on two cores
 	pytest
 
-test-slow: ## what takes minutes; needs pip install -e '.[trackers]'
+test-slow: ## tests that take minutes; needs pip install -e '.[trackers]'
 	pytest -m 'slow and not gpu' --numprocesses=0
 
 lint: ## the same commands as in .ci/run
@@ -21,33 +21,33 @@ format:
 	ruff check --fix .
 	ruff format .
 
-image: ## docs/docker.md
+image: ## builds the image (docs/docker.md)
 	docker build -f docker/Dockerfile -t mnist-trainer --build-arg REVISION=$$(git rev-parse HEAD) \
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' mnist/__init__.py) .
 
-image-test: ## builds the image and tries all that docs/docker.md promises; a private engine where there is none
+image-test: ## builds the image and checks what docs/docker.md promises, with a private engine if there is none
 	python tests/container/try_image.py
 
-bench: ## one epoch beside the alternatives that are installed (pip install -e '.[bench]')
+bench: ## one epoch compared with the installed alternatives (pip install -e '.[bench]')
 	python benchmarks/peers.py
 
-bench-applied: ## mnist predict beside importing torch, and an answer on the drawing page
+bench-applied: ## mnist predict compared with importing torch, and a prediction on the drawing page
 	python benchmarks/applied.py
 
 bench-folder: ## a folder of images: decoding it, an epoch from the cache, memory
 	python benchmarks/folder.py
 
-bench-lean: ## what each shortcut around Accelerate's wrappers is worth
+bench-lean: ## what each shortcut around Accelerate's wrappers saves
 	python benchmarks/lean.py
 
 bench-logging: ## what metrics, trackers, plots and the report cost
 	python benchmarks/logging_cost.py
 
-bench-recipes: ## the recipe fast beside the published one, five seeds each
+bench-recipes: ## the recipe fast compared with the published one, five seeds each
 	python benchmarks/recipes.py
 
-bench-scaling: ## 1, 2 and 4 processes on this machine, beside as many independent runs
+bench-scaling: ## 1, 2 and 4 processes on this machine, compared with as many independent runs
 	python benchmarks/scaling.py
 
-soak: ## ten minutes of kills and resumes, compared with an undisturbed run
+soak: ## ten minutes of kills and resumes, compared with an uninterrupted run
 	python benchmarks/soak.py --minutes 10

@@ -50,7 +50,7 @@ class Plan:
 
     command: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
-    launched: bool = False  # by a launcher, whose exit code does not count
+    launched: bool = False  # whether the command is a launcher, whose exit code does not count
 
 
 def trains(arguments: Sequence[str]) -> bool:
@@ -128,7 +128,7 @@ def wandb_key(environment: Mapping[str, str]) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise UsageError(f"WANDB_API_KEY_FILE={path}: not a text file.") from error
     if not key.isprintable():  # a zero byte cannot be in a variable
-        raise UsageError(f"WANDB_API_KEY_FILE={path}: holds more than a key, which is one line of text.")
+        raise UsageError(f"WANDB_API_KEY_FILE={path}: must contain only the key, on one line.")
     return {"WANDB_API_KEY": key}
 
 
@@ -158,7 +158,7 @@ def launch(plan: Plan, arguments: Sequence[str], environment: Mapping[str, str])
     received: list[int] = []
 
     def forward(number: int, _: object) -> None:
-        # launchers die from SIGUSR1, and their processes are in other sessions, out of reach of group signals
+        # SIGUSR1 kills launchers, and their processes are in other sessions, which group signals do not reach
         received.append(number)
         for pid in children_of(launcher.pid) or [launcher.pid]:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -202,9 +202,9 @@ def children_of(pid: int) -> list[int]:
 
 
 def exit_code(state: Mapping[str, object], launcher: int, received: Sequence[int]) -> int:
-    """The run's exit code if it has ended, otherwise that of the first signal received, or the launcher's.
+    """The run's exit code if it has ended; otherwise that of the first signal received, or the launcher's.
 
-    A run has not ended if its main process was killed, or is still running on the first machine.
+    A run has not ended if its main process was killed or is still running on the first machine.
     """
     code = state.get("exit_code")
     if state.get("status") in ("finished", "interrupted", "failed") and type(code) is int and 0 <= code < 256:

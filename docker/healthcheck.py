@@ -1,4 +1,4 @@
-"""Health check of a container: its run must keep updating state.json, which the training loop does.
+"""Health check of a container: the training loop must keep updating the run's state.json.
 
     python docker/healthcheck.py            # 0: healthy; 1: no update for ten minutes
     python docker/healthcheck.py 60 runs    # limit in seconds, and folder of the runs
