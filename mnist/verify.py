@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from mnist.config.settings import CHOICES
 from mnist.errors import ConfigError
-from mnist.launch.hardware import available_cores, check_kernels, device_name, free_memory
+from mnist.launch.hardware import available_cores, check_kernels, device_memory, device_name
 from mnist.runs.launched import IN_FLOAT64, STEPS, LaunchedRuns, RunError, killed_at_the_end
 from mnist.runs.record import Record, read_state
 
@@ -127,7 +127,7 @@ def machine(runs: LaunchedRuns) -> Iterator[Row]:
         capability, architectures = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
         check_kernels(torch.cuda.get_device_name(), capability, architectures)
         yield Row("kernels for the GPU", "sm_{}{}".format(*capability), " ".join(architectures), "pass")
-        yield fact("free GPU memory", f"{free_memory(runs.device) / 2**30:.1f} GiB")
+        yield fact("free GPU memory", f"{device_memory(runs.device)[0] / 2**30:.1f} GiB")
     if (shared := Path("/dev/shm")).is_dir():
         yield fact("free in /dev/shm", f"{shutil.disk_usage(shared).free / 2**30:.2f} GiB")
     cure = "Processes share a core. Start fewer, or give the container more cores (docker run --cpus)."
