@@ -130,7 +130,7 @@ def two_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory) -
 def four_processes_with_every_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of four processes in all cases, which take half a minute on two cores."""
     folder = tmp_path_factory.mktemp("four")
-    tasks = ("train_most", "train_deep", "evaluate_all")
+    tasks = ("train_most", "train_slow", "evaluate_all")
     done = run((*TORCHRUN, "4", "tests/support/worker.py", str(folder), *tasks), folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -155,7 +155,7 @@ def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize(
     ("processes", "name"),
     [
-        *(("two_processes", name) for name in worker.CASES if name not in worker.DEEP),
+        *(("two_processes", name) for name in worker.CASES if name not in worker.SLOW),
         *(("three_processes", name) for name in worker.FEW),
         *(pytest.param("four_processes_with_every_case", name, marks=pytest.mark.slow) for name in worker.CASES),
     ],
@@ -164,7 +164,7 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
     processes: str, name: str, one_process: Path, request: pytest.FixtureRequest, fresh_accelerate: None
 ) -> None:
     folder: Path = request.getfixturevalue(processes)
-    if name in worker.DEEP:
+    if name in worker.SLOW:
         with worker.quick():
             worker.train_case(one_process, name)
     assert state_of(folder / "runs" / name)["step"] == worker.steps_of(name)

@@ -152,8 +152,8 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step_with_a_checkpoint(job
 @pytest.mark.parametrize(
     ("job", "number"),
     [
-        ((TORCHRUN,), signal.SIGKILL),
         ((ACCELERATE,), signal.SIGTERM),
+        pytest.param((TORCHRUN,), signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param((TORCHRUN,), signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param((ACCELERATE,), signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param((ACCELERATE,), signal.SIGKILL, marks=pytest.mark.slow),

@@ -132,6 +132,7 @@ def test_a_killed_and_resumed_compiled_run_ends_bit_identical(processes: int, tm
     assert all(is_compiled(tmp_path / "runs" / name) for name in ("whole", "killed"))
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_a_compiled_run_resumes_uncompiled_with_a_note(
     run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
