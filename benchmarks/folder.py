@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from measure import Figures, command_line, header, in_fresh_process, interleave, peak_memory, print_table
+from measure import Figures, command_line, header, in_fresh_process, interleave, print_table
 from PIL import Image
 
 
@@ -48,13 +48,14 @@ def read_all(file: Path) -> tuple[float, float]:
 
     from mnist.data.loader import Training, build_loader
     from mnist.data.splits import MappedImages, Split
+    from mnist.launch.hardware import peak_memory
 
     count = file.stat().st_size // 12288
     split = Split(MappedImages(file, (count, 64, 64, 3)), torch.zeros(count, dtype=torch.int64))
-    before = peak_memory()
+    before = peak_memory(torch.device("cpu"))
     for _ in build_loader(split, 64, training=Training(seed=0)):
         pass
-    return before, peak_memory()
+    return before / 2**20, peak_memory(torch.device("cpu")) / 2**20
 
 
 def measure_batches(folder: Path, cache: Path, rounds: int) -> dict[str, list[Figures]]:

@@ -137,9 +137,3 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     """The result of a function of a module, called in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def peak_memory() -> float:
-    """Peak memory of this process in MiB. Not ru_maxrss, which starts from the parent's peak on Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))

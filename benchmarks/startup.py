@@ -16,18 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import Figures, command_line, header, interleave, peak_memory, print_table, run, train_here
+from measure import Figures, command_line, header, interleave, print_table, run, train_here
 
 
 def stop_after_first_step(output: str, flags: list[str]) -> None:
     """Train for one step; write the time of its end and the peak memory to `output`."""
+    import torch
+
+    from mnist.launch.hardware import peak_memory
     from mnist.training.progress import Progress
 
     update = Progress.update
 
     def update_and_stop(self: Progress, loss: Any) -> None:
         update(self, loss)
-        Path(output).write_text(f"{time.time()} {peak_memory()}")
+        Path(output).write_text(f"{time.time()} {peak_memory(torch.device('cpu')) / 2**20}")
         os._exit(0)
 
     Progress.update = update_and_stop  # type: ignore[method-assign]

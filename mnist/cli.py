@@ -314,7 +314,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from mnist.data.loader import build_loader
     from mnist.data.transforms import eval_batch_size, scale_pixels
     from mnist.inference.predict import load
-    from mnist.launch.hardware import choose_threads, eval_memory
+    from mnist.launch.hardware import choose_kernels, choose_threads, eval_memory
     from mnist.reporting.snapshots import cut
     from mnist.training.evaluate import evaluate_split
     from mnist.training.losses import LOSSES
@@ -324,9 +324,10 @@ def evaluate_model(options: argparse.Namespace) -> None:
     settings = run.config if run else dataclasses.asdict(TrainConfig())
     precision = run.environment.get("precision", "float32") if run else "float32"
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "float32" else precision,
+        mixed_precision="no" if str(precision).startswith("float32") else precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
+    choose_kernels()
     choose_threads(model.net, scale_pixels(data.test.images[: settings["batch_size"]]))
     batch_size = eval_batch_size(data.test.images.shape[1:], eval_memory(accelerator.device))
     loader = accelerator.prepare(build_loader(data.test, batch_size))

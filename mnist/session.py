@@ -19,7 +19,7 @@ from mnist.data.datasets import decode_folder
 from mnist.data.splits import ImageData
 from mnist.inference.predict import predict
 from mnist.launch.environment import describe_code, describe_environment
-from mnist.launch.hardware import keep_freed_memory
+from mnist.launch.hardware import choose_kernels, keep_freed_memory
 from mnist.launch.processes import (
     accelerate_settings,
     check_alike,
@@ -67,6 +67,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
         kwargs_handlers=accelerate_settings(config.gradient_accumulation_steps),
     )
     set_seed(config.seed)
+    choose_kernels()
     keep_freed_memory()
     return config, accelerator
 
@@ -149,8 +150,10 @@ class Session:
     def _checkpoints(self, environment: Mapping[str, Any]) -> Checkpoints:
         made_with = {
             "essence": self.config.fingerprint | {"global_batch_size": self.global_batch_size},
-            "launch": {name: environment[name] for name in BIT_IDENTITY_KEYS},
+            "launch": {name: environment[name] for name in BIT_IDENTITY_KEYS if environment[name] is not None},
         }
+        if self.accelerator.device.type != "cpu":
+            del made_with["launch"]["threads"]
         others: dict[str, Stateful] = {
             "scheduler": self.scheduler,
             "tracking": self.tracking,

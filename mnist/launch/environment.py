@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 import mnist
 from mnist.config.settings import PROJECT_FOLDER
-from mnist.launch.hardware import device_name
+from mnist.launch.hardware import describe_gpus, device_name, uses_tf32
 
 
 @functools.cache
@@ -39,15 +39,16 @@ def describe_environment(accelerator: Accelerator, compiler: str | None = None) 
     """
     code = describe_code()
     changes = _git("status", "--porcelain") if code["git_commit"] and accelerator.is_main_process else None
+    float32 = "float32 (TF32)" if uses_tf32(accelerator.device) else "float32"
     return {
         "device": " + ".join(sorted(set(gather_object([device_name(accelerator.device)])))),
         "num_processes": accelerator.num_processes,
         "processes": describe_processes(accelerator),
         "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision.replace("no", "float32"),
+        "precision": accelerator.mixed_precision.replace("no", float32),
         "compiler": compiler or accelerator.state.dynamo_plugin.backend.value.lower(),
         **code,
-        "cuda": torch.version.cuda if accelerator.device.type == "cuda" else None,
+        **describe_gpus(accelerator.device),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),

@@ -1,12 +1,14 @@
-"""CPU threads, memory and device names."""
+"""CPU threads, memory, and what a GPU computes with."""
 
 import ctypes
 import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -67,6 +69,42 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
 
 
+def choose_kernels() -> None:
+    """Let the convolutions of an NVIDIA GPU be as exact as its matrix products, and the same in every run.
+
+    By default torch multiplies matrices in float32 but convolves in TF32 (10 bits of mantissa instead of 23), and cuDNN
+    may choose algorithms that add in any order. Here both are float32, or both TF32 if torch is told so by
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, or by Accelerate for a model that the launcher compiles.
+    """
+    with warnings.catch_warnings():
+        # torch 2.9.0 recommends another interface, but 2.6 lacks it, and Accelerate uses this one: mixing them fails
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether products of float32 are TF32 after `choose_kernels`; GPUs before compute capability 8.0 lack it."""
+    return (
+        device.type == "cuda"
+        and torch.backends.cuda.matmul.allow_tf32
+        and torch.cuda.is_bf16_supported(including_emulation=False)  # the same hardware
+        and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    )
+
+
+def describe_gpus(device: torch.device) -> dict[str, Any]:
+    """The GPUs that this process sees, their compute capability, and the libraries; None without an NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return dict.fromkeys(("gpus", "capability", "cuda", "cudnn"))
+    return {
+        "gpus": torch.cuda.device_count(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(device)),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # 91002: 9.10.2
+    }
+
+
 def check_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
     """Raise ConfigError if torch has no kernels for a GPU, which would otherwise fail at the first step.
 
@@ -106,6 +144,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if os.name == "nt":
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM"):  # in KiB; unlike ru_maxrss, it does not start from the parent's peak
+            return int(line.split()[1]) * 1024
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

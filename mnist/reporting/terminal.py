@@ -41,7 +41,8 @@ class Terminal:
     def header(self, config: TrainConfig, resolved: Mapping[str, Any], folder: Path, notes: Sequence[str]) -> None:
         """Print the device, data, model, batch size, steps and run folder."""
         self.print(self.styled(f"Recipe {printable(config.recipe)}", BOLD))
-        self.row("device", resolved["device"])
+        gpu = ", {gpus} visible, compute capability {capability}, CUDA {cuda}, cuDNN {cudnn}"
+        self.row("device", ("{device}" + gpu if resolved["gpus"] else "{device}").format_map(resolved))
         threads = "1 CPU thread" if resolved["threads"] == 1 else f"{resolved['threads']} CPU threads"
         with_threads = f" with {threads}" if resolved["num_processes"] == 1 else f", each with {threads}"
         self.row("launched", f"{resolved['processes']}{with_threads}")

@@ -29,8 +29,8 @@ from mnist.models.saved import check_finite, save_json, save_tensors, weights_of
 from mnist.runs.folder import Run
 from mnist.training.progress import Progress
 
-BIT_IDENTITY_KEYS = ("torch", "device", "num_processes", "threads", "precision", "compiler")
-"""The parts of the environment that must stay the same for a resumed run to be bit-identical."""
+BIT_IDENTITY_KEYS = ("torch", "device", "num_processes", "threads", "precision", "compiler", "cuda", "cudnn")
+"""The parts of the environment that must stay the same for a resumed run to be bit-identical; threads only on a CPU."""
 
 
 class Stateful(Protocol):
@@ -219,9 +219,9 @@ class Checkpoints:
             ) from error
         current = self.made_with["launch"]
         changed = [
-            f"{key} was {saved}, is {current.get(key)}"
+            f"{key} was {saved}, is {current[key]}"
             for key, saved in state["launch"].items()
-            if saved != current.get(key)
+            if key in current and saved != current[key]  # the keys depend on the device, which is one of them
         ]
         notes = [f"from {name}, epoch {self.progress.epoch}, batch {self.progress.batch:,}"]
         if changed:

@@ -1,10 +1,11 @@
-"""CPU threads, memory and device names."""
+"""CPU threads, memory, and what a GPU computes with."""
 
 import contextlib
 import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from mnist.errors import ConfigError
 from mnist.launch import hardware
-from mnist.launch.hardware import available_cores, check_kernels, choose_threads, device_name
+from mnist.launch.hardware import available_cores, check_kernels, choose_kernels, choose_threads, device_name
 from mnist.models.networks import CNN, Net
 
 
@@ -65,6 +66,31 @@ def test_freed_memory_is_reused_without_page_faults() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 7_812  # pages of one step
+
+
+def test_peak_memory_is_this_processs_own_and_not_its_parents() -> None:
+    script = "import torch; from mnist.launch.hardware import peak_memory; print(peak_memory(torch.device('cpu')))"
+    parent = (
+        f"import subprocess, sys; large = b'x' * 2**30; subprocess.run([sys.executable, '-c', {script!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < 2**30
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_convolutions_are_as_exact_as_matrix_products_and_repeatable(tf32: bool) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = tf32  # as by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, or by Accelerate for a compiled model
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            choose_kernels()
+        assert cudnn.allow_tf32 is matmul.allow_tf32 is tf32
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    finally:
+        matmul.allow_tf32 = before
+        choose_kernels()
 
 
 WHEEL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120")  # of torch 2.14 for CUDA 13

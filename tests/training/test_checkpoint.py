@@ -135,6 +135,24 @@ def begun(run_here: RunHere) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("launch", "note"),
+    [
+        ({"cudnn": 90100}, ""),  # not known of this device: saved by another kind of device, which is noted
+        ({"threads": 7}, "threads was 7, is 1"),
+        ({"device": "cuda (H100)", "cuda": "13.0"}, r"device was cuda \(H100\), is cpu .*\)"),
+    ],
+)
+def test_what_keeps_a_resumed_run_from_being_identical_is_noted(
+    launch: dict[str, Any], note: str, begun: Path, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(checkpoints_of(begun)[-1], "state.json", lambda state: state["launch"].update(launch))
+    resume_here(begun)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no longer bit-identical: " in line]
+    assert len(notes) == bool(note)
+    assert all(re.search(f"bit-identical: {note}$", line) for line in notes)
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
