@@ -35,7 +35,7 @@ from mnist.reporting.snapshots import Evaluation
 from mnist.reporting.terminal import Terminal
 from mnist.runs.folder import Run, find_run, find_run_here
 from mnist.tracking.trackers import Tracking, check_trackers
-from mnist.training.checkpoint import BIT_IDENTITY_KEYS, Checkpoints, Stateful
+from mnist.training.checkpoint import Checkpoints, Stateful, bit_identity
 from mnist.training.evaluate import Result
 from mnist.training.lean import LeanAccelerator
 from mnist.training.optimizers import clip_gradients
@@ -150,10 +150,8 @@ class Session:
     def _checkpoints(self, environment: Mapping[str, Any]) -> Checkpoints:
         made_with = {
             "essence": self.config.fingerprint | {"global_batch_size": self.global_batch_size},
-            "launch": {name: environment[name] for name in BIT_IDENTITY_KEYS if environment[name] is not None},
+            "launch": bit_identity(environment),
         }
-        if self.accelerator.device.type != "cpu":
-            del made_with["launch"]["threads"]
         others: dict[str, Stateful] = {
             "scheduler": self.scheduler,
             "tracking": self.tracking,

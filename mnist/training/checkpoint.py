@@ -29,8 +29,12 @@ from mnist.models.saved import check_finite, save_json, save_tensors, weights_of
 from mnist.runs.folder import Run
 from mnist.training.progress import Progress
 
-BIT_IDENTITY_KEYS = ("torch", "device", "num_processes", "threads", "precision", "compiler", "cuda", "cudnn")
-"""The parts of the environment that must stay the same for a resumed run to be bit-identical; threads only on a CPU."""
+
+def bit_identity(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the environment that must stay the same for a resumed run to be bit-identical."""
+    of_device = ["threads"] if environment["device"].startswith("cpu") else ["cuda", "cudnn"]
+    names = ["torch", "device", "num_processes", "precision", "compiler", *of_device]
+    return {name: environment[name] for name in names}
 
 
 class Stateful(Protocol):

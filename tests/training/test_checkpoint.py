@@ -31,6 +31,7 @@ from mnist.training.checkpoint import (
     Checkpoints,
     DamagedError,
     RandomState,
+    bit_identity,
     checksum,
     flatten,
     read_whole,
@@ -135,10 +136,17 @@ def begun(run_here: RunHere) -> Path:
     return folder
 
 
+def test_on_a_gpu_its_libraries_decide_whether_a_run_is_identical_not_the_threads() -> None:
+    names = ("torch", "num_processes", "precision", "compiler", "cuda", "cudnn", "threads")
+    environment = dict.fromkeys(names, 1) | {"device": "cuda (NVIDIA H100)"}
+    assert bit_identity(environment).keys() == {*environment} - {"threads"}
+    assert bit_identity(environment | {"device": "cpu (AMD EPYC)"}).keys() == {*environment} - {"cuda", "cudnn"}
+
+
 @pytest.mark.parametrize(
     ("launch", "note"),
     [
-        ({"cudnn": 90100}, ""),  # not known of this device: saved by another kind of device, which is noted
+        ({"cudnn": 90100}, ""),  # of another kind of device, which is noted itself
         ({"threads": 7}, "threads was 7, is 1"),
         ({"device": "cuda (H100)", "cuda": "13.0"}, r"device was cuda \(H100\), is cpu .*\)"),
     ],
