@@ -33,6 +33,7 @@ class MappedImages:
     """
 
     MAPPED = 512 << 20
+    PIECE = 64 << 20  # bytes copied to a device at once
 
     def __init__(self, path: Path, shape: tuple[int, ...], digests: NDArray[np.uint8] | None = None) -> None:
         """`shape` is that of the images, which are at the start of the file.
@@ -84,6 +85,14 @@ class MappedImages:
                 )
         self.unchecked[indices] = False
 
+    def to(self, device: torch.device) -> Tensor:
+        """All images on `device`, read piece by piece: the host's memory may be smaller than the device's."""
+        images = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        count = max(1, self.PIECE // math.prod(self.item))
+        for start in range(0, len(self), count):
+            images[start : start + count] = self[start : start + count]
+        return images
+
     def at(self, index: slice | Tensor) -> "MappedImages":
         """The images at the one-dimensional `index`, without reading them."""
         images = copy.copy(self)
@@ -104,6 +113,10 @@ class Split(NamedTuple):
         """The images at `index`, without reading those in a file."""
         images = self.images.at(index) if isinstance(self.images, MappedImages) else self.images[index]
         return Split(images, self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images and labels on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels at `index`, of any shape."""

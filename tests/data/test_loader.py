@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torchvision
 
 from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
-from mnist.data.loader import BatchDataset, Training, build_loader, evaluation_splits
-from mnist.data.splits import ImageData, Split
+from mnist.data.loader import BatchDataset, Training, build_loader, evaluation_splits, place_images
+from mnist.data.splits import ImageData, MappedImages, Split
 from mnist.data.transforms import augmentation_parameters
 from mnist.errors import ConfigError, UserError
 
@@ -253,17 +254,38 @@ def test_writing_is_not_mirrored(digits: ImageData) -> None:
         assert bool(batches.dataset.parameters[..., 4].any()) is flips  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("free", "home"), [(4 * 107 * 784, "meta"), (4 * 107 * 784 - 1, "cpu")])
-def test_images_up_to_a_quarter_of_a_devices_free_memory_are_stored_there(
-    free: int, home: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("free", "homes"),
+    [(4 * 170, ["meta"] * 3), (4 * 169, ["meta", "meta", "cpu"]), (4 * 116, ["meta", "cpu", "cpu"]), (0, ["cpu"] * 3)],
+)
+def test_splits_together_take_at_most_a_quarter_of_a_devices_free_memory(
+    free: int, homes: list[str], digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (free, free))
-    split, meta = digits.train.take(slice(0, 107)), torch.device("meta")  # a device with shapes but no data
-    batches = build_loader(split, 20, 3, meta, Training(seed=0, augment=True))
-    assert {values.device.type for values in batches.dataset.split} == {home}  # type: ignore[attr-defined]
-    for batch in batches:
+    monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (free * 784, free * 784))
+    train, rest, meta = digits.train.take(slice(0, 107)), digits.test, torch.device("meta")  # shapes without data
+    data = ImageData("x", ("0",), train, rest.take(slice(0, 10)), rest.take(slice(0, 53)))
+    placed = place_images(data, meta)
+    splits = [placed.train, placed.validation, placed.test]
+    assert [split.images[:].device.type for split in splits if split] == homes
+    for batch in build_loader(placed.train, 20, 3, meta, Training(seed=0, augment=True)):
         assert [values.device.type for values in batch] == ["meta"] * 3
         assert [values.shape for values in batch] == [(21, 1, 28, 28), (21,), (21,)]
+
+
+@pytest.mark.parametrize("mapped", [0, MappedImages.MAPPED])
+def test_images_in_a_file_are_copied_to_a_device_piece_by_piece(
+    mapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedImages, "MAPPED", mapped)
+    monkeypatch.setattr(MappedImages, "PIECE", 1 << 20)
+    content = torch.randint(256, (10_007, 28, 28), dtype=torch.uint8)
+    (tmp_path / "images").write_bytes(content.numpy().tobytes())
+    images = MappedImages(tmp_path / "images", tuple(content.shape))
+    assert torch.equal(images.to(torch.device("cpu")), content)
+    tracemalloc.start()
+    assert images.to(torch.device("meta")).shape == content.shape
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * 2**20  # NumPy's arrays count
+    tracemalloc.stop()
 
 
 def test_on_the_cpu_images_are_not_copied(digits: ImageData) -> None:

@@ -66,6 +66,15 @@ def test_a_resumed_run_ends_bit_identical(
     assert end_of(folder) == end_of(whole)
 
 
+def test_images_on_the_gpu_and_in_pinned_memory_give_the_same_bits(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": "cnn", "augment": True, "limit_train_images": 5000, "batch_size": 50}
+    on_gpu = run_here("on-gpu", **settings)
+    monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (0, 0))
+    assert end_of(run_here("pinned", **settings)) == end_of(on_gpu)
+
+
 def test_fp16_counts_the_steps_that_an_overflow_skips(run_here: RunHere) -> None:
     lines = metrics_of(run_here("x", mixed_precision="fp16", learning_rate=1e-4, log_every=5))
     counts = [line["optim/skipped_steps"] for line in lines if "optim/skipped_steps" in line]
