@@ -19,7 +19,7 @@ from mnist.data.datasets import decode_folder
 from mnist.data.splits import ImageData
 from mnist.inference.predict import predict
 from mnist.launch.environment import describe_code, describe_environment
-from mnist.launch.hardware import choose_kernels, keep_freed_memory
+from mnist.launch.hardware import choose_kernels, has_bf16, keep_freed_memory
 from mnist.launch.processes import (
     accelerate_settings,
     check_alike,
@@ -55,7 +55,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
     config.batch_sizes(state.num_processes)  # raises if the processes cannot share the global batch
     check_trackers(config.tracker_names)
-    precision = resolve_precision(config.mixed_precision, state.device.type)
+    precision = resolve_precision(config.mixed_precision, state.device.type, has_bf16(state.device))
     check_alike(requested.job_settings | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=state.device.type == "cpu",

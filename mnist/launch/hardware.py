@@ -83,14 +83,15 @@ def choose_kernels() -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it computes in bf16; NVIDIA GPUs before compute capability 8.0 would emulate it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def uses_tf32(device: torch.device) -> bool:
-    """Whether products of float32 are TF32 after `choose_kernels`; GPUs before compute capability 8.0 lack it."""
-    return (
-        device.type == "cuda"
-        and torch.backends.cuda.matmul.allow_tf32
-        and torch.cuda.is_bf16_supported(including_emulation=False)  # the same hardware
-        and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
-    )
+    """Whether products of float32 are TF32, after `choose_kernels`."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    return device.type == "cuda" and allowed and has_bf16(device)  # the same GPUs have both
 
 
 def describe_gpus(device: torch.device) -> dict[str, Any]:

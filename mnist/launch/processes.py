@@ -64,8 +64,14 @@ def join_processes(timeout_seconds: int) -> PartialState:
     if int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         if interface := interface_towards(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds), **_meeting_place(timeout_seconds))
     started = os.environ.get("WORLD_SIZE", "1")
+    state = PartialState(
+        cpu=on_cpu,
+        # gloo for what is on the CPU: if a process is lost, it raises an error, while NCCL aborts the process
+        backend="cuda:nccl,cpu:gloo" if device_type == "cuda" and started != "1" else None,
+        timeout=timedelta(seconds=timeout_seconds),
+        **_meeting_place(timeout_seconds),
+    )
     if state.num_processes == 1 and started != "1":
         raise ConfigError(
             f"WORLD_SIZE={started}, but Accelerate does not join processes on the device {state.device}: each would"
@@ -194,7 +200,7 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
             )
 
 
-def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
+def resolve_precision(mixed_precision: str | None, device_type: str, has_bf16: bool = True) -> str:
     """The precision of the flag, or else of the launcher. Raises ConfigError if it would have no effect."""
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
@@ -203,6 +209,10 @@ def resolve_precision(mixed_precision: str | None, device_type: str) -> str:
     if asked == "fp16" and device_type == "cpu":
         raise ConfigError(
             f"{origin} fp16: has no effect on a CPU, which uses float32. Use --mixed-precision bf16 or no."
+        )
+    if asked == "bf16" and not has_bf16:
+        raise ConfigError(
+            f"{origin} bf16: needs a GPU of compute capability 8.0 or higher. Use --mixed-precision fp16 or no."
         )
     return asked
 

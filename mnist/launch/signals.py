@@ -60,7 +60,8 @@ class Interruption:
 
     def __init__(self, accelerator: "Accelerator", before_exit: Callable[..., None]) -> None:
         """`before_exit(status=..., error=..., exit_code=...)` is called before a second Ctrl-C ends this process."""
-        self.device = accelerator.device
+        # GPUs: over gloo (processes.py), without waiting for kernels
+        self.device = "cpu" if accelerator.device.type == "cuda" else accelerator.device
         self.alone = accelerator.num_processes == 1
         self.before_exit = before_exit
         self.number = 0  # of the first signal

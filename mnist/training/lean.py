@@ -4,12 +4,14 @@ accelerator = LeanAccelerator(...)
 model, optimizer = accelerator.prepare(model, optimizer)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,6 +39,15 @@ class LeanAccelerator(Accelerator):
 
     captured: Captured | None = None  # the loss that --compile made
     why_not_captured = ""  # the reason why there is none, although --compile asks for it
+
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """Like Accelerate's, but the others wait over gloo: in a barrier of GPUs, NCCL aborts them at the timeout."""
+        if not self.is_local_main_process:
+            gather_object([None])
+        yield
+        if self.is_local_main_process:
+            gather_object([None])
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.captured is not None and loss is self.captured.loss:

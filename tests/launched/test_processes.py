@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,6 +26,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.datasets import FILES
@@ -31,6 +34,7 @@ from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.launch import processes
 from mnist.launch.processes import FLAGS, check_environment, check_values, resolve_precision, waiting_for_others
+from mnist.launch.signals import Interrupted, Interruption
 from mnist.runs.record import Record, pixels
 from tests.conftest import (
     Launch,
@@ -549,7 +553,7 @@ def test_a_value_that_accelerate_would_end_in_a_traceback_about_is_named(name: s
     check_values({name: {"LOCAL_RANK": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}.get(name, "no")})
 
 
-def test_fp16_on_a_cpu_is_refused_and_the_flag_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_that_the_device_lacks_is_refused_whoever_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
         resolve_precision("fp16", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
@@ -560,6 +564,21 @@ def test_fp16_on_a_cpu_is_refused_and_the_flag_overrides_the_launcher(monkeypatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ConfigError, match="The launcher's mixed precision fp8: not supported"):
         resolve_precision(None, "cuda")
+    with pytest.raises(ConfigError, match=r"--mixed-precision bf16: needs a GPU of compute capability 8\.0"):
+        resolve_precision("bf16", "cuda", has_bf16=False)
+
+
+def test_processes_on_gpus_agree_on_signals_without_the_gpus() -> None:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        job: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+        interruption = Interruption(job, at_once=lambda **_: None)
+        assert interruption.check() < 1
+        interruption.number = signal.SIGTERM
+        with pytest.raises(Interrupted):
+            interruption.check()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_world_size_without_a_launcher_is_refused_before_waiting_for_others(main_here: MainHere) -> None:
