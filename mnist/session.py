@@ -158,7 +158,7 @@ class Session:
             "evaluation": self.evaluation,
         }
         if self.accelerator.scaler is not None:
-            others["scaler"] = self.accelerator.scaler
+            others |= {"scaler": self.accelerator.scaler, "skipped_steps": self.optimizer.skipped}
         return Checkpoints(self.run, made_with, self.progress, self.net, self.optimizer, others)
 
     def _profile(self) -> Profile:
@@ -212,6 +212,8 @@ class Session:
             if progress.step % self.log_every == 0:
                 values = progress.finite({"train/loss": progress.loss.read()})
                 values["optim/learning_rate"] = self._learning_rate()
+                if self.optimizer.skipped is not None:
+                    values["optim/skipped_steps"] = int(self.optimizer.skipped.count)
                 # with fp16, a step whose norm is infinite is skipped
                 if self.gradient_norm is not None and self.gradient_norm.isfinite():
                     values["optim/gradient_norm"] = float(self.gradient_norm)

@@ -77,18 +77,57 @@ class AdamState(NamedTuple):
     exp_avg_sq: list[Tensor]
 
 
+class SkippedSteps:
+    """Counts the steps that an optimizer skips in fp16, because the gradients overflowed; does not wait for the GPU.
+
+    A fused optimizer is called each time, and its kernel skips the update; torch does not call the others.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.count: Tensor | int = 0
+        self.was_called = False
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self.was_called = True
+        self.count = self.count + getattr(optimizer, "found_inf", 0)
+        if isinstance(optimizer, torch.optim.SGD) and not optimizer.state:
+            # torch 2.14 does not initialize the momentum of a fused SGD whose first update is skipped
+            for parameter in (
+                one for group in optimizer.param_groups for one in group["params"] if one.grad is not None
+            ):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        if not self.was_called:
+            self.count += 1
+            optimizer.zero_grad()
+            optimizer.step()  # does nothing, but otherwise torch warns that the schedule moves before the optimizer
+        self.was_called = False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": int(self.count)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
 class LeanOptimizer(AcceleratedOptimizer):
     """Accelerate's optimizer wrapper without work that it and torch repeat in every call; the same result to the bit.
 
     Accelerate 1.15 searches the disk for a package in every `step` and inspects a signature in every `zero_grad`. torch
     2.14 gathers the tensors of a fused Adam in every `step`, which takes longer than the update itself, and its
     `zero_grad` takes 8 us instead of 0.5. As in Accelerate, both have no effect inside an accumulation window.
+
+    In fp16 the schedule counts skipped steps too, like Progress: `step_was_skipped` is always False. Accelerate's is
+    True for optimizers that are not fused, and for the others that would take waiting for the GPU.
     """
 
     _is_accelerate_prepared = True  # so Accelerate keeps it, instead of wrapping it once more
 
     def __init__(self, optimizer: Optimizer, scaler: Any = None) -> None:
         super().__init__(optimizer, scaler=scaler)
+        self.skipped = None if scaler is None else SkippedSteps(optimizer)
         # one per group; empty: use torch's own step; None: not known yet
         self.states: list[AdamState] | None = None
 
@@ -107,8 +146,13 @@ class LeanOptimizer(AcceleratedOptimizer):
                 parameter.grad = None
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        if self.scaler is not None or closure is not None:  # fp16 on a GPU: the gradients are scaled
+        if closure is not None:
             super().step(closure)
+        elif self.skipped is not None:  # fp16 on a GPU: the gradients are scaled
+            if self.gradient_state.sync_gradients:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.skipped.after_step(self.optimizer)
         elif self.gradient_state.sync_gradients and not self._step_of_adam():
             self.optimizer.step()
             if self.states is None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mnist import files
 from mnist.config.settings import TrainConfig
@@ -38,6 +39,7 @@ from mnist.training.checkpoint import (
     unflatten,
 )
 from mnist.training.evaluate import Result, evaluate_split
+from mnist.training.lean import LeanAccelerator
 from tests.conftest import ResumeHere, RunHere, metrics_of, state_of
 
 
@@ -125,6 +127,33 @@ def test_from_any_checkpoint_a_run_ends_bit_identical(
             shutil.rmtree(path)
         resume_here(folder)
         assert end_of(folder) == expected
+
+
+class Scaling(LeanAccelerator):
+    """Scales the loss like fp16 on a GPU, and has the gradients overflow until the scale is down to 2 ** 13."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    def backward(self, loss: Tensor, **settings: Any) -> None:
+        super().backward(loss * (math.inf if self.scaler.get_scale() > 2**13 else 1), **settings)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:  # Accelerate's does nothing on a CPU
+        self.scaler.unscale_(self._optimizers[0].optimizer)
+
+
+def test_steps_that_fp16_skips_are_logged_and_kept_in_checkpoints(
+    run_here: RunHere, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist.session.LeanAccelerator", Scaling)
+    whole = run_here("whole", checkpoint_every=4, log_every=1, max_steps=12)
+    counts = [line["optim/skipped_steps"] for line in metrics_of(whole) if "optim/skipped_steps" in line]
+    assert counts == [1, 2, *[3] * 10]
+    shutil.copytree(whole, cut := whole.with_name("cut"))
+    shutil.rmtree(checkpoints_of(cut)[-1])
+    resume_here(cut)
+    assert end_of(cut) == end_of(whole)
 
 
 @pytest.fixture

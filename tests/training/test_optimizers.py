@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -174,6 +175,38 @@ def test_on_a_gpu_too_a_fused_adam_is_bit_identical_to_torchs(name: str, fresh_a
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, other)
     torch.testing.assert_close(ours.state_dict()["state"], theirs.state_dict()["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("skipped", [(), (0, 3)])
+def test_fp16_skips_the_updates_of_overflows_counts_them_and_moves_the_schedule(
+    name: str, skipped: tuple[int, ...], fresh_accelerate: None, request: pytest.FixtureRequest
+) -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(5, 3)]
+    models.append(copy.deepcopy(models[0]))
+    accelerator = LeanAccelerator(cpu=True)
+    optimizers = [build_optimizer(name, model.parameters(), 0.1) for model in models]
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # that of fp16, which a CPU lacks
+    optimizer, schedule = accelerator.prepare(optimizers[0], build_schedule("linear", optimizers[0], 0, 8))
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            X = torch.randn(4, 5)
+            optimizer.zero_grad()
+            accelerator.backward(models[0](X).square().sum() * (math.inf if step in skipped else 1.0))
+            optimizer.step()
+            schedule.step()
+            if step not in skipped:
+                optimizers[1].zero_grad()
+                models[1](X).square().sum().backward()
+                optimizers[1].step()
+            optimizers[1].param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"]
+            assert schedule.get_last_lr() == [pytest.approx(0.1 * (1 - (step + 1) / 8))]
+    assert int(optimizer.skipped.count) == len(skipped)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
 
 def test_a_larger_gradient_is_clipped_to_max_grad_norm(run_here: RunHere) -> None:
