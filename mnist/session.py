@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mnist.config.settings import TrainConfig
 from mnist.data.datasets import decode_folder
 from mnist.data.splits import ImageData
+from mnist.data.transforms import scale_pixels
 from mnist.inference.predict import predict
 from mnist.launch.environment import describe_code, describe_environment
 from mnist.launch.hardware import choose_kernels, has_bf16, keep_freed_memory
@@ -35,7 +36,7 @@ from mnist.reporting.snapshots import Evaluation
 from mnist.reporting.terminal import Terminal
 from mnist.runs.folder import Run, find_run, find_run_here
 from mnist.tracking.trackers import Tracking, check_trackers
-from mnist.training.checkpoint import Checkpoints, Stateful, bit_identity
+from mnist.training.checkpoint import Checkpoints, RandomState, Stateful, bit_identity
 from mnist.training.evaluate import Result
 from mnist.training.lean import LeanAccelerator
 from mnist.training.optimizers import clip_gradients
@@ -121,6 +122,8 @@ class Session:
             stack.enter_context(self.tracking)
             stack.enter_context(self.checkpoints)
             stack.enter_context(waiting_for_others(config.timeout_seconds))
+            if self.accelerator.num_processes > 2 and self.accelerator.captured is None:
+                self._arrange_gradients()
             for note in [*self.checkpoints.resume(), *self.tracking.resume_notes]:
                 self.terminal.row("resumed", note)
             self.terminal.row("trackers", self.tracking.start(progress.step))
@@ -146,6 +149,22 @@ class Session:
             "steps_per_epoch": self.progress.steps_per_epoch,
             "total_steps": self.progress.total_steps,
         }
+
+    def _arrange_gradients(self) -> None:
+        """Let DistributedDataParallel arrange the gradients for its messages now; it does so after two backward passes.
+
+        The last digit of a sum over more than two processes depends on the arrangement, so without this a resumed run
+        would not be bit-identical. Weights, buffers and random generators stay as they are.
+        """
+        random, buffers = RandomState(self.accelerator.device), list(self.net.buffers())
+        state, values = random.state_dict(), [buffer.clone() for buffer in buffers]
+        X = scale_pixels(self.data.train.images[: self.batch_size]).to(self.accelerator.device)
+        for _ in range(2):
+            self.model(X).sum().backward()
+            self.optimizer.zero_grad()
+        random.load_state_dict(state)
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
 
     def _checkpoints(self, environment: Mapping[str, Any]) -> Checkpoints:
         made_with = {

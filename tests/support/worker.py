@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -179,6 +180,18 @@ def resume_run(folder: Path) -> None:
     """Resume the run that one process started."""
     begun = folder / "runs" / "begun-by-1"
     train_once(folder, explicit=("max_steps",), resume=str(begun), max_steps=52)
+
+
+def resume_identically(folder: Path) -> None:
+    """A run, and its copy resumed from the first of three checkpoints."""
+    runs, settings = folder / "runs", SMALL | {"trackers": "none", "global_batch_size": GLOBAL_BATCH}
+    train_once(runs, run_name="whole", checkpoint_every=3, max_steps=7, **settings)
+    if os.environ["RANK"] == "0":
+        shutil.copytree(runs / "whole", runs / "cut")
+        for path in sorted((runs / "cut" / "checkpoints").iterdir())[1:]:
+            shutil.rmtree(path)
+    torch.distributed.barrier()
+    train_once(runs, resume=str(runs / "cut"))
 
 
 def log_to_wandb(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, remove_folder, remove_leftovers, write_file
 from mnist.models.saved import load_model
+from mnist.session import Session
 from mnist.training import checkpoint
 from mnist.training.checkpoint import (
     Checkpoints,
@@ -127,6 +128,21 @@ def test_from_any_checkpoint_a_run_ends_bit_identical(
             shutil.rmtree(path)
         resume_here(folder)
         assert end_of(folder) == expected
+
+
+def test_arranging_gradients_before_the_first_step_changes_nothing(
+    run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model": "mobilenet_v3_small", "limit_train_images": 60, "batch_size": 20}
+    expected = end_of(run_here("plain", **settings))  # BatchNorm and dropout
+    epochs = Session.epochs
+
+    def arrange_first(session: Session) -> Iterator[int]:
+        session._arrange_gradients()
+        return epochs(session)
+
+    monkeypatch.setattr(Session, "epochs", arrange_first)
+    assert end_of(run_here("arranged", **settings)) == expected
 
 
 class Scaling(LeanAccelerator):
