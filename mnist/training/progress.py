@@ -107,7 +107,7 @@ class Progress:
                 yield batch
                 if self.finished:
                     break
-        if torch.accelerator.is_available():
+        if self.accelerator.device.type != "cpu":  # on a CPU it would take memory of an unused GPU
             torch.accelerator.synchronize()
         self.seconds, self.started = self.elapsed(), None
 

@@ -14,7 +14,7 @@ from torch import nn
 from mnist.config.settings import PROJECT_FOLDER
 from mnist.launch.hardware import choose_kernels, uses_tf32
 from mnist.training.checkpoint import Checkpoints
-from tests.conftest import ResumeHere, RunHere, metrics_of
+from tests.conftest import ResumeHere, RunHere, metrics_of, user_environment
 from tests.training.test_checkpoint import checkpoints_of, end_of
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +80,17 @@ def test_fp16_counts_the_steps_that_an_overflow_skips(run_here: RunHere) -> None
     counts = [line["optim/skipped_steps"] for line in lines if "optim/skipped_steps" in line]
     assert counts == sorted(counts)
     assert len(counts) == 4
+
+
+def test_training_on_the_cpu_leaves_the_gpu_alone(tmp_path: Path) -> None:
+    flags = ["--max-steps=5", "--limit-train-images=100", "--limit-test-images=50", "--trackers=none"]
+    script = f"import sys, torch, train; sys.argv = {['train.py', *flags, f'--output-dir={tmp_path}']}; train.main()"
+    script += "; print('used' if torch.cuda.is_initialized() else 'unused')"
+    environment = user_environment(tmp_path, ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=PROJECT_FOLDER, env=environment, capture_output=True, text=True, check=True)
+    assert "device      cpu (" in done.stdout
+    assert done.stdout.endswith("unused\n")
 
 
 def test_the_header_and_environment_json_name_the_gpu(tmp_path: Path) -> None:
