@@ -231,7 +231,7 @@ class Session:
             if progress.step % self.log_every == 0:
                 values = progress.finite({"train/loss": progress.loss.read()})
                 values["optim/learning_rate"] = self._learning_rate()
-                if self.optimizer.skipped is not None:
+                if self.accelerator.scaler is not None:
                     values["optim/skipped_steps"] = int(self.optimizer.skipped.count)
                 # with fp16, a step whose norm is infinite is skipped
                 if self.gradient_norm is not None and self.gradient_norm.isfinite():

@@ -93,9 +93,8 @@ class SkippedSteps:
         self.count = self.count + getattr(optimizer, "found_inf", 0)
         if isinstance(optimizer, torch.optim.SGD) and not optimizer.state:
             # torch 2.14 does not initialize the momentum of a fused SGD whose first update is skipped
-            for parameter in (
-                one for group in optimizer.param_groups for one in group["params"] if one.grad is not None
-            ):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for parameter in (parameter for parameter in parameters if parameter.grad is not None):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def after_step(self, optimizer: Optimizer) -> None:
