@@ -578,7 +578,7 @@ def test_processes_on_gpus_agree_on_signals_without_the_gpus() -> None:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         job: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
-        interruption = Interruption(job, at_once=lambda **_: None)
+        interruption = Interruption(job, before_exit=lambda **_: None)
         assert interruption.check() < 1
         interruption.number = signal.SIGTERM
         with pytest.raises(Interrupted):
