@@ -8,20 +8,26 @@ The machines are shared and their speed drifts, so ratios are taken within a rou
 """
 
 import argparse
+import copy
+import json
 import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, even if another copy is installed
@@ -32,26 +38,68 @@ T = TypeVar("T")
 Figures = dict[str, float]  # of one contestant in one round, by name
 
 
-def command_line(docstring: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with `docstring` as its help, and --rounds if a default is given. Hides GPUs and puts W&B offline."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
+def command_line(docstring: str | None, rounds: int | None = None, on_gpus: bool = False) -> argparse.ArgumentParser:
+    """A parser with `docstring` as its help, and --rounds if a default is given. Puts W&B offline.
+
+    Hides GPUs, except from a benchmark that runs `on_gpus`: that has --device, and --log for `interleave`.
+    """
+    os.environ["WANDB_MODE"] = "offline"
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="runs of each contestant (default: %(default)s)")
+    if on_gpus:
+        parser.add_argument("--device", type=use_device, default="cpu", help="cpu or cuda (default: cpu)")
+        parser.add_argument("--log", type=Path, metavar="FILE", help="append each result to this file, as JSON")
+    else:
+        use_device("cpu")
     return parser
 
 
-def interleave(contestants: Mapping[str, Callable[[int], Figures]], rounds: int) -> dict[str, list[Figures]]:
-    """Run each contestant once per round. Each round starts with another one."""
+def use_device(name: str) -> str:
+    """Hide GPUs for "cpu". Raises ArgumentTypeError for "cuda" without a GPU, and for other names."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return name
+    import torch
+
+    if name != "cuda" or not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU" if name == "cuda" else f"{name}: must be cpu or cuda")
+    return name
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[int], Figures]], rounds: int, log: Path | None = None
+) -> dict[str, list[Figures]]:
+    """Run each contestant once per round. Each round starts with another one.
+
+    With a `log`, each result is appended to that file, and a contestant that fails does not end the others: its error
+    is logged, it is left out from then on, and SystemExit is raised after the last round.
+    """
     results: dict[str, list[Figures]] = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds):
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:
-            figures = contestants[name](number)
-            results[name].append(figures)
-            shown = ", ".join(f"{figure} {rounded(value)}" for figure, value in figures.items())
+            if name not in results:
+                continue
+            result: dict[str, Any]
+            try:
+                result = contestants[name](number)
+                results[name].append(result)
+                shown = ", ".join(f"{figure} {rounded(value)}" for figure, value in result.items())
+            except (Exception, SystemExit) as error:
+                if log is None:
+                    raise
+                traceback.print_exc()
+                del results[name]
+                shown = f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
+                result = {"error": shown}
             print(f"round {number + 1} of {rounds}: {name}: {shown}", flush=True)
+            if log is not None:
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"round": number, "contestant": name, **result}) + "\n")
+    if failed := contestants.keys() - results.keys():
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}")
     return results
 
 
@@ -76,33 +124,91 @@ def spread(values: Sequence[float]) -> str:
     return f"{rounded(statistics.median(values))} [{rounded(min(values))}, {rounded(max(values))}]"
 
 
+def table(
+    results: Mapping[str, Sequence[Figures]],
+    baseline: str | None,
+    figure: str = "seconds",
+    form: Callable[[Sequence[float]], str] = spread,
+) -> list[list[str]]:
+    """A heading, and a row per contestant: its figures, and the ratio of one of them to the baseline's, if any."""
+    figures = list(dict.fromkeys(name for runs in results.values() for name in runs[0]))
+    rows = [["", *figures, *([f"ratio to {baseline}"] if baseline else [])]]
+    for name, runs in results.items():
+        cells = [form(column(runs, key)) if key in runs[0] else "" for key in figures]
+        if baseline:
+            cells.append(form(ratios(runs, results[baseline], figure)) if figure in runs[0] else "")
+        rows.append([name, *cells])
+    return rows
+
+
 def print_table(
     results: Mapping[str, Sequence[Figures]],
     baseline: str,
     figure: str = "seconds",
     form: Callable[[Sequence[float]], str] = spread,
 ) -> None:
-    """A row per contestant: its figures, and the ratio of one of them to the baseline's."""
-    figures = list(dict.fromkeys(name for runs in results.values() for name in runs[0]))
-    rows = [["", *figures, f"ratio to {baseline}"]]
-    for name, runs in results.items():
-        cells = [form(column(runs, key)) if key in runs[0] else "" for key in figures]
-        rows.append([name, *cells, form(ratios(runs, results[baseline], figure)) if figure in runs[0] else ""])
+    """Print the rows of `table`."""
+    rows = table(results, baseline, figure, form)
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
 
 
-def header(*packages: str) -> str:
-    """Date, device, cores, versions of those `packages` that are installed, and the command."""
+def describe(*packages: str, device: str = "cpu") -> dict[str, str]:
+    """Date, devices with driver and cores, versions of those `packages` that are installed, and the command."""
     import torch
 
     from mnist.launch.hardware import device_name
 
     installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
-    versions = ", ".join(f"{name} {installed[name]}" for name in packages if name in installed)
     machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
-    return f"\n{time.strftime('%Y-%m-%d')}, {machine}, {versions}\npython {shlex.join(sys.argv)}\n"
+    if device == "cuda":
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
+        gpu = f"{device_name(torch.device(device))}, driver {driver[0] if driver else 'unknown'}"
+        machine = f"{gpu}, CUDA {torch.version.cuda}, {machine}"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "versions": ", ".join(f"{name} {installed[name]}" for name in packages if name in installed),
+        "command": f"python {shlex.join(sys.argv)}",
+    }
+
+
+def header(*packages: str, device: str = "cpu") -> str:
+    """What `describe` returns, in two lines."""
+    *facts, command = describe(*packages, device=device).values()
+    return f"\n{', '.join(facts)}\n{command}\n"
+
+
+# --- clocks
+
+
+def now(device: str = "cpu") -> float:
+    """A clock in seconds, read when the device has done all that it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def restored(*objects: Any) -> Iterator[None]:
+    """Put the state_dict of each object back afterwards: for training that is only to warm up."""
+    states = [copy.deepcopy(each.state_dict()) for each in objects]
+    yield
+    for each, state in zip(objects, states, strict=True):
+        each.load_state_dict(state)
+
+
+# --- runs
+
+
+def tracker() -> str:
+    """The default tracker, or `none` if it is not installed."""
+    spec = find_spec("wandb")
+    return "none" if spec is None or spec.origin is None else "wandb"  # no origin: a folder ./wandb of offline runs
 
 
 def run(*command: object, environment: Mapping[str, str] | None = None) -> float:

@@ -1,31 +1,35 @@
 """One epoch of the tutorial's recipe beside what people would use instead.
 
-    python benchmarks/peers.py                          # all that are installed, a warm-up and five rounds
+    python benchmarks/peers.py                          # all that are installed, five rounds
     python benchmarks/peers.py --only ours plain --rounds 9
     python benchmarks/peers.py --only ours plain --batch-sizes 10 64 256 1024 4096
+    python benchmarks/peers.py --device cuda            # on a GPU
     pip install -e '.[bench]'                           # Lightning, and Keras with JAX
 
-ours        accelerate launch train.py, with everything that is on by default, W&B (offline) included
-compiled    the same with --compile; compiling is not counted
-plain       the loop in plain PyTorch: float images in memory, fused Adam, no logging
-loader      the same loop with torch's DataLoader, which the next three use too
-tutorial    the tutorial's own way: DataLoader over torchvision's MNIST with ToTensor, Adam with its defaults
-accelerate  as in Accelerate's examples, on images in memory: a DataLoader, all of it prepared, no logging
-lightning   Lightning's Trainer on images in memory, fused Adam; logging, checkpoints and progress bar switched off
-keras       Keras's fit on JAX, which compiles the whole step, on images in memory; compiling is not counted
+ours             accelerate launch train.py, with everything that is on by default, W&B (offline) included
+compiled         the same with --compile
+plain            the loop in plain PyTorch: float images on the device, fused Adam, no logging
+reduce-overhead  the same with torch.compile(net, mode="reduce-overhead"), which uses CUDA graphs on a GPU
+loader           the plain loop with torch's DataLoader, which the next three use too
+tutorial         the tutorial's own way: DataLoader over torchvision's MNIST with ToTensor, Adam with its defaults
+accelerate       as in Accelerate's examples, on images in memory: a DataLoader, all of it prepared, no logging
+lightning        Lightning's Trainer on images in memory, fused Adam; logging, checkpoints and progress bar switched off
+keras            Keras's fit on JAX, which compiles the whole step, on images in memory
+jax              a jitted step in JAX, Adam included, in a bare loop; images and their order on the device
+jax-scan         the same with jax.lax.scan: the whole epoch is one call
 
-All train 784-64-64-64-10 with Adam at 1e-3 on all 60,000 images, on the CPU, on the same number of threads, each in a
-process of its own. `seconds` are those of the training loop, `process` those of the whole process. The accuracy shows
-that none wins by not learning.
+All train 784-64-64-64-10 with Adam at 1e-3 on all 60,000 images, on the same device and number of threads, each in a
+process of its own. `seconds` are those of the training loop of one epoch, until the device has finished. Each warms up
+in its process before (train.py with an epoch of its own), so compiling and loading kernels are not counted. The
+accuracy, after one epoch, shows that none wins by not learning.
 """
 
 import gzip
 import os
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -35,12 +39,16 @@ from typing import Any, NamedTuple
 import measure
 import torch
 import torch.nn.functional as F
-from measure import ROOT, Figures, in_fresh_process, run_train
+from measure import ROOT, Figures, in_fresh_process, now, restored, run_train, tracker
 from torch import Tensor
 
 from mnist.data.datasets import FILES, load_dataset
 from mnist.launch.hardware import choose_threads
 from mnist.models.networks import Net
+
+PACKAGES = ("torch", "accelerate", "torchvision", "wandb", "lightning", "keras", "jax")  # versions that are shown
+WARM_UP = 100  # steps
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Work(NamedTuple):
@@ -48,36 +56,55 @@ class Work(NamedTuple):
 
     scratch: Path
     batch_size: int
+    device: str = "cpu"
     seed: int = 0
     steps: int | None = None  # all steps of an epoch if None
 
+    @property
+    def num_steps(self) -> int:
+        return -(-60_000 // self.batch_size) if self.steps is None else self.steps
 
-def train_ours(work: Work, *flags: str) -> Figures:
-    flags += () if work.steps is None else (f"--max-steps={work.steps}",)
-    settings = ("--trackers=wandb", f"--seed={work.seed}", "--epochs=1", f"--batch-size={work.batch_size}")
+
+def train_ours(work: Work, compiled: bool = False) -> Figures:
+    flags = [
+        f"--compile={compiled}",
+        f"--trackers={tracker()}",
+        f"--seed={work.seed}",
+        f"--batch-size={work.batch_size}",
+    ]
+    if work.steps is not None:
+        flags.append(f"--limit-train-images={work.steps * work.batch_size}")
     script = ("-m", "accelerate.commands.launch", "train.py")
-    record = run_train(work.scratch, *settings, *flags, script=script)
-    return figures(record.last["perf/epoch_seconds"], record.last["test/accuracy"], record.environment["threads"])
+    record = run_train(work.scratch, "--epochs=2", *flags, script=script)
+    if compiled and record.environment["not_compiled"]:
+        raise SystemExit(f"train.py --compile did not compile: {record.environment['not_compiled']}")
+    warm_up, epoch = record.evaluations
+    return figures(work, epoch["perf/epoch_seconds"], warm_up["test/accuracy"], record.environment["threads"])
 
 
 def train_compiled(work: Work) -> Figures:
-    return train_ours(work, "--compile")
+    return train_ours(work, compiled=True)
 
 
-def train_plain(work: Work) -> Figures:
-    images, labels = images_in_memory()
+def train_plain(work: Work, mode: str | None = None) -> Figures:
+    images, labels = (values.to(work.device) for values in images_in_memory())
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:  # shuffled while the clock runs
-        for index in torch.randperm(len(images)).split(work.batch_size):
+    def batches() -> Batches:  # shuffled while the clock runs
+        for index in torch.randperm(len(images), device=work.device).split(work.batch_size):
             yield images[index], labels[index]
 
-    net = Net()
-    return train_epoch(net, fused_adam(net), batches(), work)
+    net = Net().to(work.device)
+    forward = net if mode is None else torch.compile(net, mode=mode)
+    return train_epoch(net, fused_adam(net), batches, work, forward)
+
+
+def train_reduce_overhead(work: Work) -> Figures:
+    return train_plain(work, "reduce-overhead")
 
 
 def train_loader(work: Work) -> Figures:
-    net = Net()
-    return train_epoch(net, fused_adam(net), batches_in_memory(work), work)
+    net = Net().to(work.device)
+    return train_epoch(net, fused_adam(net), on_device(loader_in_memory(work), work), work)
 
 
 def train_tutorial(work: Work) -> Figures:
@@ -85,16 +112,16 @@ def train_tutorial(work: Work) -> Figures:
 
     images = datasets.MNIST(str(work.scratch), train=True, transform=transforms.ToTensor())
     batches = torch.utils.data.DataLoader(images, batch_size=work.batch_size, shuffle=True)
-    net = Net()
-    return train_epoch(net, torch.optim.Adam(net.parameters(), lr=0.001), batches, work)
+    net = Net().to(work.device)
+    return train_epoch(net, torch.optim.Adam(net.parameters(), lr=0.001), on_device(batches, work), work)
 
 
 def train_accelerate(work: Work) -> Figures:
     from accelerate import Accelerator
 
-    accelerator, net = Accelerator(cpu=True), Net()
-    net, optimizer, batches = accelerator.prepare(net, fused_adam(net), batches_in_memory(work))
-    return train_epoch(net, optimizer, batches, work, accelerator.backward)
+    accelerator, net = Accelerator(cpu=work.device == "cpu"), Net().to(work.device)
+    net, optimizer, batches = accelerator.prepare(net, fused_adam(net), loader_in_memory(work))
+    return train_epoch(net, optimizer, batches.__iter__, work, backward=accelerator.backward)
 
 
 def train_lightning(work: Work) -> Figures:
@@ -116,24 +143,33 @@ def train_lightning(work: Work) -> Figures:
             return fused_adam(self)
 
         def on_train_epoch_start(self) -> None:
-            self.started = time.perf_counter()
+            self.started = now(work.device)
 
         def on_train_epoch_end(self) -> None:
-            self.seconds = time.perf_counter() - self.started
+            self.seconds = now(work.device) - self.started
 
-    module = Module()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=work.steps, **off)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, batches_in_memory(work))
-    return figures(module.seconds, test_accuracy(module.net), torch.get_num_threads())
+    for steps in (min(WARM_UP, work.num_steps), work.steps):
+        module = Module()
+        trainer = lightning.Trainer(accelerator=work.device, devices=1, max_epochs=1, limit_train_batches=steps, **off)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, loader_in_memory(work))
+    return figures(work, module.seconds, test_accuracy(module.net.cpu()), torch.get_num_threads())
+
+
+def choose_jax_device(work: Work) -> int:
+    """Set the device of JAX, which is not imported yet, and its threads on a CPU; returns their number."""
+    threads = torch.get_num_threads()
+    one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    one_thread = work.device == "cpu" and threads == 1
+    os.environ.update(JAX_PLATFORMS=work.device, KERAS_BACKEND="jax", **({"XLA_FLAGS": one} if one_thread else {}))
+    return threads
 
 
 def train_keras(work: Work) -> Figures:
-    threads = torch.get_num_threads()
-    one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    os.environ.update(KERAS_BACKEND="jax", XLA_FLAGS=one if threads == 1 else "", JAX_PLATFORMS="cpu")
+    threads = choose_jax_device(work)
+    import jax
     import keras
 
     keras.utils.set_random_seed(work.seed)
@@ -144,35 +180,109 @@ def train_keras(work: Work) -> Figures:
     warm_up = 4 * work.batch_size + len(images) % work.batch_size  # the last batch of an epoch has a shape of its own
     net.fit(images[:warm_up], labels[:warm_up], batch_size=work.batch_size, verbose=0)
     images = images if work.steps is None else images[: work.steps * work.batch_size]
-    started = time.perf_counter()
+    started = now()
     net.fit(images, labels[: len(images)], batch_size=work.batch_size, verbose=0)
-    seconds = time.perf_counter() - started
+    jax.block_until_ready([variable.value for variable in net.variables])
+    seconds = now() - started
     outputs = partial(net.predict, batch_size=1000, verbose=0)
-    return figures(seconds, test_accuracy(lambda X: torch.from_numpy(outputs(X.flatten(1).numpy()))), threads)
+    return figures(work, seconds, test_accuracy(lambda X: torch.from_numpy(outputs(X.flatten(1).numpy()))), threads)
+
+
+def train_jax(work: Work, scan: bool = False) -> Figures:
+    threads = choose_jax_device(work)
+    import jax
+    import jax.numpy as jnp
+
+    net, (images, labels) = Net(), (jnp.asarray(values.numpy()) for values in images_in_memory())
+    order = jnp.asarray(torch.randperm(len(images)).numpy())
+
+    def loss(weights: list[Any], X: Any, y: Any) -> Any:
+        for number in range(0, len(weights), 2):
+            X = (jax.nn.relu(X) if number else X) @ weights[number].T + weights[number + 1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(X), y[:, None], axis=1).mean()
+
+    def step(state: Any, order: Any, images: Any, labels: Any) -> Any:
+        weights, means, squares, count = state
+        index = jax.lax.dynamic_slice_in_dim(order, count * work.batch_size, work.batch_size)
+        gradients = jax.grad(loss)(weights, images[index], labels[index])
+        count = count + 1
+        means = [0.9 * mean + 0.1 * gradient for mean, gradient in zip(means, gradients, strict=True)]
+        squares = [0.999 * square + 0.001 * gradient**2 for square, gradient in zip(squares, gradients, strict=True)]
+        rate, root = 1e-3 / (1 - 0.9**count), jnp.sqrt(1 - 0.999**count)
+        moved = zip(weights, means, squares, strict=True)
+        weights = [weight - rate * mean / (jnp.sqrt(square) / root + 1e-8) for weight, mean, square in moved]
+        return weights, means, squares, count
+
+    def scan_steps(state: Any, *data: Any) -> Any:
+        return jax.lax.scan(lambda state, _: (step(state, *data), None), state, length=work.num_steps)[0]
+
+    once = jax.jit(scan_steps if scan else step, donate_argnums=0)
+
+    def train() -> Any:
+        weights = [jnp.array(parameter.detach().numpy()) for parameter in net.parameters()]
+        means, squares = ([jnp.zeros_like(weight) for weight in weights] for _ in range(2))
+        state = jax.block_until_ready((weights, means, squares, jnp.int32(0)))
+        started = now()
+        for _ in range(1 if scan else work.num_steps):
+            state = once(state, order, images, labels)
+        weights = jax.block_until_ready(state)[0]
+        return now() - started, weights
+
+    train()
+    seconds, weights = train()
+    with torch.no_grad():
+        for parameter, weight in zip(net.parameters(), weights, strict=True):
+            parameter.copy_(torch.tensor(weight.tolist()))
+    return figures(work, seconds, test_accuracy(net), threads)
+
+
+def train_jax_scan(work: Work) -> Figures:
+    return train_jax(work, scan=True)
 
 
 CONTESTANTS: dict[str, Callable[[Work], Figures]] = {
-    function.__name__.removeprefix("train_"): function
+    function.__name__.removeprefix("train_").replace("_", "-"): function
     for function in (
-        *(train_ours, train_compiled, train_plain, train_loader),
-        *(train_tutorial, train_accelerate, train_lightning, train_keras),
+        *(train_ours, train_compiled, train_plain, train_reduce_overhead, train_loader, train_tutorial),
+        *(train_accelerate, train_lightning, train_keras, train_jax, train_jax_scan),
     )
 }
 OURS = ("ours", "compiled")
-NEEDS = {"lightning": ("lightning",), "keras": ("keras", "jax")}
+NEEDS = {"lightning": ("lightning",), "keras": ("keras", "jax"), "jax": ("jax",), "jax-scan": ("jax",)}
 
 
-def figures(seconds: float, accuracy: float, threads: int) -> Figures:
-    return {"seconds": seconds, "images/s": 60_000 / seconds, "accuracy": accuracy, "threads": threads}
+def not_installed() -> set[str]:
+    """The contestants whose packages are missing."""
+    return {name for name, packages in NEEDS.items() if not all(map(find_spec, packages))}
 
 
-def train_epoch(net: Any, optimizer: Any, batches: Any, work: Work, backward: Any = Tensor.backward) -> Figures:
-    started = time.perf_counter()
-    for X, y in islice(batches, work.steps):
-        optimizer.zero_grad()
-        backward(F.nll_loss(net(X), y))
-        optimizer.step()
-    return figures(time.perf_counter() - started, test_accuracy(net), torch.get_num_threads())
+def figures(work: Work, seconds: float, accuracy: float, threads: int) -> Figures:
+    images = min(60_000, work.num_steps * work.batch_size)
+    return {"seconds": seconds, "images/s": images / seconds, "accuracy": accuracy, "threads": threads}
+
+
+def train_epoch(
+    net: Any,
+    optimizer: Any,
+    batches: Callable[[], Batches],
+    work: Work,
+    forward: Any = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> Figures:
+    """Warm up, then train for an epoch; `forward` computes the output of `net`, which does so by default."""
+    forward = net if forward is None else forward
+
+    def train(steps: int | None) -> None:
+        for X, y in islice(batches(), steps):
+            optimizer.zero_grad()
+            backward(F.nll_loss(forward(X), y))
+            optimizer.step()
+
+    with restored(net, optimizer):
+        train(WARM_UP)
+    started = now(work.device)
+    train(work.steps)
+    return figures(work, now(work.device) - started, test_accuracy(net.cpu()), torch.get_num_threads())
 
 
 def fused_adam(net: torch.nn.Module) -> torch.optim.Optimizer:
@@ -185,10 +295,15 @@ def images_in_memory() -> tuple[Tensor, Tensor]:
     return train.images[:].float().div_(255).view(-1, 784), train.labels
 
 
-def batches_in_memory(work: Work) -> Any:
+def loader_in_memory(work: Work) -> Any:
     """The same in a shuffling DataLoader."""
     dataset = torch.utils.data.TensorDataset(*images_in_memory())
     return torch.utils.data.DataLoader(dataset, batch_size=work.batch_size, shuffle=True)
+
+
+def on_device(loader: Batches, work: Work) -> Callable[[], Batches]:
+    """A function that returns the batches of an epoch, each moved to the device."""
+    return lambda: ((X.to(work.device), y.to(work.device)) for X, y in loader)
 
 
 @torch.no_grad()
@@ -206,10 +321,9 @@ def train_here(name: str, work: Work) -> Figures:
 
 
 def train(name: str, work: Work, seed: int) -> Figures:
-    """A contestant in a process of its own, and the seconds of the whole process."""
-    started, work = time.perf_counter(), work._replace(seed=seed)
-    result = CONTESTANTS[name](work) if name in OURS else in_fresh_process(train_here, name, work)
-    return result | {"process": time.perf_counter() - started}
+    """A contestant in a process of its own."""
+    work = work._replace(seed=seed)
+    return CONTESTANTS[name](work) if name in OURS else in_fresh_process(train_here, name, work)
 
 
 def draw(results: dict[str, list[Figures]], path: Path) -> None:
@@ -236,13 +350,16 @@ def draw(results: dict[str, list[Figures]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = measure.command_line(__doc__, rounds=5)
+    parser = measure.command_line(__doc__, rounds=5, on_gpus=True)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="contestants; default: all that are installed")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[10], metavar="N", help="default: 10")
+    parser.add_argument("--steps", type=int, help="steps per epoch (default: all)")
     parser.add_argument("--picture", type=Path, help="draw the ratios, of the first batch size, into this file")
     arguments = parser.parse_args()
-    missing = {name for name, packages in NEEDS.items() if not all(find_spec(package) for package in packages)}
-    wanted = {*(arguments.only or CONTESTANTS.keys() - missing), "plain"}
+    if arguments.log and len(arguments.batch_sizes) > 1:
+        parser.error("--log: needs a single batch size")
+    missing, wanted = not_installed(), {"plain"}
+    wanted |= set(arguments.only or CONTESTANTS.keys() - missing)
     if missing and not arguments.only:
         print(f"not installed, left out: {', '.join(sorted(missing))} (pip install -e '.[bench]')")
     by_size = {}
@@ -253,12 +370,12 @@ def main() -> None:
         for file in FILES:
             (folder / file).write_bytes(gzip.decompress((ROOT / "data/MNIST/raw" / f"{file}.gz").read_bytes()))
         for size in arguments.batch_sizes:
-            work = Work(Path(scratch), size)
-            names = [name for name in CONTESTANTS if name in wanted]
-            for name in names:  # warm-up
-                train(name, work._replace(steps=min(300, 60_000 // size)), 0)
-            by_size[size] = measure.interleave({name: partial(train, name, work) for name in names}, arguments.rounds)
-    print(measure.header("torch", "accelerate", "torchvision", "wandb", "lightning", "keras", "jax"))
+            work = Work(Path(scratch), size, arguments.device, steps=arguments.steps)
+            contestants = {name: partial(train, name, work) for name in CONTESTANTS if name in wanted}
+            by_size[size] = measure.interleave(contestants, arguments.rounds, arguments.log)
+    print(measure.header(*PACKAGES, device=arguments.device))
+    if measure.tracker() == "none":
+        print("wandb is not installed: train.py ran with --trackers none")
     for size, results in by_size.items():
         print(f"batches of {size}")
         measure.print_table(results, "plain")
