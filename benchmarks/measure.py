@@ -143,7 +143,7 @@ def table(
 
 def print_table(
     results: Mapping[str, Sequence[Figures]],
-    baseline: str,
+    baseline: str | None,
     figure: str = "seconds",
     form: Callable[[Sequence[float]], str] = spread,
 ) -> None:
@@ -224,10 +224,16 @@ def run(*command: object, environment: Mapping[str, str] | None = None) -> float
 def run_train(
     scratch: Path, *flags: str, script: Sequence[object] = ("train.py",), environment: Mapping[str, str] | None = None
 ) -> Record:
-    """Run train.py, or another `script`, in a new process and a new folder below `scratch`."""
+    """Run train.py, or another `script`, in a new process and a new folder below `scratch`.
+
+    It must succeed, and compile if --compile is among the `flags`: train.py goes on without.
+    """
     folder = tempfile.mkdtemp(dir=scratch)
     run(*script, *flags, f"--output-dir={folder}", "--run-name=run", environment=environment)
-    return Record.read(Path(folder, "run"))
+    record = Record.read(Path(folder, "run"))
+    if reason := record.environment.get("not_compiled"):
+        raise SystemExit(f"train.py --compile did not compile: {reason}")
+    return record
 
 
 def train_here(flags: Sequence[str]) -> None:

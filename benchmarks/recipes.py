@@ -3,32 +3,38 @@
     python benchmarks/recipes.py                           # fast, beside the published recipe, five seeds each
     python benchmarks/recipes.py --recipe best --seeds 3
     python benchmarks/recipes.py --recipe cnn -- --epochs 2     # what follows -- goes to train.py
+    python benchmarks/recipes.py --device cuda -- --compile
 
 fast           python train.py --recipe fast, with everything that is on by default but W&B
 published      the fastest published recipe to 99 % that we found (github.com/tuomaso/train_mnist_fast, 2021: 99.04 %
                over 30 seeds), reimplemented in plain PyTorch: 215,194 parameters, one epoch, batches of 256, Adam with
                betas 0.7 and 0.9, one-cycle to 0.01, images normalized and in memory
 channels-last  the same with what makes `fast` fast on a CPU: channels-last images, and memory that a step has freed
-               kept for the next
+               kept for the next; on a CPU only
 
-Seconds are those of the training loop, without imports and evaluation, on as many threads as train.py chooses. Every
-run is counted. A round is one seed.
+Seconds are those of the training loop, without imports and evaluation, on as many threads as train.py chooses. The
+published recipe warms up before; train.py does not. Every run is counted. A round is one seed.
 """
 
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import ROOT, Figures, command_line, header, in_fresh_process, interleave, print_table, ratios, run_train
+from measure import ROOT, Figures, interleave, now
 from torch import Tensor, nn
 
 from mnist.config.recipes import RECIPES
 from mnist.data.datasets import load_dataset
 from mnist.launch.hardware import choose_threads, keep_freed_memory
+
+ACCURACY = "test accuracy, %"
+WARM_UP = 10  # steps
 
 
 class Published(nn.Module):
@@ -48,37 +54,46 @@ class Published(nn.Module):
         return F.log_softmax(self.classes(F.relu(self.hidden(x.flatten(1)))), dim=1)
 
 
-def train_published(seed: int, channels_last: bool) -> Figures:
+def train_published(seed: int, device: str, steps: int | None, channels_last: bool = False) -> Figures:
     torch.manual_seed(seed)
-    data = load_dataset("mnist", ROOT / "data")
+    data, batch_size = load_dataset("mnist", ROOT / "data"), 256
     mean, std = data.train.images[:].div(255).mean(), data.train.images[:].div(255).std()
     images, test_images = (((split.images[:] / 255 - mean) / std).unsqueeze(1) for split in (data.train, data.test))
-    labels, batch_size = data.train.labels, 256
     net = Published(channels_last)
     choose_threads(net, images[:batch_size])
     if channels_last:
         keep_freed_memory()
+    net, images, labels = net.to(device), images.to(device), data.train.labels.to(device)
+    steps = steps or -(-len(images) // batch_size)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.7, 0.9), fused=True)
-    steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps, cycle_momentum=False)
-    started = time.perf_counter()
-    for index in torch.split(torch.randperm(len(images)), batch_size):
-        optimizer.zero_grad()
-        loss = F.nll_loss(net(images[index]), labels[index])
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    seconds = time.perf_counter() - started
+
+    def train(steps: int) -> None:
+        for index in islice(torch.split(torch.randperm(len(images), device=device), batch_size), steps):
+            optimizer.zero_grad()
+            loss = F.nll_loss(net(images[index]), labels[index])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+
+    with measure.restored(net, optimizer, schedule):
+        train(min(WARM_UP, steps))
+    started = now(device)
+    train(steps)
+    seconds = now(device) - started
     with torch.no_grad():
-        correct = net(test_images).argmax(dim=1) == data.test.labels
-    return {"seconds": seconds, "test accuracy, %": 100 * float(correct.double().mean())}
+        correct = net.cpu()(test_images).argmax(dim=1) == data.test.labels
+    return {"seconds": seconds, ACCURACY: 100 * float(correct.double().mean())}
 
 
-def train_recipe(recipe: str, seed: int, flags: Sequence[str]) -> Figures:
+def train_recipe(recipe: str, flags: Sequence[str], steps: int | None, seed: int) -> Figures:
+    if steps is not None:
+        flags = [f"--limit-train-images={steps * RECIPES[recipe].batch_size}", *flags]
+    started = now()
     with tempfile.TemporaryDirectory() as scratch:
-        record = run_train(Path(scratch), f"--recipe={recipe}", f"--seed={seed}", "--trackers=none", *flags)
+        record = measure.run_train(Path(scratch), f"--recipe={recipe}", f"--seed={seed}", "--trackers=none", *flags)
     seconds = sum(line["perf/epoch_seconds"] for line in record.evaluations)
-    return {"seconds": seconds, "test accuracy, %": 100 * record.last["test/accuracy"]}
+    return {"seconds": seconds, "of the process": now() - started, ACCURACY: 100 * record.last["test/accuracy"]}
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -88,21 +103,24 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = measure.command_line(__doc__, on_gpus=True)
     parser.add_argument("--recipe", choices=RECIPES, default="fast", help="the recipe to run (default: fast)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each, with the seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--steps", type=int, help="steps per epoch (default: all)")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     arguments = parser.parse_args()
-    contestants = {arguments.recipe: lambda seed: train_recipe(arguments.recipe, seed, arguments.flags)}
-    if arguments.recipe == "fast":
-        contestants["published"] = lambda seed: in_fresh_process(train_published, seed, False)
-        contestants["channels-last"] = lambda seed: in_fresh_process(train_published, seed, True)
-    results = interleave(contestants, arguments.seeds)
-    print(header("torch"))
-    print_table(results, arguments.recipe, form=mean_and_deviation)
+    recipe, device, steps = arguments.recipe, arguments.device, arguments.steps
+    contestants: dict[str, Callable[[int], Figures]] = {recipe: partial(train_recipe, recipe, arguments.flags, steps)}
+    if recipe == "fast":
+        contestants["published"] = lambda seed: measure.in_fresh_process(train_published, seed, device, steps)
+    if recipe == "fast" and device == "cpu":
+        contestants["channels-last"] = lambda seed: measure.in_fresh_process(train_published, seed, device, steps, True)
+    results = interleave(contestants, arguments.seeds, arguments.log)
+    print(measure.header("torch", device=device))
+    measure.print_table(results, recipe, form=mean_and_deviation)
     for name in list(results)[1:]:
-        ratio = mean_and_deviation(ratios(results[arguments.recipe], results[name]))
-        print(f"{arguments.recipe} takes {ratio} of the time of {name}")
+        ratio = mean_and_deviation(measure.ratios(results[recipe], results[name]))
+        print(f"{recipe} takes {ratio} of the time of {name}")
 
 
 if __name__ == "__main__":
