@@ -1,4 +1,4 @@
-.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-lean bench-logging bench-recipes bench-scaling soak
+.PHONY: train test test-slow lint format image image-test bench bench-applied bench-folder bench-lean bench-logging bench-recipes bench-scaling gpu-check gpu-best soak
 
 train: ## the tutorial's recipe
 	accelerate launch train.py
@@ -48,6 +48,12 @@ bench-recipes: ## the recipe fast compared with the published one, five seeds ea
 
 bench-scaling: ## 1, 2 and 4 processes on this machine, compared with as many independent runs
 	python benchmarks/scaling.py
+
+gpu-check: ## on one GPU, ten minutes: tests, mnist verify and the goals; writes gpu-check.md and gpu-check.json
+	python benchmarks/gpu.py
+
+gpu-best: ## on one GPU: the recipe best, ten minutes of training, and timm; writes gpu-best.md and gpu-best.json
+	python benchmarks/gpu.py --best --minutes 20
 
 soak: ## ten minutes of kills and resumes, compared with an uninterrupted run
 	python benchmarks/soak.py --minutes 10

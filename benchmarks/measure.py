@@ -103,6 +103,21 @@ def interleave(
     return results
 
 
+def read_log(log: Path) -> tuple[dict[str, list[Figures]], dict[str, str]]:
+    """The results of the complete rounds in a log of `interleave`, and the errors of contestants that failed."""
+    by_name: dict[str, dict[int, Figures]] = {}
+    errors: dict[str, str] = {}
+    for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        number, name = line.pop("round"), line.pop("contestant")
+        if "error" in line:
+            errors[name] = line["error"]
+        else:
+            by_name.setdefault(name, {})[number] = line
+    by_name = {name: runs for name, runs in by_name.items() if name not in errors}
+    complete = sorted(set.intersection(*map(set, by_name.values()))) if by_name else []
+    return {name: [runs[number] for number in complete] for name, runs in by_name.items() if complete}, errors
+
+
 def column(runs: Sequence[Figures], figure: str) -> list[float]:
     """One figure of a contestant, over the rounds."""
     return [figures[figure] for figures in runs]
@@ -154,7 +169,13 @@ def print_table(
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
 
 
-def describe(*packages: str, device: str = "cpu") -> dict[str, str]:
+def to_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its heading."""
+    lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def describe(device: str, *packages: str) -> dict[str, str]:
     """Date, devices with driver and cores, versions of those `packages` that are installed, and the command."""
     import torch
 
@@ -177,7 +198,7 @@ def describe(*packages: str, device: str = "cpu") -> dict[str, str]:
 
 def header(*packages: str, device: str = "cpu") -> str:
     """What `describe` returns, in two lines."""
-    *facts, command = describe(*packages, device=device).values()
+    *facts, command = describe(device, *packages).values()
     return f"\n{', '.join(facts)}\n{command}\n"
 
 

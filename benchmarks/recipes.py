@@ -34,6 +34,7 @@ from mnist.data.datasets import load_dataset
 from mnist.launch.hardware import choose_threads, keep_freed_memory
 
 ACCURACY = "test accuracy, %"
+PROCESS = "s of the process"
 WARM_UP = 10  # steps
 
 
@@ -93,7 +94,7 @@ def train_recipe(recipe: str, flags: Sequence[str], steps: int | None, seed: int
     with tempfile.TemporaryDirectory() as scratch:
         record = measure.run_train(Path(scratch), f"--recipe={recipe}", f"--seed={seed}", "--trackers=none", *flags)
     seconds = sum(line["perf/epoch_seconds"] for line in record.evaluations)
-    return {"seconds": seconds, "of the process": now() - started, ACCURACY: 100 * record.last["test/accuracy"]}
+    return {"seconds": seconds, PROCESS: now() - started, ACCURACY: 100 * record.last["test/accuracy"]}
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
