@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import measure
 import torch
@@ -44,12 +43,7 @@ def train_ours(options: argparse.Namespace, folder: Path, images_on_host: bool, 
 
 
 def train_with_images_on_host(flags: list[str]) -> None:
-    import mnist.data.loader
-
-    loader: Any = mnist.data.loader
-    if not hasattr(loader, "free_memory"):
-        raise SystemExit("mnist/data/loader.py decides in another way where images are: change benchmarks/resnet50.py")
-    loader.free_memory = lambda device: 0
+    torch.cuda.mem_get_info = lambda device=None: (0, 0)  # no image fits
     measure.train_here(flags)
 
 
