@@ -5,11 +5,11 @@
 Each contestant replaces one shortcut by the method that it overrides; `all` replaces every shortcut. The
 ratio is the time without the shortcut, divided by the time with all of them. The weights must be bit-identical.
 
-backward, prepare_data_loader    Accelerate's own method
-prepare_optimizer                Accelerate's own method: AcceleratedOptimizer replaces LeanOptimizer
-zero_grad                        torch's own zero_grad()
-adam                             torch's own step()
-counters                         one addition per step counter of Adam, by torch._foreach_add_
+accumulate, backward, prepare_data_loader    Accelerate's own method
+prepare_optimizer    Accelerate's own method: AcceleratedOptimizer replaces LeanOptimizer
+zero_grad            torch's own zero_grad()
+adam                 torch's own step()
+counters             one addition per step counter of Adam, by torch._foreach_add_
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from typing import Any
 
 from measure import Figures, command_line, header, interleave, print_table, run_train, train_here
 
-METHODS = ["backward", "prepare_data_loader", "prepare_optimizer"]  # of LeanAccelerator
+METHODS = ["accumulate", "backward", "prepare_data_loader", "prepare_optimizer"]  # of LeanAccelerator
 
 
 def replace(name: str) -> None:

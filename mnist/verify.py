@@ -189,6 +189,11 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
     else:
         cure = "This GPU computes wrong results. Try another driver, or another version of torch."
         yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), cure)
+        exact, rounded = (
+            runs.train(f"tf32-{value}", mixed_precision="no", environment={"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value})
+            for value in "01"
+        )
+        yield fact("with TF32, weights would differ by", f"{largest_difference(exact.folder, rounded.folder):.1e}")
 
 
 def several(runs: LaunchedRuns) -> Iterator[Row]:

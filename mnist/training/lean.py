@@ -5,14 +5,14 @@ model, optimizer = accelerator.prepare(model, optimizer)
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PRIVATE = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
@@ -48,6 +48,12 @@ class LeanAccelerator(Accelerator):
         yield
         if self.is_local_main_process:
             gather_object([None])
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[Any]:
+        if self.gradient_accumulation_steps > 1:
+            return super().accumulate(*models)  # type: ignore[no-any-return]
+        self.sync_gradients = True  # every batch is an optimizer step
+        return nullcontext()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.captured is not None and loss is self.captured.loss:
