@@ -98,7 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="output file (default: report.html in the run's folder; for several runs, comparison.html)",
     )
     report.set_defaults(do=write_report)
+    _add_verify(commands)
+    return parser
 
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="check that training works correctly on this machine",
@@ -112,7 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--processes", type=int, default=1, metavar="N", help="processes to train with (default: 1)")
     verify.add_argument("--output", type=Path, metavar="FILE", help="save the results as JSON")
     verify.set_defaults(do=verify_machine)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The order of the packages: each may import only from those before it."""
+"""The order of the packages, each of which may import only from those before it, and the length of functions."""
 
 import ast
 from collections.abc import Iterator
@@ -50,3 +50,10 @@ def test_one_module_imports_wandb_and_two_build_accelerators() -> None:
     paths = [PROJECT_FOLDER / "train.py", *PACKAGE.rglob("*.py")]
     assert {path.stem for path in paths if any(name.startswith("wandb") for name in imports(path))} == {"wandb_run"}
     assert {path.stem for path in paths if {"Accelerator", "LeanAccelerator"} & calls(path)} == {"session", "cli"}
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    for path in [PROJECT_FOLDER / "train.py", *PACKAGE.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
