@@ -42,10 +42,10 @@ class Row(NamedTuple):
     note: str = ""  # the likely cause of a failure and what to do; why a check is not possible
 
 
-def check(name: str, value: float, limit: float, cure: str, unit: str = "") -> Row:
-    """A row that passes if `value` is at most `limit`; `cure` is its note if it fails."""
+def check(name: str, value: float, limit: float, advice: str, unit: str = "") -> Row:
+    """A row that passes if `value` is at most `limit`; `advice` is its note if it fails."""
     passed = value <= limit  # False for NaN
-    return Row(name, f"{value:.3g}{unit}", f"{limit:g}{unit}", "pass" if passed else "fail", "" if passed else cure)
+    return Row(name, f"{value:.3g}{unit}", f"{limit:g}{unit}", "pass" if passed else "fail", "" if passed else advice)
 
 
 def fact(name: str, figure: str) -> Row:
@@ -78,7 +78,7 @@ def count_different_lines(a: Record, b: Record) -> int:
     return sum(first != second for first, second in pairs)
 
 
-def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[str, Any]], cure: str) -> Row:
+def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[str, Any]], advice: str) -> Row:
     """Compare two runs in float64: final weights for the project's own networks, otherwise first loss and gradient.
 
     In a deep network, Adam turns rounding errors of near-zero gradients into large differences within a few steps.
@@ -92,10 +92,10 @@ def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[s
     a, b = (runs.train(f"{folder}-{number}", **(shared | each)) for number, each in enumerate(options))
     difference = largest_difference(a.folder, b.folder)
     if is_own:
-        return check(f"{name}: weights", difference, 1e-10, cure)
+        return check(f"{name}: weights", difference, 1e-10, advice)
     loss, other_loss = (run.lines[0]["train/loss"] for run in (a, b))
     scale = runs.config.learning_rate * a.lines[0]["optim/gradient_norm"]
-    return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, cure)
+    return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, advice)
 
 
 def why_incomparable(runs: LaunchedRuns) -> str:
@@ -130,8 +130,8 @@ def machine(runs: LaunchedRuns) -> Iterator[Row]:
         yield fact("free GPU memory", f"{device_memory(runs.device)[0] / 2**30:.1f} GiB")
     if (shared := Path("/dev/shm")).is_dir():
         yield fact("free in /dev/shm", f"{shutil.disk_usage(shared).free / 2**30:.2f} GiB")
-    cure = "Processes share a core. Start fewer, or give the container more cores (docker run --cpus)."
-    yield check("processes per core", runs.processes / available_cores(), 1, cure)
+    advice = "Processes share a core. Start fewer, or give the container more cores (docker run --cpus)."
+    yield check("processes per core", runs.processes / available_cores(), 1, advice)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -140,8 +140,8 @@ def machine(runs: LaunchedRuns) -> Iterator[Row]:
             file.flush()
             os.fsync(file.fileno())
         seconds.append(time.perf_counter() - started)
-    cure = "Storage is slow, and so are checkpoints. Choose another --output-dir."
-    yield check("writing 1 MiB to --output-dir", statistics.median(seconds), 1, cure, " s")
+    advice = "Storage is slow, and so are checkpoints. Choose another --output-dir."
+    yield check("writing 1 MiB to --output-dir", statistics.median(seconds), 1, advice, " s")
 
 
 def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
@@ -150,9 +150,9 @@ def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
     busy = subprocess.Popen([sys.executable, "-c", BUSY.format(device=str(runs.device))])
     with killed_at_the_end(busy):
         again = runs.train("again", runs.processes, **runs.longer)
-    cure = "Something draws random numbers that --seed does not seed, or a kernel is nondeterministic."
-    yield check("weights", largest_difference(first.folder, again.folder), 0, cure)
-    yield check("differing lines in metrics.jsonl", count_different_lines(first, again), 0, cure)
+    advice = "Something draws random numbers that --seed does not seed, or a kernel is nondeterministic."
+    yield check("weights", largest_difference(first.folder, again.folder), 0, advice)
+    yield check("differing lines in metrics.jsonl", count_different_lines(first, again), 0, advice)
 
 
 def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
@@ -166,17 +166,17 @@ def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
         process.wait()
         seconds = time.perf_counter() - asked
     state = read_state(folder / "state.json")
-    cure = "A step or a checkpoint takes long. Allow more time between SIGTERM and SIGKILL."
-    yield check("SIGTERM: time to exit", seconds, GRACE_SECONDS, cure, " s")
+    advice = "A step or a checkpoint takes long. Allow more time between SIGTERM and SIGKILL."
+    yield check("SIGTERM: time to exit", seconds, GRACE_SECONDS, advice, " s")
     lost = state["step"] - (state["checkpoint"] or 0) if state["exit_code"] == 143 else math.inf
     yield check("SIGTERM: steps lost", lost, 0, f"It ended as {state['status']}: {state['error']}.")
     process = runs.start("interrupted", runs.processes, **settings)
     with killed_at_the_end(process):
         runs.wait_for_step(settings["max_steps"] // 2, "interrupted", process)
     first, resumed = Record.read(runs.folder / "first"), runs.train("interrupted", runs.processes, **settings)
-    cure = "A checkpoint lacks some state, e.g. of a random generator, or of a network or optimizer of your own."
-    yield check("SIGKILL: final weights", largest_difference(first.folder, folder), 0, cure)
-    yield check("SIGKILL: differing lines in metrics.jsonl", count_different_lines(first, resumed), 0, cure)
+    advice = "A checkpoint lacks some state, e.g. of a random generator, or of a network or optimizer of your own."
+    yield check("SIGKILL: final weights", largest_difference(first.folder, folder), 0, advice)
+    yield check("SIGKILL: differing lines in metrics.jsonl", count_different_lines(first, resumed), 0, advice)
 
 
 def devices(runs: LaunchedRuns) -> Iterator[Row]:
@@ -187,8 +187,8 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
     elif "random" in random:
         yield not_possible(name, random)
     else:
-        cure = "This GPU computes wrong results. Try another driver, or another version of torch."
-        yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), cure)
+        advice = "This GPU computes wrong results. Try another driver, or another version of torch."
+        yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), advice)
         exact, rounded = (
             runs.train(f"tf32-{value}", mixed_precision="no", environment={"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value})
             for value in "01"
@@ -202,10 +202,10 @@ def several(runs: LaunchedRuns) -> Iterator[Row]:
     if runs.processes == 1 or why_incomparable(runs):
         yield not_possible(name, why_incomparable(runs) if runs.processes > 1 else "add --processes 2, or more")
         return
-    cure = "Gradients are averaged wrongly. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
+    advice = "Gradients are averaged wrongly. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
     for title, steps in ((name, 1), (f"{name}, accumulating 4 batches", 4)):
         one = {"gradient_accumulation_steps": steps}
-        yield compare(title, runs, (one, one | {"processes": runs.processes}), cure)
+        yield compare(title, runs, (one, one | {"processes": runs.processes}), advice)
 
 
 def speed(runs: LaunchedRuns) -> Iterator[Row]:
@@ -214,8 +214,8 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
     whole = runs.train("speed", **settings)
     rate = whole.last["perf/images_per_second"]
     yield fact("images per second", f"{rate:,.0f}")
-    cure = "Other programs use this machine, or logging or storage is slow. --profile shows where the time goes."
-    yield check("time, relative to a loop in plain PyTorch", runs.plain_rate(**settings) / rate, 1.5, cure)
+    advice = "Other programs use this machine, or logging or storage is slow. --profile shows where the time goes."
+    yield check("time, relative to a loop in plain PyTorch", runs.plain_rate(**settings) / rate, 1.5, advice)
     profiled = runs.train("profile", **settings, profile=True)
     folder = profiled.folder / "profile"
     table = [line.split() for line in (folder / "steps.txt").read_text().splitlines()[1:-1]] if folder.is_dir() else []
@@ -234,8 +234,8 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
         if runs.device.type == "cpu":
             yield fact(f"speed of {runs.processes} processes / separate runs", f"{together / alone:.2f}")
         else:
-            cure = "Averaging gradients is slow. Use larger batches; NCCL_DEBUG=INFO shows which links it uses."
-            yield check(f"time lost to averaging over {runs.processes} processes", 1 - together / alone, 0.5, cure)
+            advice = "Averaging gradients is slow. Use larger batches; NCCL_DEBUG=INFO shows which links it uses."
+            yield check(f"time lost to averaging over {runs.processes} processes", 1 - together / alone, 0.5, advice)
 
 
 def precision(runs: LaunchedRuns) -> Iterator[Row]:
@@ -248,14 +248,14 @@ def precision(runs: LaunchedRuns) -> Iterator[Row]:
             yield not_possible(f"{kind}: mean training loss", str(error))
             continue
         means = [statistics.mean(line["train/loss"] for line in run.losses) for run in (exact, lower)]
-        cure = "A layer needs float32, or training is barely stable: try a lower --learning-rate."
-        yield check(f"{kind}: mean training loss", abs(means[1] / means[0] - 1), 0.05, cure)
+        advice = "A layer needs float32, or training is barely stable: try a lower --learning-rate."
+        yield check(f"{kind}: mean training loss", abs(means[1] / means[0] - 1), 0.05, advice)
         if "optim/skipped_steps" in lower.losses[-1]:
             yield fact(f"{kind}: skipped steps", f"{lower.losses[-1]['optim/skipped_steps']} of {STEPS}")
-    cure = "The compiled code is wrong. Train without --compile, or try another version of torch."
+    advice = "The compiled code is wrong. Train without --compile, or try another version of torch."
     name = "compiled and eager"
     try:
-        row = compare(name, runs, ({}, {"compile": True}), cure)
+        row = compare(name, runs, ({}, {"compile": True}), advice)
         reason = Record.read(runs.folder / "compiled-and-eager-1").environment.get("not_compiled")
     except ConfigError as error:
         reason = str(error)

@@ -263,9 +263,9 @@ def waiting_for_others(timeout_seconds: int) -> Iterator[None]:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             rank = os.environ.get("RANK", "0")
             raise UserError(
-                f"Process {rank} lost the others of this job. Either one failed or was killed, its machine or the"
-                " network is down, the rendezvous address or port is wrong or in use, or it took longer than"
-                f" --timeout-seconds {timeout_seconds}. See the first error in the output of all machines. (torch:"
+                f"Process {rank} lost its connection to the other processes. Either one failed or was killed, its"
+                " machine or the network is down, the rendezvous address or port is wrong or in use, or it took longer"
+                f" than --timeout-seconds {timeout_seconds}. See the first error in the output of all machines. (torch:"
                 f" {str(error).splitlines()[0]})"
             ) from error
         raise

@@ -83,4 +83,4 @@ def test_a_process_that_is_killed_ends_the_other_with_an_error(
 ) -> None:
     os.kill(endless[1].pid, signal.SIGKILL)
     assert finish(tmp_path, endless) == [1, -signal.SIGKILL]
-    assert "Process 0 lost the others of this job" in (tmp_path / "output-2-0").read_text()
+    assert "Process 0 lost its connection to the other processes" in (tmp_path / "output-2-0").read_text()

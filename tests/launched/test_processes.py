@@ -393,7 +393,7 @@ def test_a_different_copy_of_the_data_on_another_machine_is_refused(images: int,
     done = run((*TORCHRUN, "2", "--no-python", "sh", "-c", script), tmp_path)
     assert done.returncode == 1
     assert re.search(rf"ConfigError: The processes of this job differ in {message} in process 1", done.stderr)
-    assert "lost the others" not in done.stderr
+    assert "lost its connection" not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -491,7 +491,7 @@ def test_two_machines_train_like_one_and_if_one_is_lost_the_other_ends(
     code = launchers[left].wait(timeout=60)
     assert time.monotonic() - started < 8 + 15  # --timeout-seconds and the launcher
     assert code != 0
-    assert "lost the others of this job" in (folders[left] / "output").read_text()
+    assert "lost its connection to the other processes" in (folders[left] / "output").read_text()
     launchers[killed].wait(timeout=10)
     assert marked_processes(folders[0]) == marked_processes(folders[1]) == []
 
@@ -674,7 +674,7 @@ def test_the_configs_hold_no_rank_no_address_and_their_own_launch_command() -> N
 def test_a_lost_process_is_reported_and_other_errors_pass_through() -> None:
     lost = (RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),)
     for error in (*lost, torch.distributed.DistNetworkError("The client socket has timed out")):
-        with pytest.raises(UserError, match=r"lost the others .*--timeout-seconds 15"), waiting_for_others(15):
+        with pytest.raises(UserError, match=r"lost its connection .*--timeout-seconds 15"), waiting_for_others(15):
             raise error
     with pytest.raises(RuntimeError, match="a bug"), waiting_for_others(15):
         raise RuntimeError("a bug")
@@ -718,7 +718,7 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> N
     assert done.returncode != 0
     stopped, ended = float((tmp_path / "reached").read_text()), time.time()
     assert 8 <= ended - stopped < 8 + 30 + 10  # --timeout-seconds, torchrun's grace period, and its end
-    assert "Process 0 lost the others" in done.stderr
+    assert "Process 0 lost its connection" in done.stderr
     assert marked_processes(tmp_path) == []
 
 

@@ -146,7 +146,7 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step_with_a_checkpoint(job
     output = job.output.read_text()
     assert output.count("Interrupted by SIGUSR1") == 1
     assert re.search(r"^torchrun --nproc-per-node=2 train.py --resume .*/x$", output, re.MULTILINE)
-    assert "lost the others" not in output
+    assert "lost its connection" not in output
 
 
 @pytest.mark.parametrize(
