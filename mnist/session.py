@@ -48,7 +48,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     """Connect the processes of the job. Returns the settings to train with, and the Accelerator.
 
     The settings are `config`, or those of the resumed run updated by `explicit_settings`. Raises ConfigError for a
-    launch or settings that would silently do something else.
+    launch or settings that would silently do something other than asked.
     """
     local = find_run_here(config, explicit_settings)
     decode_folder(local.dataset, local.data_dir, local.image_size)  # may take longer than the timeout of joining
@@ -151,9 +151,9 @@ class Session:
         }
 
     def _arrange_gradients(self) -> None:
-        """Let DistributedDataParallel arrange the gradients for its messages now; it does so after two backward passes.
+        """Let DistributedDataParallel rebuild its gradient buckets now; two backward passes make it do so.
 
-        The last digit of a sum over more than two processes depends on the arrangement, so without this a resumed run
+        The last digit of a sum over more than two processes depends on the buckets, so without this a resumed run
         would not be bit-identical. Weights, buffers and random generators stay as they are.
         """
         random, buffers = RandomState(self.accelerator.device), list(self.net.buffers())

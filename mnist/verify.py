@@ -156,7 +156,7 @@ def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
 
 
 def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
-    """A run that is stopped by SIGTERM, then by SIGKILL, and resumed each time. Needs the first run of `repeatable`."""
+    """A run ended by SIGTERM, then by SIGKILL, and resumed each time. Compared with the first run of `repeatable`."""
     settings, folder = runs.longer | {"resume": "auto"}, runs.folder / "interrupted"
     process = runs.start("interrupted", runs.processes, **settings)
     with killed_at_the_end(process):
@@ -197,7 +197,7 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
 
 
 def several(runs: LaunchedRuns) -> Iterator[Row]:
-    """One process and several. The last batch and the last accumulation window are smaller than the others."""
+    """One process and several, with a smaller last batch and last accumulation window."""
     name = f"{runs.processes} processes and 1"
     if runs.processes == 1 or why_incomparable(runs):
         yield not_possible(name, why_incomparable(runs) if runs.processes > 1 else "add --processes 2, or more")
@@ -274,7 +274,7 @@ GROUPS = {
 
 
 def verify(runs: LaunchedRuns) -> Iterator[tuple[str, Iterator[Row]]]:
-    """The title and rows of each group. Rows are measured while they are read; a run that fails becomes a row.
+    """The title and rows of each group. Reading a row measures it; a run that fails becomes a row.
 
     Raises ConfigError for settings that train.py refuses.
     """
