@@ -441,13 +441,16 @@ def verify_machine(options: argparse.Namespace) -> int:
         raise ConfigError("mnist verify needs train.py. Run it in a clone of the repository.")
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be at least 1.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs and removes their folder
     from mnist.runs.launched import LaunchedRuns
     from mnist.verify import verify
 
     parent, rows, started = Path(config.output_dir), [], time.time()
     parent.mkdir(parents=True, exist_ok=True)
-    with _written_to(options.output), tempfile.TemporaryDirectory(dir=parent, prefix=".verify-") as folder:
+    with contextlib.ExitStack() as stack:
+        at_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the runs end and their folder goes
+        stack.callback(signal.signal, signal.SIGTERM, at_sigterm)
+        stack.enter_context(_written_to(options.output))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".verify-"))
         print(f"train.py {shlex.join(options.flags)}: {options.processes} process(es), about two minutes")
         for title, group in verify(LaunchedRuns(config, options.processes, Path(folder))):
             print(f"\n{title}", flush=True)
