@@ -3,7 +3,7 @@
 train: ## the tutorial's recipe
 	accelerate launch train.py
 
-test: ## three to four minutes on two cores
+test: ## about four minutes on two cores
 	pytest
 
 test-slow: ## tests that take minutes; needs pip install -e '.[trackers]'
