@@ -247,7 +247,7 @@ def run_train(
 ) -> Record:
     """Run train.py, or another `script`, in a new process and a new folder below `scratch`.
 
-    It must succeed, and compile if --compile is among the `flags`: train.py goes on without.
+    Ends this benchmark if the run fails, or if it could not compile although the `flags` ask for it.
     """
     folder = tempfile.mkdtemp(dir=scratch)
     run(*script, *flags, f"--output-dir={folder}", "--run-name=run", environment=environment)

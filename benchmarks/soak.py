@@ -10,7 +10,6 @@ state of the optimizer, of the schedule and of the random generators, and every 
 1 if they differ.
 """
 
-import contextlib
 import json
 import random
 import shlex
@@ -22,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 from measure import ROOT, command_line, header
 
+from mnist.runs.launched import kill_all
 from mnist.runs.record import read_metrics
 
 FLAGS = ["--trackers=none", "--limit-train-images=20000", "--epochs=3", "--checkpoint-every=100", "--log-every=1"]
@@ -85,15 +84,7 @@ def strike(job: "subprocess.Popen[bytes]") -> str:
     if signal == "SIGTERM":
         job.terminate()
     else:
-        launcher, family = psutil.Process(job.pid), set[psutil.Process]()
-        while new := {launcher, *launcher.children(recursive=True)} - family:
-            family |= new
-            for member in new:  # all are stopped first, so none sees another die or starts one more
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.suspend()
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        kill_all(job.pid)
     job.communicate()
     return signal
 

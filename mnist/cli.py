@@ -451,7 +451,7 @@ def verify_machine(options: argparse.Namespace) -> int:
         stack.callback(signal.signal, signal.SIGTERM, at_sigterm)
         stack.enter_context(_written_to(options.output))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".verify-"))
-        print(f"train.py {shlex.join(options.flags)}: {options.processes} process(es), about two minutes")
+        print(f"{shlex.join(['train.py', *options.flags])}, processes: {options.processes}. Takes about two minutes.")
         for title, group in verify(LaunchedRuns(config, options.processes, Path(folder))):
             print(f"\n{title}", flush=True)
             for row in group:

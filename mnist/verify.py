@@ -98,8 +98,8 @@ def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[s
     return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, advice)
 
 
-def why_incomparable(runs: LaunchedRuns) -> str:
-    """Why the weights of this network depend on the device or the number of processes; empty if they do not."""
+def why_incomparable(runs: LaunchedRuns, processes: int = 1) -> str:
+    """Why this network's weights depend on the device, or on the number of processes if these are several; or empty."""
     from mnist.models.saved import load_model
 
     net, config = load_model(runs.short.folder / "model")
@@ -107,7 +107,7 @@ def why_incomparable(runs: LaunchedRuns) -> str:
     with torch.no_grad():
         if not torch.equal(net.train()(X), net(X)):
             return "it draws random numbers (dropout), which differ between devices and processes"
-    if any(getattr(module, "track_running_stats", False) for module in net.modules()):
+    if processes > 1 and any(getattr(module, "track_running_stats", False) for module in net.modules()):
         return "its BatchNorm normalizes over the images of each process"
     return ""
 
@@ -146,7 +146,7 @@ def machine(runs: LaunchedRuns) -> Iterator[Row]:
 
 def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
     """Two equal runs; during the second one, another program keeps the device busy."""
-    first = runs.train("first", runs.processes, **runs.longer)
+    first = runs.whole  # before the other program starts
     busy = subprocess.Popen([sys.executable, "-c", BUSY.format(device=str(runs.device))])
     with killed_at_the_end(busy):
         again = runs.train("again", runs.processes, **runs.longer)
@@ -156,7 +156,7 @@ def repeatable(runs: LaunchedRuns) -> Iterator[Row]:
 
 
 def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
-    """A run ended by SIGTERM, then by SIGKILL, and resumed each time. Compared with the first run of `repeatable`."""
+    """A run ended by SIGTERM, then by SIGKILL, and resumed each time. Compared with one that is not."""
     settings, folder = runs.longer | {"resume": "auto"}, runs.folder / "interrupted"
     process = runs.start("interrupted", runs.processes, **settings)
     with killed_at_the_end(process):
@@ -171,21 +171,20 @@ def interrupted(runs: LaunchedRuns) -> Iterator[Row]:
     lost = state["step"] - (state["checkpoint"] or 0) if state["exit_code"] == 143 else math.inf
     yield check("SIGTERM: steps lost", lost, 0, f"It ended as {state['status']}: {state['error']}.")
     process = runs.start("interrupted", runs.processes, **settings)
-    with killed_at_the_end(process):
-        runs.wait_for_step(settings["max_steps"] // 2, "interrupted", process)
-    first, resumed = Record.read(runs.folder / "first"), runs.train("interrupted", runs.processes, **settings)
+    runs.kill_at_step(settings["max_steps"] // 2, "interrupted", process)
+    resumed = runs.train("interrupted", runs.processes, **settings)
     advice = "A checkpoint lacks some state, e.g. of a random generator, or of a network or optimizer of your own."
-    yield check("SIGKILL: final weights", largest_difference(first.folder, folder), 0, advice)
-    yield check("SIGKILL: differing lines in metrics.jsonl", count_different_lines(first, resumed), 0, advice)
+    yield check("SIGKILL: final weights", largest_difference(runs.whole.folder, folder), 0, advice)
+    yield check("SIGKILL: differing lines in metrics.jsonl", count_different_lines(runs.whole, resumed), 0, advice)
 
 
 def devices(runs: LaunchedRuns) -> Iterator[Row]:
     """The same run on the accelerator and on the CPU."""
-    name, random = "GPU and CPU", why_incomparable(runs)
+    name = "GPU and CPU"
     if runs.device.type == "cpu":
         yield not_possible(name, "torch sees no GPU")
-    elif "random" in random:
-        yield not_possible(name, random)
+    elif reason := why_incomparable(runs):
+        yield not_possible(name, reason)
     else:
         advice = "This GPU computes wrong results. Try another driver, or another version of torch."
         yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), advice)
@@ -199,8 +198,9 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
 def several(runs: LaunchedRuns) -> Iterator[Row]:
     """One process and several, with a smaller last batch and last accumulation window."""
     name = f"{runs.processes} processes and 1"
-    if runs.processes == 1 or why_incomparable(runs):
-        yield not_possible(name, why_incomparable(runs) if runs.processes > 1 else "add --processes 2, or more")
+    reason = why_incomparable(runs, runs.processes) if runs.processes > 1 else "add --processes 2, or more"
+    if reason:
+        yield not_possible(name, reason)
         return
     advice = "Gradients are averaged wrongly. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
     for title, steps in ((name, 1), (f"{name}, accumulating 4 batches", 4)):

@@ -50,9 +50,8 @@ def join_processes(timeout_seconds: int) -> PartialState:
     Raises ConfigError if Accelerate would silently ignore part of the environment.
     """
     check_values(os.environ)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    on_cpu = device is None or parse_flag_from_env("ACCELERATE_USE_CPU")
-    device_type = "cpu" if on_cpu or device is None else device.type
+    device_type = training_device().type
+    on_cpu = device_type == "cpu"
     check_environment(os.environ, device_type, 0 if on_cpu else torch.accelerator.device_count())
     if os.environ.get("WORLD_SIZE") == "1":
         # otherwise Accelerate wraps the model for distributed training, which costs a third of the speed
@@ -78,6 +77,12 @@ def join_processes(timeout_seconds: int) -> PartialState:
             f" train alone. Train on the CPU:\n  ACCELERATE_USE_CPU=true {launch_command(int(started), 'cpu')}"
         )
     return state
+
+
+def training_device() -> torch.device:
+    """The accelerator that torch finds; the CPU if there is none, or if ACCELERATE_USE_CPU is set."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else device
 
 
 def _meeting_place(timeout_seconds: int) -> dict[str, Any]:

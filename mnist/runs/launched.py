@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from mnist.config.recipes import RECIPES
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig, flag
 from mnist.errors import ConfigError, UserError
-from mnist.runs.record import Record, read_state
+from mnist.launch.processes import training_device
+from mnist.runs.record import Record, read_metrics, read_state
 
 STEPS = 30  # of a short run: six epochs of five batches
 SECONDS = 2.0  # of training in a longer run
@@ -47,8 +47,7 @@ class LaunchedRuns:
         self.script = script
         self.recipe = RECIPES[config.recipe]
         self.global_batch_size = config.global_batch_size or config.batch_size * processes
-        on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-        self.device = torch.device("cpu") if on_cpu else torch.device(str(torch.accelerator.current_accelerator()))
+        self.device = training_device()
 
     def start(
         self,
@@ -85,37 +84,46 @@ class LaunchedRuns:
         return self.finish(name, self.start(name, processes, **options))
 
     def finish(self, name: str, process: "subprocess.Popen[bytes]") -> Record:
-        with killed_at_the_end(process):
-            process.wait()
-        self.require(process.returncode == 0, name, process)
+        self._wait(name, process)
         return Record.read(self.folder / name)
 
-    def require(self, holds: bool, name: str, process: "subprocess.Popen[bytes]") -> None:
-        """Unless `holds`, raise RunError or ConfigError with the run's error message."""
-        if not holds:
-            state = read_state(self.folder / name / "state.json")
-            log = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-            lines = ["no output", *(line for line in log.splitlines() if line.strip())]
-            errors = [line for line in lines if re.match(r"\w+Error: ", line)]  # a launcher prints more after it
-            message = state.get("error") or [*lines, *errors][-1].removeprefix("ConfigError: ")
-            usage = 2 in (state.get("exit_code"), process.returncode)
-            raise ConfigError(message) if usage else RunError(message)
+    def _wait(self, name: str, process: "subprocess.Popen[bytes]") -> None:
+        with killed_at_the_end(process):
+            process.wait()
+        if process.returncode != 0:
+            raise self.error(name, process.returncode)
+
+    def error(self, name: str, exit_code: int) -> UserError:
+        """The error of a run that has ended: ConfigError if train.py rejects its settings, else RunError."""
+        state = read_state(self.folder / name / "state.json")
+        log = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        lines = ["no output", *(line for line in log.splitlines() if line.strip())]
+        errors = [line for line in lines if re.match(r"\w+Error: ", line)]  # a launcher prints more after it
+        message = state.get("error") or [*lines, *errors][-1].removeprefix("ConfigError: ")
+        return ConfigError(message) if 2 in (state.get("exit_code"), exit_code) else RunError(message)
 
     def wait_for_step(self, step: int, name: str, process: "subprocess.Popen[bytes]") -> None:
         """Wait until a run has logged a step. Raises RunError if the run ends first."""
+        metrics = self.folder / name / "metrics.jsonl"
         while process.poll() is None:
-            with contextlib.suppress(OSError, ConfigError, IndexError):
-                if Record.read(self.folder / name).lines[-1]["step"] >= step:
-                    return
+            if metrics.is_file() and any(line["step"] >= step for line in read_metrics(metrics)):
+                return
             time.sleep(0.005)
-        self.require(False, name, process)
+        raise (
+            self.error(name, process.returncode) if process.returncode else RunError(f"a run ended before step {step}")
+        )
+
+    def kill_at_step(self, step: int, name: str, process: "subprocess.Popen[bytes]") -> None:
+        """SIGKILL a run once it has logged a step. Raises RunError if the run ends by itself."""
+        with killed_at_the_end(process):
+            self.wait_for_step(step, name, process)
+        if process.returncode == 0:
+            raise RunError(f"a run ended before it could be killed at step {step}")
 
     def plain_rate(self, **settings: Any) -> float:
         """Images per second of the loop in plain PyTorch with the same settings (training/plain.py)."""
         process = self.start("plain", before=("-m", "mnist.training.plain"), **settings)
-        with killed_at_the_end(process):
-            process.wait()
-        self.require(process.returncode == 0, "plain", process)
+        self._wait("plain", process)
         return float((self.folder / "plain.log").read_text(encoding="utf-8").split()[-1])
 
     def rate_alone(self, **settings: Any) -> float:
@@ -134,6 +142,11 @@ class LaunchedRuns:
     def short(self) -> Record:
         """A short run with the settings of `config`."""
         return self.train("short", self.processes)
+
+    @functools.cached_property
+    def whole(self) -> Record:
+        """A longer run that nothing interrupts."""
+        return self.train("whole", self.processes, **self.longer)
 
     @functools.cached_property
     def longer(self) -> dict[str, Any]:
@@ -159,11 +172,22 @@ def killed_at_the_end(process: "subprocess.Popen[bytes]") -> Iterator[None]:
         yield
     finally:
         if process.poll() is None:
-            family = psutil.Process(process.pid)
-            for member in [family, *family.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
+            kill_all(process.pid)
             process.wait()
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL a process and its descendants, all stopped first so that none can react: like a loss of power."""
+    family: dict[int, psutil.Process] = {}
+    root = psutil.Process(pid)
+    while new := [member for member in (root, *root.children(recursive=True)) if member.pid not in family]:
+        for member in new:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+            family[member.pid] = member
+    for member in family.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 if __name__ == "__main__":  # python -m mnist.runs.launched train.py FLAGS

@@ -7,7 +7,6 @@ import sys
 import time
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from mnist.config.command_line import parse_command_line
 from mnist.config.recipes import RECIPES
@@ -15,6 +14,7 @@ from mnist.config.settings import TrainConfig
 from mnist.data.datasets import load_dataset
 from mnist.data.transforms import scale_pixels
 from mnist.launch.hardware import choose_threads
+from mnist.launch.processes import training_device
 from mnist.models.by_name import build_model
 from mnist.training.losses import LOSSES
 from mnist.training.optimizers import build_optimizer
@@ -22,8 +22,7 @@ from mnist.training.optimizers import build_optimizer
 
 def images_per_second(config: TrainConfig) -> float:
     """Train for --epochs on this machine's accelerator, otherwise the CPU; returns the speed of the last epoch."""
-    on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    device = torch.device("cpu") if on_cpu else torch.device(str(torch.accelerator.current_accelerator()))
+    device, low = training_device(), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(config.mixed_precision))
     torch.manual_seed(config.seed)
     data = load_dataset(config.dataset, config.data_dir, config.data_options)
     model = build_model(config.model, len(data.class_names), data.image_shape, normalization=data.normalization)
@@ -39,7 +38,7 @@ def images_per_second(config: TrainConfig) -> float:
         for index in torch.randperm(len(images), device=device).split(batch_size):  # type: ignore[no-untyped-call]
             sample_weight = torch.full((len(index),), 1 / len(index), device=device)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            with torch.autocast(device.type, low, enabled=low is not None):
                 output = model(scale_pixels(images[index]))
             loss = loss_function(output.float(), labels[index], sample_weight)
             loss.backward()  # type: ignore[no-untyped-call]

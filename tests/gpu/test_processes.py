@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER
+from mnist.verify import largest_difference
 from tests.conftest import state_of, user_environment
-from tests.launched.test_processes import largest_difference, weights
 
 pytestmark = pytest.mark.gpu
 SMALL = ("--trackers=none", "--limit-train-images=1000", "--limit-test-images=200", "--timeout-seconds=60")
@@ -65,7 +65,7 @@ def test_two_processes_over_nccl_end_with_the_weights_of_one(model: str, tmp_pat
     for processes in (1, 2):
         jobs = start(tmp_path, *flags, f"--run-name={processes}", processes=processes)
         assert finish(tmp_path, jobs) == [0] * processes
-    assert largest_difference(weights(tmp_path, "1"), weights(tmp_path, "2")) <= 2e-4
+    assert largest_difference(tmp_path / "runs" / "1", tmp_path / "runs" / "2") <= 2e-4
 
 
 def test_a_signal_to_one_process_ends_both_at_the_same_step(

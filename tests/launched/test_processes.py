@@ -25,7 +25,6 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from safetensors.torch import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
@@ -36,6 +35,7 @@ from mnist.launch import processes
 from mnist.launch.processes import FLAGS, check_environment, check_values, resolve_precision, waiting_for_others
 from mnist.launch.signals import Interrupted, Interruption
 from mnist.runs.record import Record, pixels
+from mnist.verify import largest_difference
 from tests.conftest import (
     Launch,
     MainHere,
@@ -77,15 +77,6 @@ def marked_processes(folder: Path) -> list[int]:
 def run(command: tuple[str, ...], folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     options: dict[str, Any] = {"cwd": PROJECT_FOLDER, "env": environment(folder, **variables), "timeout": 240}
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "runs" / name / "model" / "model.safetensors")
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 @contextlib.contextmanager
@@ -173,7 +164,7 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
         with worker.quick():
             worker.train_case(one_process, name)
     assert state_of(folder / "runs" / name)["step"] == worker.steps_of(name)
-    difference = largest_difference(weights(one_process, name), weights(folder, name))
+    difference = largest_difference(one_process / "runs" / name, folder / "runs" / name)
     assert difference < TOLERANCE[name.rpartition("-")[2]]
     lines = zip(metrics_of(one_process / "runs" / name), metrics_of(folder / "runs" / name), strict=True)
     for alone, together in lines:
@@ -220,7 +211,7 @@ def test_resuming_with_another_number_of_processes_repeats_and_skips_no_images(
         assert f"batch       20 images ({per_process} per process)" in output
         # a repeated or skipped image would change the weights
         run = folder / "runs" / f"begun-by-{was}"
-        assert largest_difference(weights(whole.parent.parent, "whole"), weights(folder, run.name)) < 2e-4
+        assert largest_difference(whole.parent.parent / "runs" / "whole", folder / "runs" / run.name) < 2e-4
         newest = max((run / "checkpoints").glob("step-*"))
         assert json.loads((newest / "state.json").read_text())["progress"]["images_seen"] == 2 * 507
 
@@ -480,7 +471,7 @@ def test_two_machines_train_like_one_and_if_one_is_lost_the_other_ends(
         time.sleep(0.2)
     main = next(folder for folder in folders if (folder / "runs").exists())
     for name in worker.FEW:
-        assert largest_difference(weights(one_process, name), weights(main, name)) < 1e-10
+        assert largest_difference(one_process / "runs" / name, main / "runs" / name) < 1e-10
     assert re.search(r"2 processes on 2 machines \((alpha|beta) 1, (alpha|beta) 1\)", (main / "output").read_text())
 
     lost, left = hosts[killed], 1 - killed
@@ -631,7 +622,7 @@ def test_torchrun_with_one_process_trains_like_plain_python(launch: Launch, tmp_
         done = launch(*small, f"--output-dir={tmp_path / 'runs'}", f"--run-name={name}", command=command)
         assert done.returncode == 0, done.stderr
         assert "launched    1 process with" in done.stdout
-    assert largest_difference(weights(tmp_path, "plain"), weights(tmp_path, "torchrun")) == 0
+    assert largest_difference(tmp_path / "runs" / "plain", tmp_path / "runs" / "torchrun") == 0
 
 
 def test_wrong_usage_is_reported_by_the_first_process_before_the_others_end(tmp_path: Path) -> None:
@@ -707,7 +698,7 @@ def test_dynamo_backend_inductor_gives_the_same_names_and_nearly_the_same_weight
             done = launch(*small, *flags, command=(*command, *options, "train.py"))
             assert done.returncode == 0, done.stderr
             assert ("compiler    inductor" in done.stdout) == (name == "compiled")
-            trained[f"{name}-{count}"] = weights(tmp_path, f"{name}-{count}")
+            trained[f"{name}-{count}"] = tmp_path / "runs" / f"{name}-{count}"
     for name in ("compiled-1", "compiled-2", "plain-2"):
         assert largest_difference(trained["plain-1"], trained[name]) < 1e-3
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER
+from mnist.runs.launched import kill_all
 from tests.conftest import Launch, MainHere, metrics_of, state_of
 from tests.launched.test_processes import CONFIGS, TORCHRUN
 from tests.support import wandb_log
-from tests.support.kill import kill_all
 from tests.support.namespaces import NAMESPACES
 from tests.training.test_checkpoint import checkpoints_of, end_of
 

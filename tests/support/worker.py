@@ -44,7 +44,8 @@ from tests.support.signals import hear_again
 SMALL: dict[str, Any] = {"limit_train_images": 200, "limit_test_images": 50}
 GLOBAL_BATCH = 24
 WRITE_REPORT = LiveReport.write
-SCHEDULES = list(zip(CHOICES["schedule"], (1, 4, 1, 4), strict=True))  # with so many accumulated batches
+# each with a number of batches per optimizer step
+SCHEDULES = list(zip(CHOICES["schedule"], (1, 4, 1, 4), strict=True))
 DTYPES = {"cnn-deep": "float64"}  # in float32 Adam turns rounding errors of near-zero gradients into full steps
 CASES = {
     "-".join(map(str, case)): case

@@ -20,8 +20,9 @@ from mnist.training.capture import check, compiler_error, loss_and_gradients
 from mnist.training.inductor import COMPILED, trace
 from mnist.training.lean import LeanAccelerator
 from mnist.training.losses import LOSSES
+from mnist.verify import largest_difference
 from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
-from tests.launched.test_processes import TOLERANCE, largest_difference, weights
+from tests.launched.test_processes import TOLERANCE
 from tests.launched.test_resume import kill_and_resume
 from tests.training.test_checkpoint import end_of
 
@@ -53,7 +54,7 @@ def compare(run_here: RunHere, tolerance: float, name: str = "run", **settings: 
     plain, compiled = (run_here(it, compile=it == names[1], **(HUNDRED_STEPS | settings)) for it in names)
     assert (is_compiled(plain), is_compiled(compiled)) == (False, True)
     folder = plain.parent.parent
-    assert largest_difference(weights(folder, names[0]), weights(folder, names[1])) < tolerance
+    assert largest_difference(folder / "runs" / names[0], folder / "runs" / names[1]) < tolerance
     exact = tolerance == TOLERANCE["float64"]
     for there, here in zip(metrics_of(plain), metrics_of(compiled), strict=True):
         assert there.keys() == here.keys()
@@ -121,7 +122,7 @@ def test_two_compiled_processes_train_like_one_uncompiled(launch: Launch, tmp_pa
         done = launch(*settings, f"--run-name={count}", *flag, command=command)
         assert done.returncode == 0, done.stderr
         assert (COMPILER in done.stdout) == bool(flag)
-    assert largest_difference(weights(tmp_path, "1"), weights(tmp_path, "2")) < TOLERANCE["float32"]
+    assert largest_difference(tmp_path / "runs" / "1", tmp_path / "runs" / "2") < TOLERANCE["float32"]
 
 
 @NEEDS_COMPILER
