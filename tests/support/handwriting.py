@@ -9,6 +9,7 @@ it.
 
 import io
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,9 +122,9 @@ def paste_digit(image28: Tensor, rng: np.random.Generator) -> Image.Image:
     page[top : top + height, left : left + width] = cover
     paper, pen = _paper_and_ink(rng)
     colors = paper + page[:, :, None] * (pen - paper)
-    colors *= _shadow(page_height, page_width, rng)[:, :, None]
+    colors *= shadow(page_height, page_width, rng)[:, :, None]
     colors += rng.normal(0, rng.uniform(0, 5), (page_height, page_width, 1))
-    return _through_jpeg(colors, int(rng.integers(30, 91)))
+    return through_jpeg(colors, int(rng.integers(30, 91)))
 
 
 def _paper_and_ink(rng: np.random.Generator) -> tuple[Points, Points]:
@@ -137,7 +138,7 @@ def _paper_and_ink(rng: np.random.Generator) -> tuple[Points, Points]:
             return paper, pen
 
 
-def _shadow(height: int, width: int, rng: np.random.Generator) -> Points:
+def shadow(height: int, width: int, rng: np.random.Generator) -> Points:
     """Light [height, width] in 0.4..1: it falls off in some direction, and a soft edge of a shadow may lie across."""
     y, x = np.mgrid[0:height, 0:width]
     angle = rng.uniform(0, 2 * math.pi)
@@ -151,7 +152,7 @@ def _shadow(height: int, width: int, rng: np.random.Generator) -> Points:
     return np.asarray(light)
 
 
-def _through_jpeg(colors: Points, quality: int) -> Image.Image:
+def through_jpeg(colors: NDArray[np.floating[Any]], quality: int) -> Image.Image:
     buffer = io.BytesIO()
     Image.fromarray(np.clip(colors, 0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=quality)
     return Image.open(buffer).convert("RGB")
@@ -168,17 +169,7 @@ def draw_digit(digit: int, rng: np.random.Generator, hand: str | None = None) ->
     hand = hand or str(rng.choice(list(HANDS[digit])))
     width, height = CANVASES[rng.integers(len(CANVASES))]
     size = min(width, height) * rng.uniform(0.3, 0.85)
-    steady = rng.uniform(0.01, 0.035)  # how far a point is missed, in heights of the digit
-    stretch = rng.uniform(0.8, 1.35)
-    slant = float(np.clip(rng.normal(0.05, 0.16), -0.35, 0.45))
-    turn = math.radians(float(np.clip(rng.normal(0, 5), -12, 12)))
-    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    strokes = []
-    for skeleton in HANDS[digit][hand]:
-        path = swing(skeleton, steady, rng)
-        path = path * [stretch, 1.0]
-        path[:, 0] += slant * (0.5 - path[:, 1])
-        strokes.append(path @ rotation * size)
+    strokes = [path * size for path in write_strokes(HANDS[digit][hand], any_writer(rng), rng)]
 
     pen = max(2.5, size * math.exp(rng.uniform(math.log(0.025), math.log(0.16))))  # pixels
     low, high = (pick(np.concatenate(strokes), axis=0) for pick in (np.min, np.max))
@@ -189,23 +180,61 @@ def draw_digit(digit: int, rng: np.random.Generator, hand: str | None = None) ->
     strokes = [(path - low) * fit + offset for path in strokes]
 
     by_mouse, pressing = rng.random() < 0.5, rng.random() < 0.3
+    drawn = ink_strokes(strokes, (width, height), pen * fit, rng, by_mouse=by_mouse, pressing=pressing)
+    if rng.random() < 0.5:
+        drawn = drawn.point(lambda value: 255 - value)
+    return drawn.convert("RGB") if rng.random() < 0.5 else drawn
+
+
+class Writer(NamedTuple):
+    """What the digits of one person have in common, besides the hands."""
+
+    steady: float  # how far a point is missed, in heights of the digit
+    stretch: float
+    slant: float
+    turn: float  # radians, counterclockwise
+
+
+def any_writer(rng: np.random.Generator) -> Writer:
+    steady, stretch = rng.uniform(0.01, 0.035), rng.uniform(0.8, 1.35)
+    slant = float(np.clip(rng.normal(0.05, 0.16), -0.35, 0.45))
+    return Writer(steady, stretch, slant, math.radians(float(np.clip(rng.normal(0, 5), -12, 12))))
+
+
+def write_strokes(skeletons: list[Stroke], writer: Writer, rng: np.random.Generator) -> list[Points]:
+    """The paths of the pen for a digit of height 1."""
+    cos, sin = math.cos(writer.turn), math.sin(writer.turn)
+    strokes = []
+    for skeleton in skeletons:
+        path = swing(skeleton, writer.steady, rng) * [writer.stretch, 1.0]
+        path[:, 0] += writer.slant * (0.5 - path[:, 1])
+        strokes.append(path @ np.array([[cos, sin], [-sin, cos]]))
+    return strokes
+
+
+def ink_strokes(
+    strokes: list[Points],
+    size: tuple[int, int],
+    pen: float,
+    rng: np.random.Generator,
+    by_mouse: bool = False,
+    pressing: bool = False,
+) -> Image.Image:
+    """Paths in pixels, drawn with a pen of that width, white on black in mode L."""
     oversampling = 4
-    page = Image.new("L", (width * oversampling, height * oversampling))
+    page = Image.new("L", (size[0] * oversampling, size[1] * oversampling))
     draw = ImageDraw.Draw(page)
     for path in strokes:
         if by_mouse:  # a few whole pixels, with straight lines between them
             path = np.round(path[:: int(rng.integers(2, 7))])
             path = _resample(path, 1.0)
-        pens = np.full(len(path), pen * fit)
+        pens = np.full(len(path), pen)
         if pressing:
             place = np.linspace(0, 1, len(path))
             pens *= np.interp(place, [0, rng.uniform(0.1, 0.4), rng.uniform(0.5, 0.9), 1], rng.uniform(0.45, 1.0, 4))
         for (x, y), wide in zip(path * oversampling, np.maximum(2, pens) / 2 * oversampling, strict=True):
             draw.ellipse((x - wide, y - wide, x + wide, y + wide), fill=255)
-    drawn = page.resize((width, height), Image.Resampling.BOX)
-    if rng.random() < 0.5:
-        drawn = drawn.point(lambda value: 255 - value)
-    return drawn.convert("RGB") if rng.random() < 0.5 else drawn
+    return page.resize(size, Image.Resampling.BOX)
 
 
 def swing(skeleton: Stroke, steady: float, rng: np.random.Generator) -> Points:
