@@ -248,15 +248,23 @@ def draw_digits(options: argparse.Namespace) -> None:
 
     def answer(drawing: bytes) -> dict[str, Any]:
         prediction = model.predict(read_image(drawing, "the drawing", model.config.scale))
+        network_input = "" if prediction.network_input is None else picture(prediction.network_input)
+        one = {"label": prediction.label, "probability": prediction.probability, "confident": True, "box": None}
+        found = prediction.label is not None
         return {
+            "text": prediction.label or "",
             "label": prediction.label,
             "probability": prediction.probability,
-            "probabilities": [prediction.probabilities.get(name, 0.0) for name in model.class_names],
-            "network_input": "" if prediction.network_input is None else picture(prediction.network_input),
+            "confident": found,
+            "probabilities": [prediction.probabilities[name] for name in model.class_names] if found else [],
+            "network_input": network_input,
+            "digits": [{**one, "network_input": network_input}] if found else [],
+            "reason": "" if found else "no digit found",
         }
 
     title = f"{model.config.architecture} on {model.config.dataset}"
-    serve(answer, model.class_names, title, options.host, options.port)
+    numbers = model.config.preparation == "digit"
+    serve(answer, model.class_names, title, options.host, options.port, numbers)
 
 
 def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData, Record | None]":

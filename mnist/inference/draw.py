@@ -5,10 +5,15 @@ server = build_server(answer, names, "title", port=0)       # for tests: a free 
 
 `answer` takes a PNG, bright ink on black like MNIST's images, and returns
 
-    {"label": "7", "probability": 0.98, "probabilities": [0.0, ...], "network_input": "data:image/png;base64,..."}
+    {"text": "7", "label": "7", "probability": 0.98, "confident": True, "probabilities": [0.0, ...],
+     "network_input": "data:image/png;base64,...", "reason": "",
+     "digits": [{"label": "7", "probability": 0.98, "confident": True, "box": [120, 40, 210, 230],
+                 "network_input": "data:image/png;base64,..."}]}
 
-with None as the label if no digit was found; `network_input` may be empty. The page is a single file, draw.html. The
-server is stateless.
+For several digits, "text" has their rows, separated by newlines, "digits" has them in that order with their boxes
+(left, top, right, bottom in pixels of the PNG), "probability" is the lowest, and "label", "probabilities" and
+"network_input" are None and empty. If no digit was found, "text" and "digits" are empty and "reason" says why. The page
+is a single file, draw.html. The server is stateless.
 """
 
 import contextlib
@@ -44,9 +49,14 @@ METHODS = {"/": "GET", "/answer": "POST"}
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT) -> None:
-    """Serve the page until Ctrl-C. Raises what `build_server` does."""
-    with contextlib.suppress(KeyboardInterrupt), build_server(answer, class_names, title, host, port) as server:
+def serve(
+    answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT, numbers: bool = False
+) -> None:
+    """Serve the page until Ctrl-C. Takes and raises what `build_server` does."""
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        build_server(answer, class_names, title, host, port, numbers) as server,
+    ):
         print(f"Open {server.address} to draw (press Ctrl-C to stop).", flush=True)
         if not is_loopback(host):
             print(f"Listening on {host}: everyone who can reach this machine can use it.", flush=True)
@@ -60,12 +70,13 @@ def serve(answer: Answer, class_names: Sequence[str], title: str, host: str = HO
 
 
 def build_server(
-    answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT
+    answer: Answer, class_names: Sequence[str], title: str, host: str = HOST, port: int = PORT, numbers: bool = False
 ) -> "DrawServer":
     """A server that listens but does not handle requests yet. Port 0 selects a free port.
 
-    `answer` is called by one thread at a time and may raise UserError for an image that it cannot read. Raises
-    UserError if the port is in use or not allowed, ConfigError if the host or port is invalid.
+    `answer` is called by one thread at a time and may raise UserError for an image that it cannot read. With `numbers`
+    it can read several digits, and the page has a wide canvas. Raises UserError if the port is in use or not allowed,
+    ConfigError if the host or port is invalid.
     """
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port {port}: must be from 0 to {2**16 - 1}.")
@@ -73,7 +84,8 @@ def build_server(
         family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
         ]
-        return DrawServer(answer, class_names, title, host, family, cast("tuple[str, int]", address[:2]))
+        content = {"title": title, "class_names": list(class_names), "numbers": numbers}
+        return DrawServer(answer, content, host, family, cast("tuple[str, int]", address[:2]))
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(f"--host {host}: unknown host. Use {HOST} for this machine only.") from error
     except OSError as error:
@@ -91,7 +103,7 @@ class DrawServer(ThreadingHTTPServer):
     """An HTTP server with one thread per request, so an idle client does not block others."""
 
     def __init__(
-        self, answer: Answer, class_names: Sequence[str], title: str, host: str, family: int, address: tuple[str, int]
+        self, answer: Answer, content: dict[str, Any], host: str, family: int, address: tuple[str, int]
     ) -> None:
         import jinja2
 
@@ -99,8 +111,7 @@ class DrawServer(ThreadingHTTPServer):
             loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
         )
         self.page = environment.get_template("draw.html")
-        prompt = "Draw a digit" if list(class_names) == list("0123456789") else "Draw something"
-        self.content = {"title": title, "class_names": list(class_names), "prompt": prompt}
+        self.content = content
         self.host = host
         self.address_family = cast("socket.AddressFamily", family)
         self._answer = answer

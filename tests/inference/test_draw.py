@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tests.support.handwriting import HANDS, swing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAMES = tuple("0123456789")
+PROMPT = "Draw a digit or a number"
 HOSTILE = "</script><script>document.title='owned'</script> & \"'"
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
@@ -46,22 +47,75 @@ def in_a_browser(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def band(picture: bytes) -> dict[str, Any]:
-    """A prediction without a network: which of ten vertical bands contains the ink's center; None for a few specks."""
+    """An answer without a network: which of ten vertical bands contains the ink's center; none for a few specks."""
     try:
         with Image.open(io.BytesIO(picture)) as image:
             ink = np.asarray(image.convert("L"), dtype=float)  # [height, width]
     except (OSError, SyntaxError) as error:
         raise UserError(f"not a picture: {error}") from error
     if ink.sum() < 255 * 900:
-        return {"label": None, "probability": 0.0, "probabilities": [0.0] * 10, "network_input": ""}
+        return answered(reason="no digit found")
     columns = ink.sum(axis=0)
     middle = (columns * np.arange(len(columns))).sum() / columns.sum()
     label = int(10 * middle / len(columns))
     probabilities = [0.82 if number == label else 0.02 for number in range(10)]
+    return answered([read_as(str(label), ink, (0, 0, ink.shape[1], ink.shape[0]))], probabilities)
+
+
+def read_as(label: str, ink: Any, region: tuple[int, int, int, int], probability: float = 0.82) -> dict[str, Any]:
+    """A digit of an answer: the ink [height, width] within a region, given by left, top, right and bottom."""
+    left, top, right, bottom = region
+    part = ink[top:bottom, left:right]
+    rows, columns = np.nonzero(part.max(axis=1) > 127)[0], np.nonzero(part.max(axis=0) > 127)[0]
     seen = io.BytesIO()
-    Image.fromarray(ink.astype(np.uint8)).resize((28, 28)).save(seen, format="PNG")
-    address = "data:image/png;base64," + base64.b64encode(seen.getvalue()).decode()
-    return {"label": str(label), "probability": 0.82, "probabilities": probabilities, "network_input": address}
+    Image.fromarray(part.astype(np.uint8)).resize((28, 28)).save(seen, format="PNG")
+    return {
+        "label": label,
+        "probability": probability,
+        "confident": probability > 0.5,
+        "box": [int(edge) for edge in (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)],
+        "network_input": "data:image/png;base64," + base64.b64encode(seen.getvalue()).decode(),
+    }
+
+
+def answered(
+    digits: Sequence[dict[str, Any]] = (), probabilities: Sequence[float] = (), **fields: Any
+) -> dict[str, Any]:
+    """An answer with no, one or several digits."""
+    one = digits[0] if len(digits) == 1 else {"label": None, "network_input": ""}
+    return {
+        "text": "".join(digit["label"] for digit in digits),
+        "label": one["label"],
+        "probability": min((digit["probability"] for digit in digits), default=0.0),
+        "confident": len(digits) > 0 and all(digit["confident"] for digit in digits),
+        "probabilities": list(probabilities),
+        "network_input": one["network_input"],
+        "digits": list(digits),
+        "reason": "",
+        **fields,
+    }
+
+
+def number(text: str, unsure: int | None = None) -> Callable[[bytes], dict[str, Any]]:
+    """Answers of a server that finds the digits of `text`, one in each cell of a grid with as many rows."""
+    rows = text.split("\n")
+
+    def answer(picture: bytes) -> dict[str, Any]:
+        with Image.open(io.BytesIO(picture)) as image:
+            ink = np.asarray(image.convert("L"))  # [height, width]
+        digits: list[dict[str, Any]] = []
+        found = ["" for _ in rows]
+        for y, row in enumerate(rows):
+            for x, label in enumerate(row):
+                width, height = ink.shape[1] // len(row), ink.shape[0] // len(rows)
+                cell = x * width, y * height, (x + 1) * width, (y + 1) * height
+                if ink[cell[1] : cell[3], cell[0] : cell[2]].max() > 127:  # drawn already
+                    probability = 0.4 if len(digits) == unsure else 0.97 - 0.01 * len(digits)
+                    digits.append(read_as(label, ink, cell, probability))
+                    found[y] += label
+        return answered(digits, [0.1] * 10 if len(digits) == 1 else [], text="\n".join(filter(None, found)))
+
+    return answer
 
 
 def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (130, 40, 150, 240)) -> bytes:
@@ -76,7 +130,7 @@ def png(width: int = 280, height: int = 280, ink: tuple[int, int, int, int] = (1
 @contextmanager
 def serving(answer: Callable[[bytes], dict[str, Any]] = band, **settings: Any) -> Iterator[DrawServer]:
     """A running server on a free port, in threads of this process."""
-    usual: dict[str, Any] = {"class_names": NAMES, "title": "Digits", "port": 0}
+    usual: dict[str, Any] = {"class_names": NAMES, "title": "Digits", "port": 0, "numbers": True}
     with build_server(answer, **(usual | settings)) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         try:
@@ -152,7 +206,7 @@ def test_an_answer_comes_quickly(server: DrawServer) -> None:
 def test_the_page_is_self_contained_and_no_other_script_or_style_is_allowed(server: DrawServer) -> None:
     first, second = Reply(server, "GET", "/"), Reply(server, "GET", "/?anything")
     assert first.status == second.status == 200
-    assert b'<div id="label">Draw a digit</div>' in first.body
+    assert f'<div id="label">{PROMPT}</div>'.encode() in first.body
     page, policy = first.body.decode(), first.headers["Content-Security-Policy"]
     found = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)
     assert found
@@ -171,7 +225,7 @@ def test_the_page_is_self_contained_and_no_other_script_or_style_is_allowed(serv
 
 
 def test_hostile_names_stay_text() -> None:
-    with serving(class_names=[HOSTILE, "other"], title=HOSTILE) as server:
+    with serving(class_names=[HOSTILE, "other"], title=HOSTILE, numbers=False) as server:
         page = Reply(server, "GET", "/").body.decode()
     assert HOSTILE not in page
     assert page.count("<script") == 2
@@ -410,6 +464,27 @@ class Tab:
         if release:
             self.page.mouse.up()
 
+    def draw_cells(self, text: str) -> None:
+        """Draw a line for each digit of `text`, all at once, where `number` expects it."""
+        rows = text.split("\n")
+        lines = []
+        for y, row in enumerate(rows):
+            for x in range(len(row)):
+                lines.append([[1.5 * (x + 0.5) / len(row), (y + part) / len(rows)] for part in (0.2, 0.8)])
+        self.page.evaluate("lines => change(lines)", lines)
+
+    def write(self, digit: int, left: float, top: float, height: float, rng: np.random.Generator) -> None:
+        """Write a digit with the mouse, at a place and of a size given as fractions of the canvas's height."""
+        box = self.page.locator("#canvas").bounding_box()
+        for skeleton in next(iter(HANDS[digit].values())):
+            path = (np.array([left, top]) + height * swing(skeleton, 0, rng)[::3]) * box["height"]
+            path += np.array([box["x"], box["y"]])
+            self.page.mouse.move(*path[0])
+            self.page.mouse.down()
+            for x, y in path:
+                self.page.mouse.move(x, y)
+            self.page.mouse.up()
+
     def draw_with_finger(self, x: float, top: float = 0.2, bottom: float = 0.8) -> None:
         """Draw a line on a touch screen."""
         session = self.context.new_cdp_session(self.page)
@@ -473,7 +548,7 @@ def open_tab(browser: Any, server: DrawServer) -> Iterator[Callable[..., Tab]]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_line_drawn_with_the_mouse_is_predicted_on_a_desktop(scheme: str, open_tab: Callable[..., Tab]) -> None:
     tab = open_tab(color_scheme=scheme)
-    assert tab.text("#label") == "Draw a digit"
+    assert tab.text("#label") == PROMPT
     assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
     tab.draw(0.75)
     tab.sees("7")
@@ -505,7 +580,7 @@ def test_a_line_drawn_by_touch_is_predicted_on_a_phone_without_scrolling(
     assert tab.page.evaluate("scrollY") == 0
     assert tab.page.locator("#canvas").evaluate("it => getComputedStyle(it).touchAction") == "none"
     tab.page.locator("#clear").tap()
-    tab.sees("Draw a digit")
+    tab.sees(PROMPT)
 
 
 @in_a_browser
@@ -515,7 +590,7 @@ def test_the_prediction_updates_while_drawing(open_tab: Callable[..., Tab]) -> N
     tab.sees("0")
     tab.page.mouse.move(*tab.at(0.95, 0.8), steps=20)
     tab.sees("3")
-    assert tab.text("#status") == "Draw a digit"  # announced only once the pointer is released
+    assert tab.text("#status") == PROMPT  # announced only once the pointer is released
     tab.page.mouse.up()
     tab.says("3 82.0 %")
 
@@ -549,11 +624,11 @@ def test_undo_removes_the_last_stroke_and_clear_removes_all(
     tab.draw(0.95)
     tab.sees("5")
     do("clear", clear)
-    tab.sees("Draw a digit")
+    tab.sees(PROMPT)
     assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
     assert tab.ink() == 0
     assert tab.page.locator("#network-input").get_attribute("src") is None
-    tab.says("Draw a digit")
+    tab.says(PROMPT)
     do("undo", undo)  # of clearing too
     tab.sees("5")
     assert tab.ink() == both
@@ -572,7 +647,7 @@ def test_the_keyboard_reaches_everything_with_a_visible_focus(open_tab: Callable
     focus = "[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]"
     assert tab.page.evaluate(focus) == ["clear", "solid"]
     tab.page.keyboard.press("Enter")
-    tab.sees("Draw a digit")
+    tab.sees(PROMPT)
     assert tab.page.evaluate("document.activeElement.id") == "clear"  # a button that has nothing to do keeps the focus
     tab.page.locator("#clear[aria-disabled=true]").wait_for()
 
@@ -588,7 +663,101 @@ def test_a_dot_is_drawn_but_is_not_a_digit(open_tab: Callable[..., Tab]) -> None
     tab.page.mouse.click(*tab.at(0.2, 0.5), button="right")
     tab.page.locator("#undo[aria-disabled=false]").wait_for()
     tab.page.keyboard.press("u")
-    tab.sees("Draw a digit")  # the other button has drawn nothing
+    tab.sees(PROMPT)  # the other button has drawn nothing
+
+
+@in_a_browser
+def test_several_digits_are_listed_and_boxed(open_tab: Callable[..., Tab]) -> None:
+    with serving(number("2026")) as server:
+        tab = open_tab(server.address)
+        bars, tiles, boxes = tab.page.locator("#classes"), tab.page.locator("#digits li"), tab.page.locator("#boxes i")
+        assert tab.page.evaluate("[sent.width, sent.height]") == [420, 280]
+        tab.draw(0.125)
+        tab.sees("2")
+        assert boxes.count() == tiles.count() == 0
+        for place, text in ((0.375, "20"), (0.625, "202"), (0.875, "2026")):
+            tab.draw(place)
+            tab.sees(text)
+        tab.says("2026, lowest 94.0 %")
+        assert tab.text("#probability") == "94.0 %"
+        assert tab.text("#second") == "lowest of 4 digits"
+        tab.page.locator("#seen").wait_for(state="hidden")
+        bars.wait_for(state="hidden")
+        assert [tile.split() for tile in tiles.all_inner_texts()] == [
+            [label, share, "%"] for label, share in zip("2026", ("97", "96", "95", "94"), strict=True)
+        ]
+        inputs = tab.page.locator("#digits img")
+        assert inputs.evaluate_all("all => all.map(it => [it.naturalWidth, it.naturalHeight])") == [[28, 28]] * 4
+        canvas = tab.page.locator("#canvas").bounding_box()
+        for place, box in zip((0.125, 0.375, 0.625, 0.875), boxes.all(), strict=True):
+            found, pen = box.bounding_box(), 0.06 * canvas["height"]
+            drawn = {"width": pen, "height": 0.6 * canvas["height"] + pen}  # round ends
+            drawn |= {"x": canvas["x"] + place * canvas["width"] - pen / 2, "y": tab.at(0, 0.2)[1] - pen / 2}
+            assert found == pytest.approx(drawn, abs=4)
+        tab.page.keyboard.press("u")
+        tab.sees("202")
+        tab.page.keyboard.press("c")
+        tab.sees(PROMPT)
+        assert boxes.count() == tiles.count() == 0
+        bars.wait_for(state="visible")
+        tab.context.close()
+
+
+@in_a_browser
+def test_a_digit_that_may_be_wrong_is_marked_in_words(open_tab: Callable[..., Tab]) -> None:
+    for text, said in (("7", "7 40.0 %, not sure"), ("47\n11", "47, 11, lowest 40.0 %, not sure of 1")):
+        with serving(number(text, unsure=len(text) // 4)) as server:
+            tab = open_tab(server.address)
+            tab.draw_cells(text)
+            tab.says(said)
+            assert tab.text("#note") == said.partition("%, ")[2]
+            if len(text) > 1:
+                assert tab.text("#label .unsure") == "7"
+                assert [tile.split()[3:] for tile in tab.page.locator("#digits li").all_inner_texts()] == [
+                    ["not", "sure"] if place == 1 else [] for place in range(4)
+                ]
+            tab.context.close()
+
+
+@in_a_browser
+def test_the_reason_for_no_digit_is_shown(open_tab: Callable[..., Tab]) -> None:
+    with serving(lambda picture: answered(reason="digits touch each other")) as server:
+        tab = open_tab(server.address)
+        tab.draw(0.5)
+        tab.says("Digits touch each other")
+        assert tab.text("#label") == "Digits touch each other"
+        tab.context.close()
+
+
+@in_a_browser
+def test_nothing_overflows_or_moves_with_up_to_twelve_digits_in_any_window(open_tab: Callable[..., Tab]) -> None:
+    outside = """[...document.querySelectorAll(".card :not(.track i)")].filter(it => {
+        const box = it.getBoundingClientRect(), card = it.closest(".card").getBoundingClientRect();
+        return box.width && (box.left < card.left || box.right > card.right || box.top < card.top
+            || box.bottom > card.bottom);
+    }).map(it => it.outerHTML)"""
+    places = """["#canvas", ".draw", ".answer", ".bars"].map(it => {
+        const {left, top, right, bottom} = document.querySelector(it).getBoundingClientRect();
+        return [left, top, right, bottom];
+    })"""
+    scrolls = """[document.documentElement, document.getElementById("digits")].filter(
+        it => it.scrollWidth > it.clientWidth || it.scrollHeight > it.clientHeight).map(it => it.id || "page")"""
+    answers = [number("1")]
+    with serving(lambda picture: answers[-1](picture)) as server:
+        tab = open_tab(server.address)
+        for width, height in ((390, 844), (844, 390), (1280, 800), (1920, 1080)):
+            tab.page.set_viewport_size({"width": width, "height": height})
+            before = tab.page.evaluate(places)
+            for text in ("7", "2026", "314159265358", "314159\n265358"):
+                answers.append(number(text, unsure=0))
+                tab.draw_cells(text)
+                tab.sees(text)
+                assert tab.page.evaluate(outside) == [], (width, text)
+                assert tab.page.evaluate(scrolls) == [], (width, text)
+                assert tab.page.evaluate(places) == before, (width, text)
+                tab.page.keyboard.press("c")
+                tab.sees(PROMPT)
+        tab.context.close()
 
 
 @in_a_browser
@@ -615,7 +784,7 @@ def test_two_tabs_are_independent(open_tab: Callable[..., Tab]) -> None:
     one.page.mouse.up()
     one.page.keyboard.press("c")
     other.page.mouse.move(*other.at(0.75, 0.1), steps=4)
-    one.sees("Draw a digit")
+    one.sees(PROMPT)
     other.sees("7")
     other.page.mouse.up()
     other.says("7 82.0 %")
@@ -642,11 +811,11 @@ def test_one_request_at_a_time_and_outdated_answers_are_dropped(
         assert len(asked) == 1  # the other lines wait for the answer
         with tab.page.expect_response("**/answer") as answered:
             tab.page.keyboard.press("c")
-            tab.sees("Draw a digit")
+            tab.sees(PROMPT)
             may_answer.set()
         answered.value.finished()
         tab.page.wait_for_timeout(200)
-        assert tab.text("#label") == "Draw a digit"  # the answer to what was cleared came too late
+        assert tab.text("#label") == PROMPT  # the answer to what was cleared came too late
         assert tab.shares() == pytest.approx([0] * 10, abs=0.02)
         assert len(asked) == 1  # and nobody asks about an empty paper
 
@@ -708,16 +877,10 @@ def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
     model, rng = load(cnn_run), np.random.default_rng(0)
     with serving_process("-m", "mnist", "draw", "--model", str(cnn_run), "--port", "0") as (_, address):
         tab = Tab(browser, address, viewport=viewport)
-        for digit, hands in HANDS.items():
+        for digit in HANDS:
             tab.page.keyboard.press("c")
-            tab.sees("Draw a digit")
-            for skeleton in next(iter(hands.values())):
-                path = 0.2 + 0.6 * swing(skeleton, 0, rng)[::3]  # of the drawing's sides
-                tab.page.mouse.move(*tab.at(*path[0]))
-                tab.page.mouse.down()
-                for x, y in path:
-                    tab.page.mouse.move(*tab.at(x, y))
-                tab.page.mouse.up()
+            tab.sees(PROMPT)
+            tab.write(digit, 0.5, 0.2, 0.6, rng)
             tab.sees(str(digit))
             while not tab.page.evaluate("shown !== null && shown.about === drawn"):
                 tab.page.wait_for_timeout(20)
@@ -734,8 +897,9 @@ def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
 @in_a_browser
 def test_many_long_and_hostile_names_fit(open_tab: Callable[..., Tab]) -> None:
     names = [f"{HOSTILE} {number}" for number in range(47)]
-    told = {"label": names[3], "probability": 0.9999, "probabilities": [0.9999] + [0.0] * 46, "network_input": ""}
-    with serving(lambda picture: told, class_names=names, title=HOSTILE) as server:
+    digit = {"label": names[3], "probability": 0.9999, "confident": True, "box": None, "network_input": ""}
+    told = answered([digit], [0.9999] + [0.0] * 46)
+    with serving(lambda picture: told, class_names=names, title=HOSTILE, numbers=False) as server:
         for viewport in (DESK, PHONE):
             tab = open_tab(server.address, viewport=viewport)
             assert tab.page.title() == HOSTILE
@@ -744,5 +908,6 @@ def test_many_long_and_hostile_names_fit(open_tab: Callable[..., Tab]) -> None:
             tab.sees(names[3])
             assert tab.text("#probability") == "> 99.9 %"
             assert tab.page.locator(".bars li").count() == 47
+            assert tab.page.evaluate("[sent.width, sent.height, canvas.width / canvas.height]") == [280, 280, 1]
             assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             tab.context.close()  # before the server goes, which it may be about to ask once more
