@@ -35,8 +35,8 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     """The settings of a command line: those of its recipe, overridden by its flags.
 
     Accepts `--learning-rate=0.01` and `--learning_rate 0.01`, and for a boolean `--flag`, `--flag=True` or `--flag
-    false`; W&B's sweep agents use `=`. Exits with 2 and a message for arguments that cannot be parsed; raises
-    ConfigError for invalid values.
+    false`; W&B's sweep agents use `=`. `--augment` alone is `--augment light`. Exits with 2 and a message for arguments
+    that cannot be parsed; raises ConfigError for invalid values.
     """
     import tyro
 
@@ -109,18 +109,25 @@ def is_first_process() -> bool:
 
 
 def spell_booleans(arguments: Sequence[str]) -> list[str]:
-    """Spell `--flag`, `--flag=true` and `--flag false` as `--flag True` and `--flag False`, which tyro reads."""
-    flags = {flag(name) for name, kind in get_type_hints(TrainConfig).items() if kind is bool}
+    """Spell `--flag`, `--flag=true` and `--flag false` as `--flag True` and `--flag False`, which tyro reads.
+
+    Also accepts --augment as a boolean, which it once was.
+    """
+    kinds = get_type_hints(TrainConfig)
+    words = {flag(name): {"true": "True", "false": "False"} for name, kind in kinds.items() if kind is bool}
+    words["--augment"] = {"true": "light", "false": "none"}
     spelled: list[str] = []
+    pending: dict[str, str] = {}  # words of the flag before
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         name, equals, value = argument.partition("=")
-        if name.replace("_", "-") in flags and equals:
-            spelled += [name, value.capitalize()]
-        elif name.replace("_", "-") in flags and following.startswith("--"):
-            spelled += [argument, "True"]
+        known = words.get(name.replace("_", "-"), {})
+        if known and equals:
+            spelled += [name, known.get(value.lower(), value)]
+        elif known and following.startswith("--"):
+            spelled += [argument, known["true"]]
         else:
-            is_value = bool(spelled) and spelled[-1].replace("_", "-") in flags
-            spelled.append(argument.capitalize() if is_value else argument)
+            spelled.append(pending.get(argument.lower(), argument))
+        pending = {} if equals else known
     return spelled
 
 

@@ -25,7 +25,7 @@ RECIPES = {
     "best": TrainConfig(
         recipe="best",
         model="cnn-deep",
-        augment=True,
+        augment="light",
         batch_size=128,
         epochs=45,
         optimizer="adamw",

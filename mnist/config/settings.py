@@ -20,6 +20,7 @@ from mnist.files import read_text
 CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
     "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),  # torchvision's models are accepted as well
+    "augment": ("none", "light", "strong"),
     "loss": ("nll", "mse"),
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
@@ -118,8 +119,8 @@ class TrainConfig:
     validation_size: int = 0
     """Hold out the last N training images for validation. Tune settings on these, not on the test images."""
 
-    augment: bool = False
-    """Randomly rotate, zoom and shift the training images, and mirror them (not MNIST and KMNIST)."""
+    augment: str = "none"
+    """light: rotate, zoom, shift, and mirror images (not MNIST's and KMNIST's). strong: MNIST in other handwritings."""
 
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
@@ -173,6 +174,7 @@ class TrainConfig:
     """Seconds that a process waits for the others before the job fails."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "augment", augment_level(self.augment))
         for field in dataclasses.fields(self):
             self._require_type(field.name, get_args(field.type) or (field.type,))
         for name in AT_LEAST_1:
@@ -191,7 +193,7 @@ class TrainConfig:
             lambda name: re.fullmatch(r"\w[\w.+=@-]*", name, re.ASCII) and name != "latest",
             "letters, digits and _ . + = @ - only, and not 'latest'",
         )
-        for name in ("loss", "optimizer", "schedule"):
+        for name in ("augment", "loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
         for name in ("data_dir", "dataset", "output_dir"):
             self._require(name, lambda path: "\0" not in path, "a path without a zero byte")
@@ -349,6 +351,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         if isinstance(value, int) and abs(value) > MAX_INTEGER:  # may be too long to show, e.g. in hexadecimal
             raise ConfigError(f"{path}: {name}: must be at most {MAX_INTEGER:,}.")
     return settings
+
+
+def augment_level(value: Any) -> Any:
+    """`light` and `none` for True and False: until version 0.2, --augment was on or off."""
+    return {True: "light", False: "none"}[value] if isinstance(value, bool) else value
 
 
 def flag(name: str) -> str:

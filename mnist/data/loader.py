@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mnist.config.settings import TrainConfig
 from mnist.data.splits import ImageData, Split
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
+from mnist.data.writing import rewrite, writing_parameters
 from mnist.errors import ConfigError
 from mnist.launch.hardware import device_memory, eval_memory
 from mnist.launch.processes import check_alike
@@ -29,7 +30,7 @@ class Training(NamedTuple):
 
     seed: int  # of the order and the augmentation
     accumulation_steps: int = 1  # batches per optimizer step
-    augment: bool = False
+    augment: str = "none"  # none, light or strong (of handwriting)
     flips: bool = False  # whether augmentation may mirror an image
 
 
@@ -91,8 +92,11 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         order = np.random.default_rng([training.seed, epoch]).permutation(count) if training else np.arange(count)
         order = np.resize(order, self.num_batches * self.global_batch_size)  # filled from its start
         self.order = self._fill_up(torch.from_numpy(order)).to(self.home)
-        if training and training.augment:
-            parameters = augmentation_parameters(len(order), training.seed, epoch, training.flips)
+        if training and training.augment != "none":
+            if training.augment == "strong":
+                parameters = writing_parameters(len(order), training.seed, epoch)
+            else:
+                parameters = augmentation_parameters(len(order), training.seed, epoch, training.flips)
             self.parameters = self._fill_up(parameters).to(self.home)
         self.ready: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -112,9 +116,13 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         part = slice(first, first + count), slice(offset, offset + size)  # [batches, B]
         images, labels = (self._to_device(values) for values in self.split.gather(self.order[part]))
         X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[part].clone())
-        if self.training and self.training.augment:
-            parameters = self._to_device(self.parameters[part])
-            X = augment(X.flatten(0, 1), parameters.flatten(0, 1)).view_as(X)
+        if self.training and self.training.augment != "none":
+            parameters = self._to_device(self.parameters[part]).flatten(0, 1)
+            if self.training.augment == "strong":
+                rewritten, classes = rewrite(X.flatten(0, 1), labels.flatten(), parameters)
+                X, labels = rewritten.view_as(X), classes.view_as(labels)
+            else:
+                X = augment(X.flatten(0, 1), parameters).view_as(X)
         starts = range(first * self.size + offset, self.order.numel(), self.size)
         batches = zip(X.unbind(), labels.unbind(), sample_weight.unbind(), strict=True)
         self.ready = {range(start, start + size): batch for start, batch in zip(starts, batches, strict=False)}
@@ -190,6 +198,8 @@ def build_loaders(
     All processes must call it. Raises ConfigError if their data differ or a batch is larger than the data.
     """
     check_alike(data.counts | {"dataset_md5": data.checksum})
+    if config.augment == "strong" and data.preparation != "digit":
+        raise ConfigError(f"--augment strong: {data.name} is not handwritten digits (mnist). Use --augment light.")
     processes, device = accelerator.num_processes, accelerator.device
     data = place_images(data, device)
     training = Training(config.seed, config.gradient_accumulation_steps, config.augment, data.flips)

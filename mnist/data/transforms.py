@@ -52,8 +52,8 @@ def augment(X: Tensor, parameters: Tensor) -> Tensor:
     """
     angle, zoom, right, down, mirrored = parameters.to(X)[:, :, None, None].unbind(1)  # each [B, 1, 1]
     height, width = X.shape[2:]
-    x = _centers(width, X)  # [1, width]
-    y = _centers(height, X)[0, :, None]  # [height, 1]
+    x = centers(width, X)  # [1, width]
+    y = centers(height, X)[0, :, None]  # [height, 1]
     x, y = (x - 2 * right) / (1 + zoom) * (1 - 2 * mirrored), (y - 2 * down) / (1 + zoom)
     cos, sin, ratio = angle.cos(), angle.sin(), height / width  # rotate in pixels, not in fractions of the sides
     # written out because affine_grid's matrix product in TensorFloat-32 is off by a pixel
@@ -61,6 +61,6 @@ def augment(X: Tensor, parameters: Tensor) -> Tensor:
     return F.grid_sample(X, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _centers(count: int, X: Tensor) -> Tensor:
+def centers(count: int, X: Tensor) -> Tensor:
     """[1, count] pixel centers in grid_sample's coordinates, -1 to 1 between the edges."""
     return (2 * torch.arange(count, dtype=X.dtype, device=X.device) + 1 - count)[None] / count

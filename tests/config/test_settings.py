@@ -58,16 +58,17 @@ def test_a_flag_overrides_one_setting_of_the_recipe(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--augment"], True),
-        (["--augment", "--batch-size", "5"], True),
-        (["--augment=True"], True),  # sent by W&B's sweep agents
-        (["--augment=false"], False),
-        (["--augment", "true"], True),
-        (["--augment", "False"], False),
-        ([], False),
+        (["--augment"], "light"),
+        (["--augment", "--batch-size", "5"], "light"),
+        (["--augment=True"], "light"),  # sent by W&B's sweep agents
+        (["--augment=false"], "none"),
+        (["--augment", "true"], "light"),
+        (["--augment", "False"], "none"),
+        (["--augment", "strong"], "strong"),
+        ([], "none"),
     ],
 )
-def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bool) -> None:
+def test_augment_takes_a_level_a_boolean_or_nothing(arguments: list[str], expected: str) -> None:
     assert parse_command_line(RECIPES, arguments).augment is expected
 
 
@@ -186,7 +187,7 @@ def test_every_choice_is_implemented() -> None:
         ("epochs: true", "--epochs True: must be an integer."),
         ("epochs: 1.5", "--epochs 1.5: must be an integer."),
         ("epochs: [3]", "must map setting names to plain values."),
-        ("augment: 1", "--augment 1: must be true or false."),
+        ("augment: 1", "--augment 1: must be a string."),
         ("dataset: 5", "--dataset 5: must be a string."),
         ("3: 4", "must map setting names"),
         ("5", "must map setting names"),

@@ -206,37 +206,43 @@ def test_each_optimizer_step_averages_over_its_actual_number_of_images(count: in
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def augmented(digits: ImageData, processes: int, rank: int, first: int = 0) -> list[Batch]:
+def augmented(digits: ImageData, level: str, processes: int, rank: int, first: int = 0) -> list[Batch]:
     """A process's batches in the second epoch of 107 images, global batch size 20, starting at batch `first`."""
     split = digits.train.take(slice(0, 107))
     size = -(-20 // processes) * processes
-    batches = build_loader(split, 20, processes, training=Training(seed=3, augment=True))
+    batches = build_loader(split, 20, processes, training=Training(seed=3, augment=level))
     batches.dataset.set_epoch(1)  # type: ignore[attr-defined]
     share = size // processes
     starts = range(first * size + rank * share, 6 * size, size)
     return [batches.dataset.__getitems__(range(start, start + share)) for start in starts]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("level", ["light", "strong"])
 @pytest.mark.parametrize("processes", [2, 3])  # 20 does not divide by 3: a batch is filled up
-def test_augmentation_does_not_depend_on_the_number_of_processes(processes: int, digits: ImageData) -> None:
-    alone = augmented(digits, 1, 0)
-    shares = [augmented(digits, processes, rank) for rank in range(processes)]
+def test_augmentation_does_not_depend_on_the_number_of_processes(processes: int, level: str, digits: ImageData) -> None:
+    alone = augmented(digits, level, 1, 0)
+    shares = [augmented(digits, level, processes, rank) for rank in range(processes)]
     for number, (X, y, _) in enumerate(alone):
         together = [torch.cat([share[number][part] for share in shares])[:20] for part in (0, 1)]
         assert torch.equal(X, together[0])
         assert torch.equal(y, together[1])
 
 
-def test_an_epoch_resumed_midway_has_the_same_images(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", ["light", "strong"])
+def test_an_epoch_resumed_midway_has_the_same_images(
+    level: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(BatchDataset, "READ_AHEAD", 40 * 28 * 28)
-    whole, rest = augmented(digits, 1, 0), augmented(digits, 1, 0, first=3)
+    whole, rest = augmented(digits, level, 1, 0), augmented(digits, level, 1, 0, first=3)
     for left, right in zip(whole[3:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def test_augmented_images_resemble_the_originals_and_differ_per_epoch(digits: ImageData) -> None:
     split = digits.train.take(slice(0, 50))
-    plain, changed = (build_loader(split, 50, training=Training(seed=0, augment=augment)) for augment in (False, True))
+    plain, changed = (
+        build_loader(split, 50, training=Training(seed=0, augment=augment)) for augment in ("none", "light")
+    )
     (X, *others), (Z, *same) = next(iter(plain)), next(iter(changed))
     assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
     assert not any(torch.allclose(before, after) for before, after in zip(X, Z, strict=True))
@@ -250,7 +256,7 @@ def test_writing_is_not_mirrored(digits: ImageData) -> None:
     assert not digits.flips
     split = digits.train.take(slice(0, 50))
     for flips in (False, True):
-        batches = build_loader(split, 50, training=Training(seed=0, augment=True, flips=flips))
+        batches = build_loader(split, 50, training=Training(seed=0, augment="light", flips=flips))
         assert bool(batches.dataset.parameters[..., 4].any()) is flips  # type: ignore[attr-defined]
 
 
@@ -267,7 +273,7 @@ def test_splits_together_take_at_most_a_quarter_of_a_devices_free_memory(
     placed = place_images(data, meta)
     splits = [placed.train, placed.validation, placed.test]
     assert [split.images[:].device.type for split in splits if split] == homes
-    for batch in build_loader(placed.train, 20, 3, meta, Training(seed=0, augment=True)):
+    for batch in build_loader(placed.train, 20, 3, meta, Training(seed=0, augment="light")):
         assert [values.device.type for values in batch] == ["meta"] * 3
         assert [values.shape for values in batch] == [(21, 1, 28, 28), (21,), (21,)]
 

@@ -40,7 +40,7 @@ def test_float32_has_the_error_of_float32(layer: nn.Module, shape: tuple[int, ..
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "cnn-quick", "cnn-deep"])
 def test_the_same_seed_gives_the_same_bits(model: str, run_here: RunHere) -> None:
-    settings: dict[str, Any] = {"model": model, "batch_size": 50, "limit_train_images": 2000, "augment": True}
+    settings: dict[str, Any] = {"model": model, "batch_size": 50, "limit_train_images": 2000, "augment": "light"}
     assert end_of(run_here("first", **settings)) == end_of(run_here("second", **settings))
 
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_bit_identical(
 def test_images_on_the_gpu_and_in_pinned_memory_give_the_same_bits(
     run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"model": "cnn", "augment": True, "limit_train_images": 5000, "batch_size": 50}
+    settings: dict[str, Any] = {"model": "cnn", "augment": "light", "limit_train_images": 5000, "batch_size": 50}
     on_gpu = run_here("on-gpu", **settings)
     monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (0, 0))
     assert end_of(run_here("pinned", **settings)) == end_of(on_gpu)

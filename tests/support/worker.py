@@ -122,7 +122,7 @@ def train_case(folder: Path, name: str) -> None:
         log_every=5,
         model=model,
         schedule=schedule,
-        augment=schedule == "linear",  # which must not depend on the number of processes
+        augment="light" if schedule == "linear" else "none",  # which must not depend on the number of processes
         warmup_steps=0 if schedule == "constant" else 4,
         gradient_accumulation_steps=accumulation,
         batch_size=GLOBAL_BATCH // world_size(),
@@ -160,9 +160,10 @@ def evaluate_all(folder: Path) -> None:
         torch.manual_seed(1)
         loader = build_loader(images, 100 * world_size(), world_size())
         model, loader = accelerator.prepare(build_model("cnn", 10), loader)
-        result = evaluate_split(model, loader, LOSSES["nll"], accelerator, mistakes=12)
-        mistakes = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes]
-        results[size] = [result.loss, result.correct, result.images, result.confusion.tolist(), mistakes]
+        result = evaluate_split(model, loader, LOSSES["nll"], accelerator, split="test")
+        mistakes = [(it.place, it.truth, it.prediction, it.second) for it in result.mistakes[:12]]
+        calibration = evaluate_split(model, loader, LOSSES["nll"], accelerator, split="val").calibration
+        results[size] = [result.loss, result.correct, result.images, result.confusion.tolist(), mistakes, calibration]
     rank = os.environ.get("RANK", "0")
     (folder / f"evaluate-{world_size()}-{rank}.json").write_text(json.dumps(results))
 

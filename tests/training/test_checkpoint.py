@@ -105,7 +105,7 @@ def test_progress_is_read_from_the_checkpoint_not_from_its_name(run_here: RunHer
     [
         {
             "model": "cnn",
-            "augment": True,
+            "augment": "strong",
             "optimizer": "sgd",
             "schedule": "one-cycle",
             "gradient_accumulation_steps": 3,
@@ -415,6 +415,20 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(
     shutil.copytree(checkpoints_of(begun)[-1], other / "checkpoints" / "step-0000000009")
     with pytest.raises(ConfigError, match="step-0000000009: saved with model mlp, but this run has cnn"):
         resume_here(other, max_steps=20)
+
+
+def test_a_run_resumes_that_was_started_when_augment_was_on_or_off(run_here: RunHere, resume_here: ResumeHere) -> None:
+    folder = run_here("x", augment="light", limit_train_images=207, checkpoint_every=7, max_steps=20)
+    expected = end_of(folder)
+    first, *others = checkpoints_of(folder)
+    for path in others:  # as if killed before they were written
+        shutil.rmtree(path)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("augment: light", "augment: true"))
+    rewrite(first, "state.json", lambda state: state["essence"].update(augment=True))
+    resume_here(folder)
+    assert "augment: light" in (folder / "config.yaml").read_text()
+    assert end_of(folder) == expected
 
 
 def test_some_settings_may_change(begun: Path, resume_here: ResumeHere) -> None:

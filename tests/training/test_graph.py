@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cnn": {"model": "cnn"},
     "cnn-quick": {"model": "cnn-quick"},
     "windows, the last one shorter": {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5, "schedule": "cosine"},
-    "clipping": {"max_grad_norm": 0.5, "optimizer": "sgd", "augment": True},
+    "clipping": {"max_grad_norm": 0.5, "optimizer": "sgd", "augment": "light"},
     "bf16": {"model": "cnn", "mixed_precision": "bf16"},
     "another loss": {"optimizer": "radam", "loss": "mse", "weight_decay": 0.01},
     "BatchNorm": {"model": "resnet18", "limit_train_images": 57, "limit_test_images": 10, "epochs": 1},
@@ -178,6 +178,6 @@ def test_no_step_between_two_logs_waits_for_the_gpu(
     monkeypatch.setattr(Session, "batches", watched)
     if not resident:  # in GPU memory
         monkeypatch.setattr("mnist.data.loader.device_memory", lambda device: (0, 0))
-    settings: dict[str, Any] = {"limit_train_images": 3007, "log_every": 1000, "augment": True, "max_grad_norm": 1.0}
+    settings: dict[str, Any] = {"limit_train_images": 3007, "log_every": 1000, "augment": "light", "max_grad_norm": 1.0}
     run_here("run", compile=compiled, gradient_accumulation_steps=2, schedule="cosine", **settings)
     assert steps == 301

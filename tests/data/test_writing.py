@@ -1,0 +1,92 @@
+"""Strong augmentation: digits in other hands, and images that are not digits."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnist.data.splits import ImageData
+from mnist.data.transforms import scale_pixels
+from mnist.data.writing import COLUMNS, NOT_DIGITS, UNIFORM, rewrite, shapes, writing_parameters
+
+FIRST = COLUMNS - UNIFORM  # of the uniform numbers: whether it is a digit, whether it gets a stroke, ...
+
+
+def of_class(digits: ImageData, digit: int, count: int = 200) -> tuple[Tensor, Tensor]:
+    index = (digits.train.labels == digit).nonzero()[:count, 0]
+    return scale_pixels(digits.train.images[index]), digits.train.labels[index]
+
+
+def unmoved(count: int, chance: float) -> Tensor:
+    """Parameters of digits that stay where they are; all get a stroke or none."""
+    parameters = torch.zeros(count, COLUMNS)
+    parameters[:, FIRST:] = 0.5
+    parameters[:, FIRST + 1] = chance
+    return parameters
+
+
+def test_zeros_without_strokes_change_no_digit(digits: ImageData) -> None:
+    X, y = scale_pixels(digits.train.images[:300]), digits.train.labels[:300]
+    Z, same = rewrite(X, y, unmoved(300, chance=1.0))
+    torch.testing.assert_close(Z, X, atol=1e-5, rtol=0)
+    assert torch.equal(same, y)
+
+
+@pytest.mark.parametrize(("digit", "where"), [(1, "left"), (7, "both"), (9, "left"), (4, "top")])
+def test_ones_get_flags_sevens_bars_nines_hooks_and_fours_are_closed(digit: int, where: str, digits: ImageData) -> None:
+    X, y = of_class(digits, digit)
+    Z, _ = rewrite(X, y, unmoved(len(X), chance=0.2))
+    added = (Z - X).clamp(min=0)
+    has_more = added.sum((1, 2, 3)) > 2
+    assert has_more.double().mean() > (0.2 if digit == 4 else 0.8)  # open fours, if they are wide, would be nines
+    middle = (X * torch.arange(28.0)).sum((1, 2, 3)) / X.sum((1, 2, 3))
+    left = (added * (torch.arange(28.0) < middle[:, None, None, None])).sum((1, 2, 3)) / added.sum((1, 2, 3))
+    share = float(left[has_more].mean())
+    assert {"left": share > 0.6, "both": 0.2 < share < 0.8, "top": True}[where]
+    if where == "top":
+        assert added[has_more, :, :14].sum() > added[has_more, :, 14:].sum()
+
+
+def test_other_digits_get_no_strokes(digits: ImageData) -> None:
+    for digit in (0, 2, 3, 5, 6, 8):
+        X, y = of_class(digits, digit, 50)
+        torch.testing.assert_close(rewrite(X, y, unmoved(50, chance=0.2))[0], X, atol=1e-5, rtol=0)
+
+
+def test_a_share_of_the_images_are_not_digits_and_have_random_classes(digits: ImageData) -> None:
+    X, y = of_class(digits, 3, 4000)
+    Z, classes = rewrite(X, y, writing_parameters(4000, seed=0, epoch=1))
+    other = classes != 3
+    assert float(other.double().mean()) == pytest.approx(0.9 * NOT_DIGITS, abs=0.02)
+    counts = torch.bincount(classes[other], minlength=10)
+    assert counts[[0, 1, 2, 4, 5, 6, 7, 8, 9]].min() > 0.6 * other.sum() / 9
+    assert Z.min() >= 0
+    assert Z.max() <= 1
+
+
+def test_strong_augmentation_treats_each_image_by_itself(digits: ImageData) -> None:
+    X, y = scale_pixels(digits.train.images[:60]), digits.train.labels[:60]
+    parameters = writing_parameters(60, seed=0, epoch=0)
+    together = rewrite(X, y, parameters)
+    for size in (1, 7):
+        parts = [rewrite(*part) for part in zip(X.split(size), y.split(size), parameters.split(size), strict=True)]
+        for index in (0, 1):
+            assert torch.equal(together[index], torch.cat([part[index] for part in parts]))
+
+
+def test_strong_augmentation_depends_on_seed_and_epoch() -> None:
+    parameters = writing_parameters(100, seed=3, epoch=2)
+    torch.rand(5)
+    assert torch.equal(parameters, writing_parameters(100, seed=3, epoch=2))
+    assert not torch.equal(parameters, writing_parameters(100, seed=3, epoch=1))
+    assert not torch.equal(parameters, writing_parameters(100, seed=2, epoch=3))
+    assert parameters[:, 0].abs().max() <= math.radians(12)
+
+
+def test_shapes_have_the_size_of_mnists_digits() -> None:
+    for image in shapes()[:500]:
+        rows, columns = image.any(1).nonzero(), image.any(0).nonzero()
+        sides = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        assert max(sides) <= 20
+        assert image.max() > 60
