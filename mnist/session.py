@@ -36,6 +36,7 @@ from mnist.reporting.snapshots import Evaluation
 from mnist.reporting.terminal import Terminal
 from mnist.runs.folder import Run, find_run, find_run_here
 from mnist.tracking.trackers import Tracking, check_trackers
+from mnist.training.calibration import Calibration
 from mnist.training.checkpoint import Checkpoints, RandomState, Stateful, bit_identity
 from mnist.training.evaluate import Result
 from mnist.training.lean import LeanAccelerator
@@ -292,4 +293,7 @@ class Session:
             self.terminal.draw(self.evaluation)
 
     def _save_model(self, name: str) -> None:
-        save_model(self.net, self.run.folder / name, ModelConfig.of(self.config.model, self.data))
+        results = self.progress.results
+        calibration = {key: results[f"val/{key}"] for key in Calibration._fields if f"val/{key}" in results}
+        config = dataclasses.replace(ModelConfig.of(self.config.model, self.data), **calibration)
+        save_model(self.net, self.run.folder / name, config)

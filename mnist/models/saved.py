@@ -42,6 +42,8 @@ class ModelConfig:
     preparation: str = "none"  # of images: "digit" as in MNIST, "fit" to resize, "none" if they must have the size
     normalized: bool = False  # whether the weights include the mean and standard deviation (networks.Normalized)
     scale: tuple[float, float] | None = None  # if trained on images with more than 8 bits per pixel (images.Scale)
+    temperature: float = 1.0  # by which log-probabilities are divided for predictions, but not for metrics
+    threshold: float = 0.0  # a prediction is confident from this probability on
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
@@ -129,6 +131,8 @@ def read_config(path: Path) -> ModelConfig:
             preparation=_text(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
             normalized=bool(values.get("normalized", False)),
             scale=_scale(values["scale"]) if values.get("scale") else None,
+            temperature=_positive(values.get("temperature", 1.0)),
+            threshold=_positive(values.get("threshold", 0.0), or_zero=True),
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -174,6 +178,12 @@ def _scale(value: Any) -> tuple[float, float]:
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"a scale from {low} to {high}")
     return low, high
+
+
+def _positive(value: Any, or_zero: bool = False) -> float:
+    if not (0 < value < math.inf or (or_zero and value == 0)):
+        raise ValueError(f"{value!r:.50} is not above 0")
+    return float(value)
 
 
 def _side(value: Any) -> int:

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from mnist.training.calibration import Calibration, Calibrator
+
 MISTAKES = 40  # kept of the test split
 MAX_CLASSES_LOGGED = 20  # with their own accuracy: more would flood the trackers
 
@@ -34,7 +36,8 @@ class Result:
 
     loss: float  # mean over the images
     confusion: Tensor  # int64 [classes, classes]: count of images by true class (row) and prediction (column)
-    mistakes: tuple[Mistake, ...]  # the most confident ones, in order
+    mistakes: tuple[Mistake, ...] = ()  # of the test split: the most confident ones, in order
+    calibration: Calibration | None = None  # from the val split, if it is large enough
 
     @property
     def images(self) -> int:
@@ -52,9 +55,12 @@ class Result:
     def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
         """The logged metrics: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
 
-        Accuracy per class is only for val and test, if there are at most 20 classes, and for classes with images.
+        Accuracy per class is only for val and test, if there are at most 20 classes, and for classes with images. Of
+        val also `val/temperature` and `val/threshold` (calibration.py).
         """
         values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
+        if self.calibration is not None:
+            values |= {f"{split}/{name}": value for name, value in self.calibration._asdict().items()}
         if split != "train" and len(class_names) <= MAX_CLASSES_LOGGED:
             for number, name in enumerate(class_names):
                 images = int(self.confusion[number].sum())
@@ -72,10 +78,11 @@ def evaluate(
 ) -> dict[str, Result]:
     """Measure each split over all batches of all processes; real images count 1, padding 0.
 
-    Keeps the most confident mistakes of the test split. `before_batch` may raise to stop the evaluation.
+    Keeps the most confident mistakes of the test split, and calibrates probabilities by the val split. `before_batch`
+    may raise to stop the evaluation.
     """
     return {
-        split: evaluate_split(model, loader, loss_function, accelerator, before_batch, MISTAKES * (split == "test"))
+        split: evaluate_split(model, loader, loss_function, accelerator, before_batch, split)
         for split, loader in eval_loaders.items()
     }
 
@@ -87,13 +94,14 @@ def evaluate_split(
     loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
     accelerator: Accelerator,
     before_batch: Callable[[], Any] = lambda: None,
-    mistakes: int = 0,
+    split: str = "",
 ) -> Result:
-    """Measure one split, whose batches come in order; keeps at most `mistakes` mistakes."""
+    """Measure one split, whose batches come in order."""
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     loss = torch.zeros(1, dtype=exact, device=accelerator.device)
     confusion: Tensor | None = None  # [classes * classes]
-    most_confident = MostConfident(mistakes)
+    most_confident = MostConfident(MISTAKES)
+    calibrator = Calibrator(accelerator.device, exact)
     model.eval()
     for number, (X, y, sample_weight) in enumerate(loader):
         before_batch()
@@ -103,7 +111,9 @@ def evaluate_split(
         confidence, prediction = output.max(dim=1)  # [B], [B]
         loss += loss_function(output, y, sample_weight)
         confusion.index_add_(0, y * output.shape[1] + prediction, sample_weight.to(exact))
-        if mistakes:
+        if split == "val":
+            calibrator.add(output, y, sample_weight)
+        if split == "test":
             # data/loader.py: a global batch is a range of the split, and each process has a slice of it
             first = (number * accelerator.num_processes + accelerator.process_index) * len(y)
             index = torch.arange(first, first + len(y), device=y.device)
@@ -114,9 +124,10 @@ def evaluate_split(
     total, *counts = accelerator.reduce(torch.cat([loss, confusion])).tolist()
     table = torch.tensor(counts).round().long()
     classes = round(len(table) ** 0.5)
-    gathered = gather_object(most_confident.list()) if mistakes else []
-    gathered.sort(key=lambda mistake: (-mistake.probability, mistake.place))
-    return Result(total / int(table.sum()), table.view(classes, classes), tuple(gathered[:mistakes]))
+    mistakes = gather_object(most_confident.list()) if split == "test" else []
+    mistakes.sort(key=lambda mistake: (-mistake.probability, mistake.place))
+    calibration = calibrator.result(accelerator.reduce(calibrator.sums)) if split == "val" else None
+    return Result(total / int(table.sum()), table.view(classes, classes), tuple(mistakes[:MISTAKES]), calibration)
 
 
 class MostConfident:

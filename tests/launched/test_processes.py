@@ -184,8 +184,9 @@ def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
     for rank in range(count):
         results = json.loads((folder / f"evaluate-{count}-{rank}.json").read_text())
         for size in map(str, worker.SIZES):
-            assert results[size][1:] == alone[size][1:]  # includes the confusion matrix and the most confident mistakes
-            _, correct, images, confusion, _ = results[size]
+            assert results[size][1:] == alone[size][1:]  # confusion matrix, most confident mistakes, temperature
+            _, correct, images, confusion, _, calibration = results[size]
+            assert (calibration is None) == (int(size) < 500)
             assert images == sum(map(sum, confusion)) == int(size)
             assert correct == sum(confusion[number][number] for number in range(10))
             assert results[size][0] == pytest.approx(alone[size][0], rel=1e-6)
