@@ -1,7 +1,7 @@
 """The `mnist` command: inspect, apply and export finished runs, and check a machine.
 
-mnist predict seven.png photos/               # classify images
-mnist draw                                    # draw a digit in the browser
+mnist predict seven.png photos/               # classify images; several digits in an image are read as a number
+mnist draw                                    # draw a digit or a number in the browser
 mnist evaluate --model runs/latest            # test loss, accuracy and confusion matrix
 mnist export --model runs/latest              # runs/latest/model.onnx
 mnist runs                                    # a table of the runs in runs/
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="classify images")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders, or - for standard input")
-    _add_model(predict)
+    _add_model(predict, or_included=True)
     predict.add_argument("--top", type=int, default=3, metavar="N", help="show the N most likely classes (default: 3)")
     predict.add_argument("--json", action="store_true", help="print a JSON array instead of a table")
     predict.add_argument("--save", type=Path, metavar="FILE", help="save a figure of the images and predictions")
@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(do=predict_images)
 
-    draw = commands.add_parser("draw", help="draw a digit in the browser and classify it")
-    _add_model(draw)
+    draw = commands.add_parser("draw", help="draw a digit or a number in the browser and read it")
+    _add_model(draw, or_included=True)
     draw.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     draw.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     draw.set_defaults(do=draw_digits)
@@ -144,12 +144,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code if isinstance(error, UserError) else 1
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, or_included: bool = False) -> None:
+    otherwise = "; without a run, digits" if or_included else ""
     parser.add_argument(
         "--model",
-        default="runs/latest",
-        help="run, model/ folder, or user/name on the Hugging Face Hub (default: runs/latest)",
+        default=None if or_included else "runs/latest",
+        help="run, model/ folder, user/name on the Hugging Face Hub, or digits, which is included"
+        f" (default: runs/latest{otherwise})",
     )
+
+
+def _load_model(options: argparse.Namespace) -> "Model":
+    """The model of --model, by default that of runs/latest, or else the included one, which is then named."""
+    from mnist.inference.predict import find_model, load
+
+    if options.model is None:
+        options.model = "runs/latest"
+        if find_model(Path(options.model)) is None:
+            options.model = "digits"
+            print("No model in runs/latest: using the included one (--model digits).", file=sys.stderr)
+    return load(options.model)
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +174,6 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def predict_images(options: argparse.Namespace) -> int:
     """Print one row or JSON object per image. Unreadable images are reported and skipped; the exit code is then 1."""
     from mnist.data.images import MAX_FILE_BYTES, find_images, read_image
-    from mnist.inference.predict import load
 
     if options.top < 1:
         raise ConfigError(f"--top {options.top}: must be at least 1.")
@@ -172,7 +185,7 @@ def predict_images(options: argparse.Namespace) -> int:
         raise ConfigError(f"--save {options.save}: the folder {options.save.parent} does not exist.")
     if options.show_input and options.show_input.exists() and not options.show_input.is_dir():
         raise ConfigError(f"--show-input {options.show_input}: not a folder.")
-    model = load(options.model)
+    model = _load_model(options)
     paths = find_images([Path(word) for word in options.images if word != "-"])
     sources: dict[str, Path | bytes] = {str(path): path for path in paths}
     if "-" in options.images:
@@ -191,14 +204,14 @@ def predict_images(options: argparse.Namespace) -> int:
         except ImageError as error:
             print(f"mnist predict: {error}", file=sys.stderr)
             continue
-        likely = list(prediction.probabilities.items())[: options.top]
-        top = [{"label": label, "probability": probability} for label, probability in likely]
-        rows.append({"file": name, "label": prediction.label, "probability": prediction.probability, "top": top})
+        rows.append({"file": name, **as_json(prediction, options.top)})
         if not options.json:
-            print(f"{printable(name):{width}}  {format_top(likely)}")
-        if options.show_input and prediction.network_input is not None:
-            stem = f"{len(rows):03}-{'stdin' if name == '-' else Path(name).stem}"
-            write_input(options.show_input, stem, prediction)
+            print(f"{printable(name):{width}}  {format_prediction(prediction, options.top)}")
+        if options.show_input:
+            for number, digit in enumerate(prediction.digits, 1):
+                which = f"{len(rows):03}" if prediction.label is not None else f"{len(rows):03}-{number:02}"
+                stem = f"{which}-{'stdin' if name == '-' else Path(name).stem}"
+                write_input(options.show_input, stem, digit)
         if options.save and len(figure) < MAX_FIGURE_IMAGES:
             image.thumbnail((400, 400))
             figure.append((printable(name), image, prediction))
@@ -213,13 +226,29 @@ def predict_images(options: argparse.Namespace) -> int:
     return 1 if len(rows) < len(sources) else 0
 
 
-def format_top(likely: Sequence[tuple[str, float]]) -> str:
-    """`7   98.2 %  then 1 0.9 %, 9 0.4 %`, from labels and probabilities."""
-    if not likely:
-        return "no digit found"
-    (label, probability), *others = likely
-    then = "  then " if others else ""
-    return f"{label}  {100 * probability:5.1f} %{then}" + ", ".join(f"{name} {100 * p:.1f} %" for name, p in others)
+def as_json(prediction: "Prediction", most: int) -> dict[str, Any]:
+    """The JSON object of an image; several digits have no label, but their text and boxes."""
+    top = [{"label": label, "probability": share} for label, share in list(prediction.probabilities.items())[:most]]
+    names = ("label", "probability", "confident")
+    row = {name: getattr(prediction, name) for name in names} | {"top": top}
+    if len(prediction.digits) > 1:
+        digits = [{name: getattr(digit, name) for name in (*names, "box")} for digit in prediction.digits]
+        row |= {"text": prediction.text, "digits": digits}
+    return row | ({"reason": prediction.reason} if prediction.reason else {})
+
+
+def format_prediction(prediction: "Prediction", most: int) -> str:
+    """`7   98.2 %  then 1 0.9 %, 9 0.4 %`, or `2026   91.3 %  (the lowest of 4)`."""
+    if prediction.reason:
+        return prediction.reason
+    unsure = "" if prediction.confident else "  (not sure)"
+    text = prediction.text.replace("\n", " / ")
+    share = f"{text}  {100 * prediction.probability:5.1f} %"
+    if prediction.label is None:
+        return f"{share}  (the lowest of {len(prediction.digits)}){unsure}"
+    likely = list(prediction.probabilities.items())[1:most]
+    others = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely if p >= 0.0005)
+    return share + (f"  then {others}" if others else "") + unsure
 
 
 def write_input(folder: Path, stem: str, prediction: "Prediction") -> None:
@@ -236,33 +265,32 @@ def draw_digits(options: argparse.Namespace) -> None:
     """Serve the drawing page until Ctrl-C. Drawings are classified in the same way as images by `mnist predict`."""
     from mnist.data.images import read_image
     from mnist.inference.draw import serve
-    from mnist.inference.predict import load
     from mnist.reporting.snapshots import picture
 
-    model = load(options.model)
+    model = _load_model(options)
     if model.config.preparation == "none":
         raise ConfigError(
             f"--model {options.model}: a {model.config.dataset} model takes only images of its own size, and a drawing"
             " is larger. Draw for a model of mnist or of a folder of images; `mnist predict` classifies images."
         )
 
+    def described(prediction: "Prediction") -> dict[str, Any]:
+        names = ("label", "probability", "confident", "box")
+        image = "" if prediction.network_input is None else picture(prediction.network_input)
+        return {name: getattr(prediction, name) for name in names} | {"network_input": image}
+
     def answer(drawing: bytes) -> dict[str, Any]:
         prediction = model.predict(read_image(drawing, "the drawing", model.config.scale))
-        network_input = "" if prediction.network_input is None else picture(prediction.network_input)
-        one = {"label": prediction.label, "probability": prediction.probability, "confident": True, "box": None}
-        found = prediction.label is not None
-        return {
-            "text": prediction.label or "",
-            "label": prediction.label,
-            "probability": prediction.probability,
-            "confident": found,
-            "probabilities": [prediction.probabilities[name] for name in model.class_names] if found else [],
-            "network_input": network_input,
-            "digits": [{**one, "network_input": network_input}] if found else [],
-            "reason": "" if found else "no digit found",
+        shares = prediction.probabilities
+        return described(prediction) | {
+            "probabilities": [shares[name] for name in model.class_names] if shares else [],
+            "text": prediction.text,
+            "digits": [described(digit) for digit in prediction.digits],
+            "reason": prediction.reason,
         }
 
-    title = f"{model.config.architecture} on {model.config.dataset}"
+    which = "digits (the included model): " if options.model == "digits" else ""
+    title = f"{which}{model.config.architecture} on {model.config.dataset}"
     numbers = model.config.preparation == "digit"
     serve(answer, model.class_names, title, options.host, options.port, numbers)
 

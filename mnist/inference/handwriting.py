@@ -1,49 +1,101 @@
-"""Prepare a photograph or drawing of one digit like MNIST's images: 28 x 28 pixels.
+"""Find the handwritten digits in an image, and prepare each like MNIST's: 28 x 28 pixels.
 
-    pixels = prepare_digit(read_image(Path("photo.jpg")))     # uint8 [28, 28], or None if there is no digit
+    found = find_digits(read_image(Path("photo.jpg")))
+    found.rows[0][0].pixels, found.rows[0][0].box             # uint8 [28, 28], and where it is in the image
 
 MNIST's digits were resized to fit 20 x 20, keeping the aspect ratio, and centered in 28 x 28 by center of mass (LeCun
-et al., "Gradient-based learning applied to document recognition", 1998). Ink extraction is this project's own.
+et al., "Gradient-based learning applied to document recognition", 1998). The rest is this project's own: ink is
+separated from the paper, what belongs to the paper (rules, boxes, the table below it) is removed, and the regions of
+ink are grouped into digits in reading order.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from scipy import ndimage
 from torch import Tensor
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
 
-SIDE, BOX = 28, 20  # pixels: MNIST's images, and the box around their digits
+SIDE, FITTED = 28, 20  # pixels: MNIST's images, and the box around their digits
 MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 in MNIST
-SEARCHED = 480  # pixels: longest side to which an image is reduced to find the digit
-DRAWN = 240  # pixels: longest side to which the crop is reduced to extract the ink
-BRUSH = 3.0  # anything wider than longest side / BRUSH is paper
-MEDIAN_WINDOW = 2.5  # a window of longest side / MEDIAN_WINDOW is mostly paper
+SEARCHED = (480, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
+ENOUGH = 40  # pixels of a digit's height
 MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
-MIN_SIZE = 0.02  # of a digit, relative to the longest side
-MAX_STROKE_LENGTH = 10  # of all strokes together, in units of the digit's longer side; textures exceed it
-MAX_PIECES = 8  # connected regions of a digit
-MIN_PIECE = 0.06  # size of a region, relative to the largest; smaller ones are dirt
+TWO_KINDS = 0.82  # separability of ink and evenly lit paper; of an even gradient it is 0.75
+SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
+MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
+MIN_PIXELS = 10  # of a digit's longer side
+MAX_STROKE_LENGTH = 10  # of a digit, in units of its longer side; textures exceed it
+MAX_ASPECT = 2.5  # a digit's width relative to its height
+MAX_DIGITS = 100  # in an image; textures exceed it
+MAX_REGIONS = 500  # the largest ones
+MIN_RULED = 40  # pixels of the shorter side; rules and frames are not looked for in smaller images
+MIN_LINE = 24  # pixels of a printed line
+MAX_LINE = 0.03  # thickness of a printed line, relative to the image's longest side
+MAX_SLOPE = 0.08  # of printed lines
 MIN_STROKE = 2.0  # width in pixels of the 20 x 20 box; thinner strokes are thickened
+CORNERS = np.ones((3, 3), np.int8)  # regions connect at corners, too
 
 
-def prepare_digit(image: Image.Image) -> Tensor | None:
-    """The digit in an image of mode L or RGB, uint8 [28, 28], white on black, or None if there is none.
+class Digit(NamedTuple):
+    pixels: Tensor  # uint8 [28, 28], bright on black
+    box: Box  # in the image
 
-    Ink may be darker or lighter than the paper. An image that already looks like MNIST's is returned unchanged.
+
+class Found(NamedTuple):
+    rows: list[list[Digit]]  # in reading order
+    reason: str = ""  # why there are none
+
+
+NOTHING = Found([], "no digit found")
+
+
+def find_digits(image: Image.Image) -> Found:
+    """The digits in an image of mode L or RGB, in ink that is darker or lighter than the paper.
+
+    An image that already looks like MNIST's is returned unchanged.
     """
     if image.size == (SIDE, SIDE):
         pixels = np.array(image.convert("L"))
         for candidate in (pixels, 255 - pixels):
             if is_prepared(candidate):
-                return torch.from_numpy(candidate)
-    box = _find(image)
-    ink = None if box is None else _clean(image, box)
-    return None if ink is None else torch.from_numpy(_center(_fit(ink)))
+                return Found([[Digit(torch.from_numpy(candidate), (0, 0, SIDE, SIDE))]])
+    for longest in SEARCHED:
+        gray, factor = _shrunk(image, longest)
+        ink = _ink(gray)
+        if ink is None:
+            return NOTHING
+        labels, groups, boxes = _group(ink)
+        if not groups:
+            return NOTHING
+        width, height = (boxes[:, 2:] - boxes[:, :2]).T
+        touching = width > MAX_ASPECT * (height if len(boxes) == 1 else np.maximum(height, np.median(height)))
+        enough = ENOUGH * min(2, len(groups))  # a page's boxes and rules show at a higher resolution
+        if factor == 1 or (np.quantile(height, 0.25) >= enough and not touching.any()):
+            break
+    large = np.maximum(width, height) >= max(MIN_SIZE * max(gray.shape), MIN_PIXELS / factor)
+    kept = np.flatnonzero(large).tolist()
+    if not 0 < len(kept) <= MAX_DIGITS:
+        return NOTHING
+    if touching[kept].any():
+        return Found([], "digits touch each other")
+    assert ink is not None
+    digits = {}
+    for number in kept:
+        left, top, right, bottom = boxes[number].tolist()
+        place = np.s_[top:bottom, left:right]
+        pixels = _center(_fit(_thickened(np.where(np.isin(labels[place], groups[number]), ink[place], 0))))
+        outer = min(factor * right, image.width), min(factor * bottom, image.height)
+        digits[number] = Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer))
+    return Found([[digits[kept[index]] for index in row] for row in _rows(boxes[kept])])
 
 
 def is_prepared(pixels: NDArray[np.uint8]) -> bool:
@@ -52,45 +104,11 @@ def is_prepared(pixels: NDArray[np.uint8]) -> bool:
     if pixels.max() < 254 or np.count_nonzero(pixels) > pixels.size // 2:
         return False
     longest = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    return longest in (BOX - 1, BOX) and all(abs(center - MIDDLE) < 0.55 for center in _center_of_mass(pixels))
+    center = ndimage.center_of_mass(pixels)
+    return longest in (FITTED - 1, FITTED) and all(abs(place - MIDDLE) < 0.55 for place in center)
 
 
 # --- from an image to ink
-
-
-def _find(image: Image.Image) -> Box | None:
-    """The bounding box of the digit."""
-    gray, factor = _shrunk(image, SEARCHED)
-    strength, noise = _contrast(gray)
-    ink = _ink(strength, noise)
-    foreign = _foreign(ink > 0) if ink is not None else None
-    if foreign is not None:
-        strength = np.where(_sliding(foreign.astype(np.float32), 7, np.maximum) > 0, 0, strength)
-        ink = _ink(strength, noise)
-    if ink is None:
-        return None
-    left, top, right, bottom = (factor * edge for edge in _box(ink))
-    if max(right - left, bottom - top) < max(MIN_SIZE * max(image.size), 5):
-        return None
-    return left, top, right, bottom
-
-
-def _clean(image: Image.Image, box: Box) -> Floats | None:
-    """The ink [height, width] in 0..1 of the digit in `box`: cropped, with thin strokes thickened."""
-    margin = max(box[2] - box[0], box[3] - box[1]) // 4 + 2
-    left, top = max(0, box[0] - margin), max(0, box[1] - margin)
-    right, bottom = min(image.width, box[2] + margin), min(image.height, box[3] + margin)
-    gray, factor = _shrunk(image.crop((left, top, right, bottom)), DRAWN)
-    strength, noise = _contrast(gray)
-    inside = np.zeros(gray.shape, dtype=bool)  # outside is dirt that _find has rejected
-    rows = slice(max(0, (box[1] - top) // factor - 3), (box[3] - top) // factor + 4)
-    columns = slice(max(0, (box[0] - left) // factor - 3), (box[2] - left) // factor + 4)
-    inside[rows, columns] = True
-    ink = _ink(np.where(inside, strength, 0), noise)
-    if ink is None:
-        return None
-    left, top, right, bottom = _box(ink)
-    return _thickened(ink[top:bottom, left:right])
 
 
 def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
@@ -104,77 +122,88 @@ def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
     return np.asarray(small, dtype=np.float32), factor
 
 
-def _ink(strength: Floats, noise: float) -> Floats | None:
-    """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there are none."""
-    strongest = float(strength.max())
-    if strongest < max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise):
-        return None
-    full = float(np.median(strength[strength > strongest / 2]))
-    labels = label_regions(strength > max(full / 4, 3 * noise))
-    count = int(labels.max()) + 1
-    size = np.bincount(labels.ravel(), minlength=count)
-    strong = np.bincount(labels[strength > full / 2], minlength=count)
-    size[0] = 0  # the paper
-    size[strong == 0] = 0
-    kept = size >= max(2, MIN_PIECE * size.max())
-    if not 1 <= np.count_nonzero(kept) <= MAX_PIECES:
-        return None
-    strokes = kept[labels] & (strength > full / 2)
-    left, top, right, bottom = _box(strokes)
-    if _outline(strokes) / 2 > MAX_STROKE_LENGTH * max(right - left, bottom - top):
-        return None
-    return np.where(kept[labels], np.clip(strength / full, 0, 1), 0).astype(np.float32)
-
-
-def _foreign(mask: Mask) -> Mask | None:
-    """The part of a mask that is not ink, e.g. a table next to the paper, a shadow or a frame; None if there is none.
-
-    Such a region lies along an edge of the image, or is a rectangle around other regions.
-    """
-    labels = label_regions(mask)
-    edge = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
-    along_edge = np.bincount(edge, minlength=int(labels.max()) + 1) > min(mask.shape) / 4
-    along_edge[0] = False
-    for number in range(1, len(along_edge)):
-        region = labels == number
-        left, top, right, bottom = _box(region)
-        part = region[top:bottom, left:right]
-        band = max(1, min(part.shape) // 10)
-        sides = (
-            part[:band].any(axis=0),
-            part[-band:].any(axis=0),
-            part[:, :band].any(axis=1),
-            part[:, -band:].any(axis=1),
-        )
-        along_edge[number] |= min(part.shape) > 10 and min(side.mean() for side in sides) > 0.9
-    if not along_edge.any():
-        return None
-    left, top, right, bottom = _box(mask)
-    fills_picture = bottom - top > 0.9 * mask.shape[0] and right - left > 0.9 * mask.shape[1]
-    if along_edge[1:].all() and fills_picture:
-        return None  # a closely cropped digit
-    return np.asarray(along_edge[labels])
+def _ink(gray: Floats) -> Floats | None:
+    """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there is none."""
+    strength, noise = _contrast(gray)
+    for _ in range(2):
+        strongest = float(strength.max())
+        if strongest < max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise):
+            return None
+        full = float(np.median(strength[strength > strongest / 2]))
+        mask = strength > max(full / 4, 3 * noise)
+        foreign = _foreign(mask, strength > max(full / 8, 1.5 * noise))
+        if not foreign.any():
+            break
+        strength = np.where(foreign, 0, strength)
+    labels, count = ndimage.label(mask, CORNERS)
+    strong = np.bincount(labels[strength > full / 2], minlength=count + 1) > 0
+    strong[0] = False
+    ink = np.where(strong[labels], np.clip(strength / full, 0, 1), 0).astype(np.float32)
+    return ink if ink.any() else None
 
 
 def _contrast(gray: Floats) -> tuple[Floats, float]:
     """Each pixel's contrast relative to the paper's brightness, positive for ink, and the noise (std) of the paper.
 
-    The paper is first estimated by a smooth surface that fits most pixels; this shows whether ink is darker or lighter.
-    It is then refined by removing everything narrower than a brush (morphological opening).
+    Of three estimates of the paper (uniform, a smooth surface, and one that follows shadows) that one is taken which
+    separates two kinds of pixels best (Otsu, 1979). The kind at the image's border is the paper.
     """
     light = np.log(gray + 16)  # makes shadows additive; 16 avoids dividing by black paper
     height, width = gray.shape
     shrink = max(1.0, max(gray.shape) / 48)
     small = _resized(light, (max(1, round(width / shrink)), max(1, round(height / shrink))))
     surface = _smooth_surface(small)
-    most = _sliding_median(small - surface, max(3, round(max(small.shape) / MEDIAN_WINDOW) | 1))
-    sign = 1 if float(((small - surface - most) ** 3).sum()) > 0 else -1
-    contrast = sign * np.expm1(light - _resized(surface, (width, height)))
-    brush = max(3, round(max(gray.shape) / BRUSH))
-    contrast -= _sliding(_sliding(contrast, brush, np.minimum), brush, np.maximum)
-    low, lower = np.quantile(contrast, [0.25, 0.05])  # both are paper if at least a quarter of the image is
-    noise = float(low - lower) / 0.97  # for a normal distribution, like 0.674 below
+    half = (max(1, small.shape[1] // 2), max(1, small.shape[0] // 2))
+    most = ndimage.median_filter(_resized(small - surface, half), max(3, round(max(half) / 2.5) | 1), mode="nearest")
+    papers = (np.zeros_like(small), surface, surface + _resized(most, (small.shape[1], small.shape[0])))
+    step = -(-max(gray.shape) // SAMPLES)
+    sample = light[::step, ::step]  # single pixels: averages over thin strokes would not be as dark as ink
+    splits = [_split(np.exp(sample)), *(_split(sample - _resized(it, sample.shape[::-1])) for it in papers[1:])]
+    uniform, smooth, shadowed = (separability for separability, _ in splits)
+    is_uniform = uniform > max(
+        TWO_KINDS, smooth - 0.03, shadowed - 0.03
+    )  # a surface also fits ink that is cut out tightly
+    best = 0 if is_uniform else 1 + int(shadowed > smooth)
+    off = light - _resized(papers[best], (width, height))
+    is_dark = splits[best][1]
+    if best and off.std() < 0.005:  # hardly any ink: two kinds of pixels would be those of the noise
+        is_dark = off.max() + off.min() < 2 * np.median(off)
+    sign = -1 if is_dark else 1
+    contrast = sign * np.expm1(off)
+    if best == 0:
+        contrast = sign * np.expm1(light - np.median(light[contrast <= _otsu(contrast)[0]]))
+    else:  # a shadow's edge, too, is paper: remove everything wider than a brush (morphological opening)
+        brush = max(3, round(max(gray.shape) / 3))
+        contrast -= ndimage.grey_opening(contrast, (brush, brush))
+    low, lower = np.quantile(contrast[::2, ::2], [0.25, 0.05])  # both are paper if at least a quarter of the image is
+    local = float(np.quantile(np.abs(np.diff(contrast[::2], axis=1)), 0.25)) / 0.255 if width > 1 else 0.0
+    noise = min(float(low - lower) / 0.97, 3 * local)  # for a normal distribution, like 0.674 below
     return (contrast - low - 0.674 * noise).astype(np.float32), noise
+
+
+def _split(values: Floats) -> tuple[float, bool]:
+    """How well a threshold separates ink from paper, 0..1, and whether the paper is above it: most of the border is."""
+    threshold, separability = _otsu(values)
+    above, band = values >= threshold, max(1, round(0.06 * max(values.shape)))
+    border = np.ones_like(above)
+    border[band:-band, band:-band] = False
+    bright = bool(above[border].mean() > 0.5)
+    brush = max(3, round(max(values.shape) / 2))
+    is_wide = _opened(_opened(np.pad(above != bright, 1), brush, 0), brush, 1).any()  # a shadow or a table
+    return 0.0 if is_wide and min(values.shape) >= MIN_RULED else separability, bright
+
+
+def _otsu(values: Floats) -> tuple[float, float]:
+    """The threshold with the largest variance between both sides, and this variance relative to the total."""
+    ordered = np.sort(values, axis=None).astype(np.float64)
+    below = np.arange(1, len(ordered))
+    if len(below) == 0 or ordered[0] == ordered[-1]:
+        return float(ordered[0]), 0.0
+    total = np.cumsum(ordered)
+    means = total[:-1] / below, (total[-1] - total[:-1]) / (len(ordered) - below)
+    between = below * (len(ordered) - below) * (means[1] - means[0]) ** 2 / len(ordered) ** 2
+    best = int(np.argmax(between))
+    return float(ordered[best] + ordered[best + 1]) / 2, float(between[best] / ordered.var())
 
 
 def _smooth_surface(values: Floats) -> Floats:
@@ -193,59 +222,228 @@ def _smooth_surface(values: Floats) -> Floats:
     return fitted.reshape(height, width).astype(np.float32)
 
 
-def _sliding(values: Floats, window: int, pick: np.ufunc) -> Floats:
-    """Minimum or maximum filter with a square window and repeated edges; 15 times as fast as torch's max_pool2d."""
-    for axis in (0, 1):
-        padding = [(0, 0), (0, 0)]
-        padding[axis] = (window // 2, window - 1 - window // 2)
-        values = np.pad(values, padding, mode="edge")
-        seen = 1
-        while seen < window:  # two adjacent or overlapping windows make a wider one
-            step = min(seen, window - seen)
-            length = values.shape[axis] - step
-            first, second = values.take(range(length), axis), values.take(range(step, step + length), axis)
-            values = pick(first, second)
-            seen += step
-    return np.asarray(values, dtype=np.float32)
+# --- what is not ink
 
 
-def _sliding_median(values: Floats, window: int) -> Floats:
-    """Median filter with a square window of odd size and repeated edges."""
-    padded = np.pad(values, window // 2, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window))
-    return np.asarray(np.median(windows, axis=(2, 3)), dtype=np.float32)
+def _foreign(mask: Mask, faint: Mask) -> Mask:
+    """The part of a mask that belongs to the paper or lies beside it: rules, frames, a table, a shadow."""
+    if min(mask.shape) < MIN_RULED:
+        return np.zeros_like(mask)
+    across, down = _printed([_lines(faint), _lines(faint.T)], mask.shape)
+    foreign = np.zeros_like(mask)
+    for _ in range(2):  # in the first round, junctions of lines are taken for strokes that cross a line
+        rest = mask & ~foreign
+        foreign = _covered(rest, across) | _covered(rest.T, down).T
+    rest = mask & ~foreign
+    count = len(across), len(down)
+    if (max(count) == 1 and _touches(rest, bool(count[0]))) or (sum(count) == 1 and not rest.any()):
+        foreign[:] = False  # a stroke of a digit that is cut out tightly
+    return foreign | _beside(mask & ~foreign)
 
 
-def label_regions(mask: Mask) -> NDArray[np.intp]:
-    """Number the 8-connected regions of a mask from 1, [height, width]; 0 outside."""
+def _touches(mask: Mask, horizontally: bool) -> bool:
+    """Whether it comes close to the left or right edge (or the upper or lower one)."""
+    ends = np.flatnonzero(mask.any(axis=0 if horizontally else 1))
+    length = mask.shape[1 if horizontally else 0]
+    return len(ends) > 0 and bool(ends[0] < 0.03 * length or ends[-1] >= 0.97 * length)
+
+
+def _lines(mask: Mask) -> Floats:
+    """Thin and nearly horizontal lines [lines, 6]: start and end (x), thickness, and the polynomial y(x)."""
+    thickest = max(8, round(MAX_LINE * max(mask.shape)))
+    thin = mask & (_opened(mask, thickest, 0) == 0)
+    unknown = mask & ~thin  # what crosses it
+    share, known = (ndimage.uniform_filter1d(it.astype(np.float32), MIN_LINE, 1) for it in (thin, ~unknown))
+    dense = (share > 0.8 * known) & (known > 0.3)
+    wide = ndimage.maximum_filter1d(dense.view(np.int8), round(0.6 * MIN_LINE), 1)  # to the ends
+    labels, _ = ndimage.label(wide & ndimage.grey_closing(mask.view(np.int8), (1, 5)), CORNERS)
+    lines = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        region = (labels[rows, columns] == number) & thin[rows, columns]
+        inked = np.flatnonzero(region.any(axis=0))
+        if len(inked) < MIN_LINE / 2:
+            continue
+        top, bottom = region.argmax(axis=0), len(region) - 1 - region[::-1].argmax(axis=0)
+        height, count = bottom - top + 1, np.diff(region.view(np.int8), axis=0, prepend=0, append=0).clip(0).sum(axis=0)
+        length, thickness = inked[-1] - inked[0] + 1, np.median(height[inked])  # of two lines if they lie side by side
+        single = np.median(region.sum(axis=0)[inked] / count[inked])
+        if length < max(MIN_LINE, 5 * single):
+            continue
+        x = inked[height[inked] <= thickness + 1]
+        y = rows.start + (top + bottom)[x] / 2
+        if thickness > 3 * single + 2:
+            lines += [
+                [columns.start + start, columns.start + stop, thick, 0, slope, rows.start + at - slope * columns.start]
+                for start, stop, thick, slope, at in _parallels(region)
+            ]
+            continue
+        curve = np.polyfit(x + columns.start, y, 2 if length > mask.shape[1] / 2 else 1)
+        lines.append([*(columns.start + inked[[0, -1]]), thickness, *np.pad(curve, (3 - len(curve), 0))])
+    return np.array(lines).reshape(-1, 6)
+
+
+def _parallels(region: Mask) -> list[tuple[int, int, int, float, float]]:
+    """Parallel lines that strokes join to one region: start and end (x), thickness, slope, and y at x = 0."""
+    y, x = np.nonzero(region)
+    lowest = -round(MAX_SLOPE * region.shape[1])
+    slopes = np.linspace(-MAX_SLOPE, MAX_SLOPE, 41)
+    profiles = [np.bincount(np.rint(y - slope * x).astype(int) - lowest) for slope in slopes]
+    best = int(np.argmax([np.sum(profile.astype(float) ** 2) for profile in profiles]))
+    labels, count = ndimage.label(profiles[best] > profiles[best].max() / 3)
+    numbers = labels[np.rint(y - slopes[best] * x).astype(int) - lowest]
+    found = []
+    for number in range(1, count + 1):
+        at, along = np.flatnonzero(labels == number) + lowest, x[numbers == number]
+        if np.ptp(along) >= MIN_LINE:
+            found.append((along.min(), along.max(), len(at), slopes[best], at.mean()))
+    return found
+
+
+def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
+    """Of nearly horizontal and of nearly vertical lines those that end at each other or at the image's edges."""
+    edge = 0.03 * max(shape)
+    ends = [(these[:, :2], _curve(these, these[:, :2])) for these in lines]  # x and y [lines, 2]; y and x
+    at_edge = [
+        (x < edge) | (x > shape[1 - axis] - edge) | (y < edge) | (y > shape[axis] - edge)
+        for axis, (x, y) in enumerate(ends)
+    ]
+    meets = []  # [lines, 2, lines of the other direction]
+    for axis, (x, y) in enumerate(ends):
+        others, y = lines[1 - axis], y[:, :, None]
+        reach = MIN_LINE / 8 + others[:, 2]
+        near = np.abs(_curve(others, y) - x[:, :, None]) < reach
+        near &= (y > others[:, 0] - reach) & (y < others[:, 1] + reach)
+        # a stroke of a digit may well reach from one rule to the next
+        meets.append(near & (np.asarray(at_edge[axis].any(axis=1))[:, None, None] | ~at_edge[1 - axis].all(axis=1)))
+    continued = []  # [lines, 2, lines of the same direction]: on the other side of what crosses the line
+    for these, (x, y) in zip(lines, ends, strict=True):
+        in_line = np.abs(_curve(these, x[:, :, None]) - y[:, :, None]) < MIN_LINE / 8
+        in_line &= in_line[:, ::-1].transpose(2, 1, 0)
+        beyond = np.stack([these[:, 1] < x[:, :1], these[:, 0] > x[:, 1:]], axis=1)
+        continued.append(in_line & beyond)
+    kept = [np.ones(len(these), dtype=bool) for these in lines]
+    for _ in range(4):
+        for axis in (0, 1):
+            reached = (meets[axis] & kept[1 - axis]).any(axis=2) | (continued[axis] & kept[axis]).any(axis=2)
+            kept[axis] = (at_edge[axis] | reached).all(axis=1)
+    for these, keep, continues in zip(lines, kept, continued, strict=True):  # close the gaps
+        start = np.where(continues[:, 0] & keep, these[:, 1], -1).max(axis=1, initial=-1)
+        these[:, 0] = np.where(start >= 0, start, these[:, 0])
+    return [these[keep] for these, keep in zip(lines, kept, strict=True)]
+
+
+def _curve(lines: Floats, x: Floats) -> Floats:
+    """The y of lines [lines, 6] at x, whose last axis or first axis is that of the lines."""
+    square, slope, offset = lines[:, 3:].T if x.ndim == 3 else lines[:, 3:].T[:, :, None]
+    return np.asarray((square * x + slope) * x + offset)
+
+
+def _covered(mask: Mask, lines: Floats) -> Mask:
+    """The pixels of lines, except where a stroke of the mask crosses or touches them."""
+    covered: Mask = np.zeros_like(mask)
     height = len(mask)
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]  # runs of True in a row: [starts, ends)
-    parent = list(range(len(rows)))
+    for start, stop, thickness, *curve in lines:
+        half = thickness / 2 + 1.5
+        x = np.arange(max(0, int(start - half)), min(mask.shape[1], int(stop + half) + 1))
+        y = np.floor(np.polyval(curve, x) + np.arange(-half, half + 0.5)[:, None] + 0.5).astype(int)
+        inside = (y >= 0) & (y < height)
+        y = y.clip(0, height - 1)
+        around = np.logical_and(mask[y, x] & ~covered[y, x], inside)[[0, -1]]
+        crossed = around.any(axis=0)  # just above or below
+        crossed = ndimage.grey_closing(crossed.view(np.int8), round(half) + 1) > 0
+        covered[y, x] |= inside & ~crossed
+    return covered
 
-    def root(run: int) -> int:
-        while parent[run] != run:
-            parent[run] = parent[parent[run]]
-            run = parent[run]
-        return run
 
-    first_of_row = np.searchsorted(rows, np.arange(height + 1)).tolist()
-    begin, end = starts.tolist(), ends.tolist()
-    for row in range(1, height):
-        above, last_above = first_of_row[row - 1], first_of_row[row]
-        for run in range(first_of_row[row], first_of_row[row + 1]):
-            while above < last_above and end[above] < begin[run]:
-                above += 1
-            touching = above
-            while touching < last_above and begin[touching] <= end[run]:
-                parent[root(run)] = root(touching)
-                touching += 1
-    roots = np.array([root(run) for run in range(len(rows))], dtype=np.intp)
-    numbers = np.unique(roots, return_inverse=True)[1] + 1
-    labels = np.zeros(mask.shape, dtype=np.intp)
-    labels[mask] = np.repeat(numbers, ends - starts)
-    return labels
+def _opened(values: NDArray[Any], length: int, axis: int) -> NDArray[np.int8]:
+    """Morphological opening: only runs of at least that length remain."""
+    eroded = ndimage.minimum_filter1d(values.view(np.int8), length, axis)
+    return np.asarray(ndimage.maximum_filter1d(eroded, length, axis, origin=-1 if length % 2 == 0 else 0))
+
+
+def _beside(mask: Mask) -> Mask:
+    """Regions that are frames, or lie along an edge of the image like a table; not a digit that touches the edge."""
+    labels, count = ndimage.label(mask, CORNERS)
+    beside = np.zeros(count + 1, dtype=bool)
+    quarter = min(mask.shape) // 4
+    edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    for number, place in enumerate(ndimage.find_objects(labels), 1):
+        part = labels[place] == number
+        longer, shorter = max(part.shape), min(part.shape)
+        if longer < MIN_LINE:
+            continue
+        band = max(1, shorter // 10)
+        sides = (part[:band].any(0), part[-band:].any(0), part[:, :band].any(1), part[:, -band:].any(1))
+        contact = [np.count_nonzero(edge == number) for edge in edges]
+        is_frame = part.mean() < 0.5 and min(side.mean() for side in sides) > 0.9
+        is_sliver = max(contact) > longer / 2 and shorter < longer / 8
+        beside[number] = is_frame or is_sliver
+        if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
+            continue  # small, or a digit that is cut out tightly
+        for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):
+            share, depth = length / len(edge), part.shape[axis] / mask.shape[axis]
+            beside[number] |= share > 0.9 or (share > 0.5 and depth < 0.15)
+        is_wide = _opened(_opened(np.pad(part, 1), quarter, 0), quarter, 1).any()
+        beside[number] |= is_wide and max(contact) > longer / 2
+    return np.asarray(ndimage.maximum_filter(beside[labels], 5))  # with its blurred edge
+
+
+# --- from ink to digits
+
+
+def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
+    """The regions of ink [height, width], the numbers of those of each digit, and the digits' boxes [digits, 4]."""
+    labels, _ = ndimage.label(ink > 0, CORNERS)
+    found = ndimage.find_objects(labels)
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found], dtype=np.intp)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    sizes, is_flat = sides.max(axis=1), sides[:, 1] < 0.35 * sides[:, 0]  # a dash, or the upper stroke of a 5
+    whole = sizes if is_flat.all() else sizes[~is_flat]
+    usual = float(np.quantile(whole[whole > 0.4 * whole.max()], 0.8))  # size of a digit
+    order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > 0.12 * usual]
+    is_tiny = max(ink.shape) < MIN_RULED  # thin strokes are broken, and there is hardly room for several digits
+    groups: list[list[int]] = []
+    outer = np.zeros((0, 4), dtype=np.intp)
+    for number in order[:MAX_REGIONS]:
+        box, side = boxes[number], sides[number]
+        around = np.hstack([np.minimum(box[:2], outer[:, :2]), np.maximum(box[2:], outer[:, 2:])])
+        together = around[:, 2:] - around[:, :2]
+        overlap = side + (outer[:, 2:] - outer[:, :2]) - together  # in x and y; negative: a gap
+        gap = np.hypot(*np.maximum(-overlap, 0).T)
+        is_part = sizes[number] < (0.9 if is_tiny else 0.68) * usual or is_flat[number]
+        fits = (together < (1.5 * usual, 1.35 * usual)).all(axis=1)
+        joins = is_part & (gap < (0.4 if is_tiny else 0.25) * usual) & fits
+        share = overlap / np.minimum(side, outer[:, 2:] - outer[:, :2])
+        joins |= (share[:, 0] > 0.5) & (overlap[:, 1] > -0.08 * usual) & (share[:, 1] < 0.6)  # two halves of an 8
+        if joins.any():
+            nearest = int(np.argmin(np.where(joins, gap, np.inf)))
+            groups[nearest].append(number + 1)
+            outer[nearest] = around[nearest]
+        elif not (groups and is_flat[number]):
+            groups.append([number + 1])
+            outer = np.vstack([outer, box])
+    kept = []
+    for number, (left, top, right, bottom) in enumerate(outer.tolist()):
+        size = max(right - left, bottom - top)
+        strokes = np.isin(labels[top:bottom, left:right], groups[number]) & (ink[top:bottom, left:right] > 0.5)
+        if size > 0.4 * usual and _outline(strokes) / 2 < MAX_STROKE_LENGTH * size:
+            kept.append(number)
+    return labels, [groups[number] for number in kept], outer[kept]
+
+
+def _rows(boxes: Ints) -> list[list[int]]:
+    """The indices of boxes [N, 4] by row, each from left to right; a row may be slanted."""
+    middle, height = (boxes[:, 1] + boxes[:, 3]) / 2, boxes[:, 3] - boxes[:, 1]
+    rows: list[list[int]] = []
+    for index in np.argsort(boxes[:, 0], kind="stable").tolist():
+        # the row whose last digit is at the same height, if there is one
+        away = [abs(middle[row[-1]] - middle[index]) for row in rows]
+        nearest = int(np.argmin(away)) if away else -1
+        if away and away[nearest] < 0.5 * max(height[rows[nearest][-1]], height[index]):
+            rows[nearest].append(index)
+        else:
+            rows.append([index])
+    return sorted(rows, key=lambda row: float(np.mean(middle[row])))
 
 
 def _outline(mask: Mask) -> float:
@@ -260,27 +458,21 @@ def _outline(mask: Mask) -> float:
 def _thickened(ink: Floats) -> Floats:
     """The ink [height, width] with strokes at least MIN_STROKE pixels wide in the box of 20 x 20."""
     covered = ink > 0.5
-    missing = MIN_STROKE * max(ink.shape) / BOX - 2 * int(covered.sum()) / _outline(covered)  # of the mean stroke width
-    radius = missing / 2 / (1 - MIN_STROKE / BOX)  # thickening also enlarges the digit
+    missing = MIN_STROKE * max(ink.shape) / FITTED - 2 * int(covered.sum()) / max(_outline(covered), 1)
+    radius = missing / 2 / (1 - MIN_STROKE / FITTED)  # of the mean stroke width; thickening also enlarges the digit
     if radius < 0.5:
         return ink
-    reach = int(np.ceil(radius))
-    padded = np.pad(ink, 2 * reach)
-    height, width = ink.shape[0] + 2 * reach, ink.shape[1] + 2 * reach
-    result = np.zeros((height, width), dtype=np.float32)
-    for dy in range(-reach, reach + 1):
-        for dx in range(-reach, reach + 1):
-            weight = np.clip(radius + 0.5 - np.hypot(dy, dx), 0, 1)
-            if weight > 0:
-                moved = padded[reach + dy : reach + dy + height, reach + dx : reach + dx + width]
-                np.maximum(result, weight * moved, out=result)
-    return result
+    padded = np.pad(ink, int(np.ceil(radius)) + 1)
+    reach = ndimage.distance_transform_edt(padded <= 0.5)
+    return np.asarray(np.maximum(padded, np.clip(radius + 0.5 - reach, 0, 1)), dtype=np.float32)
 
 
 def _fit(ink: Floats) -> Floats:
     """Ink of any size -> at most [20, 20] in 0..255, its longer side 20."""
+    rows, columns = np.nonzero(ink.any(axis=1))[0], np.nonzero(ink.any(axis=0))[0]
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = ink.shape
-    scale = BOX / max(height, width)
+    scale = FITTED / max(height, width)
     small = _resized(ink, (max(1, round(width * scale)), max(1, round(height * scale))))
     return np.asarray(np.clip(small * (255 / small.max()), 0, 255), dtype=np.float32)
 
@@ -288,22 +480,10 @@ def _fit(ink: Floats) -> Floats:
 def _center(small: Floats) -> NDArray[np.uint8]:
     """Ink [height, width] -> pixels [28, 28] with the center of mass in the middle, to the nearest pixel."""
     pixels = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    centers = zip(_center_of_mass(small), small.shape, strict=True)
+    centers = zip(ndimage.center_of_mass(small), small.shape, strict=True)
     row, column = (min(max(round(MIDDLE - center), 0), SIDE - length) for center, length in centers)
     pixels[row : row + small.shape[0], column : column + small.shape[1]] = np.rint(small)
     return pixels
-
-
-def _center_of_mass(pixels: NDArray[np.generic]) -> tuple[float, float]:
-    """Row and column."""
-    mass = pixels.astype(np.float64)
-    return tuple(float(mass.sum(axis=1 - axis) @ np.arange(mass.shape[axis]) / mass.sum()) for axis in (0, 1))  # type: ignore[return-value]
-
-
-def _box(ink: Floats | Mask) -> Box:
-    """The bounding box of nonzero values."""
-    rows, columns = np.nonzero(ink.any(axis=1))[0], np.nonzero(ink.any(axis=0))[0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _resized(values: Floats, size: tuple[int, int]) -> Floats:

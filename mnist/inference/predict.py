@@ -1,12 +1,14 @@
 """Apply a trained model to images.
 
 from mnist import load
-model = load("runs/latest")           # a run, a folder with model.safetensors, or user/name on the Hugging Face Hub
+model = load("runs/latest")           # a run, a folder with model.safetensors, user/name on the Hub, or "digits"
 model.predict("seven.png").label      # a path, a PIL image, a NumPy array or a tensor; a list of them gives a list
+model.predict("number.png").text      # "2026": several digits have no label, but a text
 """
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +24,25 @@ from mnist.models.saved import ModelConfig, load_model
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mnist.inference.handwriting import Box, Digit, Found
+
+
+DIGITS = Path(__file__).parents[1] / "models" / "digits"  # its card says how it was made
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image."""
+    """The prediction for one image, or for one of the digits in it."""
 
-    label: str | None  # a class name; None if no digit was found
-    probability: float  # of the label
-    probabilities: dict[str, float]  # by class name, most likely first; empty if no digit was found
+    label: str | None  # a class name; None if no digit or several were found
+    probability: float  # of the label; of several digits the lowest
+    probabilities: dict[str, float]  # by class name, most likely first; empty if there is no label
     network_input: Tensor | None  # the prepared image, uint8 [height, width] or [height, width, 3]
+    confident: bool = True  # False: probably not one of the classes
+    box: "Box | None" = None  # left, top, right, bottom in pixels of the image, of a digit
+    digits: "tuple[Prediction, ...]" = ()  # those found in the image, in reading order
+    text: str = ""  # all labels in reading order, a line per row
+    reason: str = ""  # why nothing was found
 
 
 class Model:
@@ -54,41 +66,49 @@ class Model:
         is_array = isinstance(images, (np.ndarray, Tensor))
         stacked = is_array and (images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (3, 4)))
         several = stacked or isinstance(images, (list, tuple))
-        predictions = self.predict_prepared([self.prepare(image) for image in (images if several else [images])])
+        found = [self.prepare(image) for image in (images if several else [images])]
+        inputs = [digit.pixels for image in found for row in image.rows for digit in row]
+        rows = iter(predict(self.net, torch.stack(inputs), self.config.temperature) if inputs else ())
+        predictions = [self._prediction(image, rows) for image in found]
         return predictions if several else predictions[0]
 
-    def predict_prepared(self, images: Sequence[Tensor | None]) -> list[Prediction]:
-        """The predictions for images returned by `prepare`."""
-        found = [image for image in images if image is not None]
-        rows = iter(predict(self.net, torch.stack(found)) if found else ())
-        return [
-            Prediction(None, 0.0, {}, None) if image is None else self._named(next(rows), image) for image in images
-        ]
-
-    def _named(self, probabilities: Tensor, image: Tensor) -> Prediction:
-        order = probabilities.argsort(descending=True, stable=True).tolist()
-        by_name = {self.class_names[number]: float(probabilities[number]) for number in order}
-        label = self.class_names[order[0]]
-        return Prediction(label, by_name[label], by_name, image)
-
-    def prepare(self, image: Any) -> Tensor | None:
-        """The network's input, uint8 [height, width] or [height, width, 3]; None if no digit was found."""
+    def prepare(self, image: Any) -> "Found":
+        """The network's inputs, uint8 [height, width] or [height, width, 3]: of the digits found, or of the image."""
         from mnist.data.images import fit_image, in_8_bits, read_image
+        from mnist.inference.handwriting import Digit, Found, find_digits
 
         scale = self.config.scale
         is_file = isinstance(image, (str, os.PathLike))
         picture = read_image(Path(image), scale=scale) if is_file else in_8_bits(as_picture(image), scale)
         if self.config.preparation == "digit":
-            from mnist.inference.handwriting import prepare_digit
-
-            return prepare_digit(picture)
+            return find_digits(picture)
         height, width = self.config.image_size
         if self.config.preparation == "none" and picture.size != (width, height):
             raise ImageError(  # resizing alone would not turn a photograph into a bright shape on black
                 f"The image is {picture.width} x {picture.height} pixels, but this {self.config.dataset} model needs"
                 f" {width} x {height}. Resize it to look like the training images."
             )
-        return torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
+        pixels = torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
+        return Found([[Digit(pixels, (0, 0, *picture.size))]])
+
+    def _prediction(self, found: "Found", probabilities: Iterator[Tensor]) -> Prediction:
+        """The prediction for an image; takes a row of probabilities per digit."""
+        rows = [[self._named(next(probabilities), digit) for digit in row] for row in found.rows]
+        digits = tuple(digit for row in rows for digit in row)
+        if not digits:
+            return Prediction(None, 0.0, {}, None, confident=False, reason=found.reason)
+        if len(digits) == 1:
+            return dataclasses.replace(digits[0], digits=digits, text=str(digits[0].label))
+        text = "\n".join("".join(str(digit.label) for digit in row) for row in rows)
+        lowest = min(digit.probability for digit in digits)
+        return Prediction(None, lowest, {}, None, all(digit.confident for digit in digits), None, digits, text)
+
+    def _named(self, probabilities: Tensor, digit: "Digit") -> Prediction:
+        order = probabilities.argsort(descending=True, stable=True).tolist()
+        by_name = {self.class_names[number]: float(probabilities[number]) for number in order}
+        label = self.class_names[order[0]]
+        confident = by_name[label] >= self.config.threshold
+        return Prediction(label, by_name[label], by_name, digit.pixels, confident, digit.box)
 
 
 def as_picture(image: Any) -> "Image.Image":
@@ -109,29 +129,39 @@ def as_picture(image: Any) -> "Image.Image":
     return Image.fromarray(values.astype(np.uint8))
 
 
+def find_model(folder: Path) -> Path | None:
+    """The folder with the model of a run (its best weights by validation loss, if any), or with a model itself."""
+    candidates = (folder, folder / "best", folder / "model")
+    return next((candidate for candidate in candidates if (candidate / "model.safetensors").is_file()), None)
+
+
 def load(source: str | os.PathLike[str]) -> Model:
     """The model of a run (its best weights by validation loss, if any), of a folder with model.safetensors and
-    config.json, or of user/name on the Hugging Face Hub. Raises UserError if there is none.
+    config.json, of user/name on the Hugging Face Hub, or the included one, `digits`. Raises UserError if there is none.
     """
     folder = Path(source)
-    for candidate in (folder, folder / "best", folder / "model"):
-        if (candidate / "model.safetensors").is_file():
-            return Model(*load_model(candidate))
+    if str(source) == "digits" and not folder.exists():
+        folder = DIGITS
+    if found := find_model(folder):
+        return Model(*load_model(found))
     if (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: this run has no model yet. It is saved when training ends.")
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         from mnist.models.hub import load_from_hub
 
         return Model(*load_from_hub(str(source)))
-    raise ConfigError(f"--model {source}: no model found. Use a run (runs/latest), its model/ folder, or user/name.")
+    raise ConfigError(f"--model {source}: no model found. Use a run, its model/ folder, user/name, or digits.")
 
 
 @torch.no_grad()
-def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], computed on `net`'s device."""
+def predict(net: nn.Module, images: Tensor, temperature: float = 1.0) -> Tensor:
+    """The probabilities [N, classes] of images, uint8 [N, height, width] or [..., 3], computed on `net`'s device.
+
+    A `temperature` above 1 brings them closer together (Guo et al., "On calibration of modern neural networks", 2017).
+    """
     training, device = net.training, next(net.parameters()).device
     net.eval()
     batches = torch.split(images, eval_batch_size(images.shape[1:]))
-    probabilities = torch.cat([net(scale_pixels(batch).to(device)).exp().cpu() for batch in batches])
+    output = torch.cat([net(scale_pixels(batch).to(device)).cpu() for batch in batches])  # log-probabilities
     net.train(training)
-    return probabilities
+    return (output / temperature).softmax(dim=1)

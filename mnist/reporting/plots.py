@@ -210,7 +210,9 @@ def prediction(evaluation: dict[str, Any]) -> Any:
 
 
 def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
-    """Draw names, images and Predictions (inference/predict.py): one row per image, with the network's input."""
+    """Draw names, images and Predictions (inference/predict.py): one row per image, with the network's inputs."""
+    import numpy as np
+
     with drawing() as Figure:
         figure = Figure(figsize=(7, 0.4 + 1.7 * len(answers)))
         rows = figure.subplots(len(answers), 3, squeeze=False, width_ratios=(1, 1, 2))
@@ -218,10 +220,11 @@ def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
             for axes in (original, prepared, words):
                 axes.set_axis_off()
             original.imshow(image, cmap="gray")
-            if found.network_input is not None:
-                prepared.imshow(found.network_input.numpy(), cmap="gray")
-            confidence = f"{100 * found.probability:.1f} %"
-            label = "no digit found" if found.label is None else f"{shortened(found.label)}, {confidence}"
+            if found.digits:
+                inputs = [digit.network_input.numpy() for digit in found.digits[:8]]
+                prepared.imshow(np.hstack(inputs), cmap="gray")
+            sure = "" if found.confident else ", not sure"
+            label = found.reason or f"{shortened(found.text)}, {100 * found.probability:.1f} %{sure}"
             words.text(0, 0.62, label, fontsize=15, fontweight="bold", transform=words.transAxes)
             words.text(0, 0.35, shortened(name, 40), fontsize=9, transform=words.transAxes)
         rows[0][0].set_title("image", fontsize=9)

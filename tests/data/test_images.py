@@ -1,37 +1,26 @@
-"""Reading image files, refusing invalid ones, and preparing digits like MNIST's."""
+"""Reading image files, and refusing invalid ones."""
 
 import io
-import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
 
 from mnist.cli import main
-from mnist.config.settings import PROJECT_FOLDER
 from mnist.data.images import MAX_PIXELS, find_images, read_image
-from mnist.data.splits import ImageData
 from mnist.errors import ImageError, UserError
-from mnist.inference.handwriting import BOX, is_prepared, label_regions, prepare_digit
 from mnist.models.networks import Net
 from mnist.models.saved import ModelConfig, save_model
-from tests.conftest import metrics_of
-from tests.support.handwriting import HANDS, draw_digit, paste_digit
-
-MEASURED = 1000  # digits of each kind
-SEED = 20240  # of the test digits; the preparation was tuned on training images
+from tests.support.handwriting import draw_digit, paste_digit
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -106,7 +95,6 @@ def test_transparent_pixels_become_paper_on_which_the_ink_is_visible(mode: str, 
     read = read_image(png(image.convert(mode) if mode != "P" else image.quantize(16))).convert("L")
     assert read.getpixel((0, 0)) == 255 - ink
     assert read.getpixel((140, 70)) == ink
-    assert read_as_seven(read)
 
 
 def test_a_white_page_with_transparent_corners_gets_white_corners() -> None:
@@ -229,137 +217,6 @@ def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         find_images([tmp_path])
 
 
-# --- preparing digits
-
-
-def read_as_seven(image: Image.Image) -> bool:
-    """Whether it is prepared like `seven`."""
-    return difference(prepared_of(image), prepared_of(seven())) < 3
-
-
-def prepared_of(image: Image.Image) -> Tensor:
-    prepared = prepare_digit(image)
-    assert prepared is not None
-    return prepared
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    """Mean absolute difference in 0..255, up to a shift by one pixel: a center of mass may be rounded either way."""
-    moved = [other.roll((row, column), (0, 1)).float() for row in (-1, 0, 1) for column in (-1, 0, 1)]
-    return min(float((one.float() - it).abs().mean()) for it in moved)
-
-
-def check_form(prepared: Tensor) -> None:
-    """Check MNIST's form: fits 20 x 20, center of mass in the middle, full range of brightness."""
-    assert prepared.dtype == torch.uint8
-    assert prepared.shape == (28, 28)
-    rows, columns = prepared.any(dim=1).nonzero(), prepared.any(dim=0).nonzero()
-    sides = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-    assert BOX - 1 <= max(sides) <= BOX
-    mass = prepared.double()
-    for axis in (0, 1):
-        center = float(mass.sum(dim=1 - axis) @ torch.arange(28.0, dtype=torch.double) / mass.sum())
-        assert abs(center - 14) <= 1
-    assert prepared.max() == 255
-
-
-def test_mnists_images_are_unchanged(digits: ImageData) -> None:
-    for split in (digits.train, digits.test):
-        assert all(is_prepared(pixels) for pixels in split.images[:].numpy())
-    for image in (*digits.train.images[:200], *digits.test.images[:200]):
-        picture = Image.fromarray(image.numpy())
-        for same in (picture, picture.convert("RGB"), ImageOps.invert(picture), read_image(png(picture))):
-            assert torch.equal(prepared_of(same), image)
-
-
-def test_an_off_center_image_of_28_pixels_is_centered(digits: ImageData) -> None:
-    differences = []
-    for image in digits.train.images[:100]:
-        prepared = prepared_of(Image.fromarray(image.roll((2, -2), (0, 1)).numpy()))
-        check_form(prepared)
-        differences.append(difference(prepared, image))
-    assert sorted(differences)[90] < 10  # MNIST kept some specks that are removed here
-
-
-def test_prepared_digits_have_mnists_form_and_are_prepared_to_themselves(digits: ImageData) -> None:
-    rng = np.random.default_rng(5)
-    pictures = [paste_digit(image, rng) for image in digits.train.images[:10]]
-    pictures += [draw_digit(number % 10, rng) for number in range(10)]
-    for picture in pictures:
-        prepared = prepared_of(picture)
-        check_form(prepared)
-        assert torch.equal(prepared_of(Image.fromarray(prepared.numpy())), prepared)
-
-
-def test_dark_on_light_and_light_on_dark_are_prepared_alike() -> None:
-    rng = np.random.default_rng(6)
-    for number in range(10):
-        picture = draw_digit(number % 10, rng).convert("L")
-        assert difference(prepared_of(picture), prepared_of(ImageOps.invert(picture))) < 6
-
-
-@pytest.mark.parametrize("place", [(0, 0), (220, 40), (400, 380)])
-@pytest.mark.parametrize("size", [60, 150, 400])
-def test_position_and_size_do_not_matter(place: tuple[int, int], size: int) -> None:
-    page = Image.new("L", (900, 800), 255)
-    page.paste(seven(800).resize((size, size), Image.Resampling.BOX), place)
-    assert difference(prepared_of(page), prepared_of(seven(800))) < 5
-
-
-@pytest.mark.parametrize("direction", [0, 90, 180, 270])
-def test_a_shadow_does_not_matter(direction: int) -> None:
-    light = np.linspace(0.5, 1, 280)[:, None] * np.ones(280)
-    shaded = np.asarray(seven(paper=230, ink=40)) * np.rot90(light, direction // 90)
-    assert read_as_seven(Image.fromarray(shaded.astype(np.uint8)))
-
-
-def test_dust_a_frame_and_a_table_next_to_the_paper_are_ignored() -> None:
-    dust, frame, table = seven(), seven(), seven()
-    for x, y in ((20, 30), (250, 40), (60, 250), (200, 260)):
-        ImageDraw.Draw(dust).ellipse((x, y, x + 4, y + 4), fill=0)
-    ImageDraw.Draw(frame).rectangle((8, 8, 271, 271), outline=0, width=3)
-    ImageDraw.Draw(table).rectangle((0, 0, 30, 280), fill=60)
-    assert [read_as_seven(page) for page in (dust, frame, table)] == [True] * 3
-
-
-def gray(values: NDArray[np.floating[Any]]) -> Image.Image:
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-
-
-RNG = np.random.default_rng(0)
-NO_DIGIT = {
-    "one pixel": Image.new("L", (1, 1), 200),
-    "a line": Image.new("L", (10_000, 10), 255),
-    "a thinner line": Image.new("RGB", (1, 10_000), "white"),
-    "all black": Image.new("L", (300, 300), 0),
-    "all white": Image.new("RGB", (300, 300), "white"),
-    "28 black": Image.new("L", (28, 28)),
-    "28 white": Image.new("L", (28, 28), 255),
-    "noise": gray(RNG.uniform(0, 255, (280, 280))),
-    "noise of 28 pixels": gray(RNG.normal(128, 30, (28, 28))),
-    "two shades": gray(255.0 * (RNG.random((280, 280)) < 0.5)),
-    "salt": gray(255.0 * (RNG.random((280, 280)) < 0.01)),
-    "faint noise": gray(RNG.normal(240, 3, (600, 800))),
-    "noise of a JPEG": Image.open(io.BytesIO(saved(gray(RNG.normal(200, 6, (300, 300))), "JPEG", quality=30))),
-    "a shadow": gray(np.linspace(60, 220, 300)[:, None] + RNG.normal(0, 3, (300, 300))),
-    "a dot": gray(255.0 - 255.0 * (np.hypot(*np.mgrid[-150:150, -150:150]) < 2)),
-}
-
-
-@pytest.mark.parametrize("name", NO_DIGIT)
-def test_images_without_a_digit_give_none(name: str) -> None:
-    assert prepare_digit(NO_DIGIT[name]) is None
-
-
-def test_regions_connect_at_corners() -> None:
-    rows = ["##..#", "..#.#", "....#", "#.#..", "###.."]
-    labels = label_regions(np.array([[it == "#" for it in row] for row in rows]))
-    assert labels.max() == 3
-    assert labels[0, 0] == labels[1, 2] != labels[0, 4] == labels[2, 4]
-    assert labels[3, 0] == labels[3, 2] == labels[4, 1]
-    assert label_regions(np.zeros((3, 3), dtype=bool)).max() == 0
-
-
 def test_an_icon_with_a_large_image_in_it_is_refused() -> None:
     inner = png(Image.new("1", (13_000, 13_000)))
     icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 1, len(inner), 22) + inner
@@ -398,38 +255,3 @@ def test_heic_without_pi_heif_names_it_and_exits_with_1(
     printed = capsys.readouterr()
     assert "seven.png" in printed.out
     assert "IMG_0001.HEIC: HEIC images need pi-heif. Run: pip install pi-heif" in printed.err
-
-
-# --- accuracy, through the command
-
-
-def accuracy(run: Path, folder: Path, pictures: Iterable[Image.Image], labels: Sequence[int]) -> float:
-    """The accuracy of `mnist predict` on pictures, written into a folder."""
-    folder.mkdir()
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"{number:05}.png", compress_level=1)
-    command = [sys.executable, "-m", "mnist", "predict", str(folder), "--json", "--model", str(run)]
-    done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    answers = json.loads(done.stdout)
-    return float(np.mean([it["label"] == str(label) for it, label in zip(answers, labels, strict=True)]))
-
-
-@pytest.mark.slow
-def test_pasted_and_drawn_digits_are_recognized(cnn_run: Path, digits: ImageData, tmp_path: Path) -> None:
-    rng = np.random.default_rng(SEED)
-    indices = rng.permutation(len(digits.test))[:MEASURED]
-    images, labels = digits.test.take(torch.from_numpy(indices))
-    pasted = accuracy(cnn_run, tmp_path / "pasted", (paste_digit(it, rng) for it in images[:]), labels.tolist())
-    written = [number % len(HANDS) for number in range(MEASURED)]
-    drawn = accuracy(cnn_run, tmp_path / "drawn", (draw_digit(it, rng) for it in written), written)
-    print(f"pasted {pasted:.2%}, drawn {drawn:.2%}")
-    assert pasted >= 0.97
-    assert drawn >= 0.90
-
-
-@pytest.mark.slow
-def test_mnists_images_give_the_accuracy_of_the_run(cnn_run: Path, digits: ImageData, tmp_path: Path) -> None:
-    images = (Image.fromarray(image.numpy()) for image in digits.test.images[:])
-    measured = accuracy(cnn_run, tmp_path / "mnist", images, digits.test.labels.tolist())
-    assert measured == metrics_of(cnn_run)[-1]["test/accuracy"]

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -871,11 +870,11 @@ def test_the_page_shows_server_errors(browser: Any) -> None:
 
 @in_a_browser
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
-def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
-    cnn_run: Path, viewport: dict[str, int], browser: Any
+def test_digits_and_numbers_drawn_with_the_mouse_are_read_by_the_included_model(
+    viewport: dict[str, int], browser: Any
 ) -> None:
-    model, rng = load(cnn_run), np.random.default_rng(0)
-    with serving_process("-m", "mnist", "draw", "--model", str(cnn_run), "--port", "0") as (_, address):
+    model, rng = load("digits"), np.random.default_rng(0)
+    with serving_process("-m", "mnist", "draw", "--model", "digits", "--port", "0") as (_, address):
         tab = Tab(browser, address, viewport=viewport)
         for digit in HANDS:
             tab.page.keyboard.press("c")
@@ -889,6 +888,10 @@ def test_digits_drawn_with_the_mouse_are_recognized_by_a_trained_network(
             told = dict(zip(model.class_names, tab.page.evaluate("shown.probabilities"), strict=True))
             assert told == pytest.approx(expected.probabilities, abs=1e-5)
             assert tab.page.locator("#network-input").get_attribute("src") == picture(expected.network_input)
+        tab.page.keyboard.press("c")
+        for index, digit in enumerate((4, 0, 7)):
+            tab.write(digit, 0.12 + 0.45 * index, 0.25, 0.45, rng)
+        tab.sees("407")
         tab.context.close()
     assert tab.complaints == []
     assert all(it.startswith((address, "data:")) for it in tab.asked)

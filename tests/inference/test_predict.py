@@ -72,6 +72,68 @@ def test_predict_prints_a_row_per_image_and_exits_with_1_for_unreadable_ones(
     assert main(["predict", *names, "--model", str(run)]) == 0
 
 
+def write_number(folder: Path, digits: ImageData, indices: Sequence[int]) -> tuple[str, str]:
+    """The file name of test digits side by side in two rows, dark on light, and their text."""
+    images, labels = digits.test.take(torch.tensor(indices))
+    rows = [torch.cat(list(row), dim=1) for row in images[:].split(2)]
+    picture = ImageOps.invert(Image.fromarray(torch.cat(rows).numpy())).resize((280, 280))
+    picture.save(folder / "number.png")
+    one, two, three, four = labels.tolist()
+    return str(folder / "number.png"), f"{one}{two}\n{three}{four}"
+
+
+def test_several_digits_are_read_row_by_row_with_their_boxes(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: Capture
+) -> None:
+    name, text = write_number(tmp_path, digits, (0, 1, 2, 3))
+    flags = ["--show-input", str(tmp_path / "seen"), "--save", str(tmp_path / "figure.png")]
+    assert main(["predict", name, "--json", "--model", str(run), *flags]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["label"], row["top"], row["text"]) == (None, [], text)
+    assert "".join(digit["label"] for digit in row["digits"]) == text.replace("\n", "")
+    assert row["probability"] == min(digit["probability"] for digit in row["digits"])
+    for number, digit in enumerate(row["digits"]):  # each in its quarter
+        left, top, right, bottom = digit["box"]
+        assert 140 * (number % 2) <= left < right <= 140 * (number % 2 + 1)
+        assert 140 * (number // 2) <= top < bottom <= 140 * (number // 2 + 1)
+    inputs = sorted((tmp_path / "seen").iterdir())
+    assert [path.name for path in inputs] == [f"001-0{number}-number.png" for number in range(1, 5)]
+    assert load(run).predict(name).text == text
+    assert main(["predict", name, "--model", str(run)]) == 0
+    words = capsys.readouterr().out.split("  ")
+    assert words[1:2] + words[3:4] == [text.replace("\n", " / "), "(the lowest of 4)\n"]
+
+
+def test_a_prediction_below_the_models_threshold_is_not_confident(
+    run: Path, digits: ImageData, tmp_path: Path, capsys: Capture
+) -> None:
+    model, (name,) = load(run), write_digits(tmp_path, digits, (0,))
+    likely = model.predict(name).probability
+    for temperature, threshold, confident in ((1.0, likely - 0.01, True), (8.0, likely - 0.01, False)):
+        config = dataclasses.replace(model.config, temperature=temperature, threshold=threshold)
+        save_model(model.net, tmp_path / "model", config)
+        assert main(["predict", name, "--json", "--model", str(tmp_path / "model")]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["label"], row["confident"]) == ("7", confident)
+        assert main(["predict", name, "--model", str(tmp_path / "model")]) == 0
+        assert capsys.readouterr().out.endswith("  (not sure)\n") is not confident
+
+
+def test_without_a_run_the_included_model_is_used_and_named(
+    run: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (name,) = write_digits(tmp_path, digits, (0,))
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", name]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split()[1] == "7"
+    assert printed.err == "No model in runs/latest: using the included one (--model digits).\n"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(run)
+    assert main(["predict", name]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def write_awkward_images(folder: Path, seven: Image.Image) -> dict[str, str | None]:
     """Odd or malicious images, and the outcome of each: a class, None if no digit is found, or a part of the error."""
     noise = np.random.default_rng(0).integers(0, 256, (280, 280), dtype=np.uint8)

@@ -233,13 +233,13 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
     for path in sorted((tmp_path / "wide").rglob("*.png")):
         with Image.open(path) as picture:
             for source in (path, picture):
-                assert model.prepare(source).numpy().tobytes() in known
+                assert model.prepare(source).rows[0][0].pixels.numpy().tobytes() in known
     for name in ("dim", "bright"):  # others, with a range of their own: the model's scale is what counts
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.fromarray(np.full((28, 28), 3000, np.uint16)).save(tmp_path / "other" / name / "0.png")
     options = DataOptions(image_size=28, test_fraction=1)
     other = load_dataset(str(tmp_path / "other"), tmp_path, options, model.class_names, model.config.scale)
-    assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png"))
+    assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png").rows[0][0].pixels)
 
 
 def test_ctrl_c_while_decoding_exits_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:

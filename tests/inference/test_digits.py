@@ -1,0 +1,191 @@
+"""The included model, `digits`: what it reads of other people's hands, and what it does not take for a digit."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from mnist.cli import main
+from mnist.data.splits import ImageData
+from mnist.inference.predict import DIGITS, Model
+from mnist.models.saved import load_model
+from tests.support.pages import EMPTY_KINDS, GROUNDS, KINDS, make_empty_page, make_non_digit, make_page
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(*load_model(DIGITS))
+
+
+@pytest.fixture(scope="module")
+def held_out(digits: ImageData) -> tuple[NDArray[np.uint8], list[int]]:
+    """The last 5,000 training images, which the model's training held out, and their digits."""
+    return digits.train.images[:][-5000:].numpy(), digits.train.labels[-5000:].tolist()
+
+
+# --- one digit, as people cut it out
+
+
+def crops(digit: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """An image of MNIST whole, and cut out ever tighter."""
+    rows, columns = np.nonzero(digit.any(1))[0], np.nonzero(digit.any(0))[0]
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    side, padded = max(bottom - top, right - left), np.pad(digit, 28)
+    y, x = 28 + (top + bottom) // 2 - side // 2, 28 + (left + right) // 2 - side // 2
+    yield "whole", digit
+    yield "cut below", digit[:bottom]
+    yield "cut above and below", digit[top:bottom]
+    yield "square", padded[y : y + side, x : x + side]
+    yield "box", digit[top:bottom, left:right]
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.slow)])
+def test_tightly_cut_digits_on_black_and_on_white_are_read(
+    count: int, model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
+) -> None:
+    images, labels = held_out
+    right: dict[tuple[str, int], list[bool]] = {}
+    for image, label in zip(images[:count], labels[:count], strict=True):
+        for name, pixels in crops(image):
+            size = pixels.shape[1] * 6, pixels.shape[0] * 6
+            large = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+            for ground in (0, 255):
+                found = model.predict(np.abs(np.int16(ground) - large).astype(np.uint8))
+                right.setdefault((name, ground), []).append(found.label == str(label))
+    shares = {case: float(np.mean(hits)) for case, hits in right.items()}
+    assert min(shares.values()) >= 0.97, shares
+
+
+def test_a_digit_on_ruled_paper_is_read_in_any_darkness_of_the_lines(model: Model) -> None:
+    random = np.random.default_rng(0)
+    for label, stroke in (("0", "ellipse"), ("7", "line")):
+        for gray in (50, 120, 180):
+            for lines in ([215], [178], [25, 215]):  # below the digit, touching it, above and below
+                page = Image.new("L", (200, 240), 225)
+                draw = ImageDraw.Draw(page)
+                if stroke == "ellipse":
+                    draw.ellipse([55, 50, 145, 175], outline=50, width=11)
+                else:
+                    draw.line([(55, 55), (145, 55)], fill=50, width=11)
+                    draw.line([(145, 55), (85, 175)], fill=50, width=11)
+                for y in lines:
+                    draw.line([(0, y), (200, y)], fill=gray, width=3)
+                noisy = np.clip(np.asarray(page) + random.normal(0, 3, (240, 200)), 0, 255).astype(np.uint8)
+                assert model.predict(noisy).label == label, (gray, lines)
+
+
+# --- several digits
+
+
+def read_right(true: str, read: str) -> int:
+    """How many digits of a text are read right: the longest common subsequence."""
+    row = [0] * (len(read) + 1)
+    for digit in true:
+        previous, row = row, [0]
+        for column, other in enumerate(read, 1):
+            row.append(previous[column - 1] + 1 if digit == other else max(previous[column], row[-1]))
+    return row[-1]
+
+
+def shares_read(
+    model: Model, images: NDArray[np.uint8], labels: list[int], count: int, seed: int
+) -> dict[str, tuple[int, int]]:
+    """Digits read right, and all digits, by ground: `count` pages of each kind, half of them in generated hands."""
+    totals: dict[str, tuple[int, int]] = {}
+    for ground in GROUNDS:
+        right = total = 0
+        for kind in KINDS:
+            for number in range(count):
+                random = np.random.default_rng([seed, GROUNDS.index(ground), KINDS.index(kind), number])
+                digits_of = (torch.from_numpy(images), torch.tensor(labels)) if number % 2 else None
+                page = make_page(random, digits_of, kind, ground)
+                true = page.text.replace("\n", "")
+                right += read_right(true, model.predict(page.image).text.replace("\n", ""))
+                total += len(true)
+        totals[ground] = right, total
+    return totals
+
+
+@pytest.mark.slow
+def test_generated_pages_of_digits_are_read(model: Model, held_out: tuple[NDArray[np.uint8], list[int]]) -> None:
+    totals = shares_read(model, *held_out, count=20, seed=1)
+    for ground, (right, total) in totals.items():
+        print(f"{ground:18} {right / total:.2%} of {total}")
+    assert sum(right for right, _ in totals.values()) / sum(total for _, total in totals.values()) >= 0.9
+    assert min(right / total for ground, (right, total) in totals.items() if "squared" not in ground) >= 0.9
+
+
+def test_numbers_and_columns_on_plain_and_ruled_paper_are_read(
+    model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
+) -> None:
+    images, labels = held_out
+    for ground in ("black", "plain", "ruled"):
+        right = total = 0
+        for number in range(8):
+            random = np.random.default_rng([2, number])
+            digits_of = (torch.from_numpy(images), torch.tensor(labels)) if number % 2 else None
+            page = make_page(random, digits_of, KINDS[number % 2], ground)
+            right += read_right(page.text, model.predict(page.image).text)
+            total += len(page.text)
+        assert right / total >= 0.93, ground
+
+
+def test_hardly_anything_is_found_on_empty_pages(model: Model) -> None:
+    found = []
+    for kind in EMPTY_KINDS:
+        pages = [make_empty_page(np.random.default_rng([3, number]), kind) for number in range(6)]
+        found += [(kind, text) for text in (model.predict(page).text for page in pages) if text]
+    assert len(found) <= 0.05 * 6 * len(EMPTY_KINDS), found
+
+
+# --- what is not a digit
+
+
+def rejected(model: Model, images: Iterator[Image.Image] | Callable[[int], Image.Image], count: int) -> float:
+    """The share of images in which no digit is found, or one that is not confident."""
+    make = images if callable(images) else lambda _: next(images)
+    return float(np.mean([not model.predict(make(number)).confident for number in range(count)]))
+
+
+@pytest.mark.parametrize(("kind", "least"), [("letter", 0.9), ("scribble", 0.7)])
+def test_letters_and_scribbles_are_not_confident(kind: str, least: float, model: Model) -> None:
+    def make(number: int) -> Image.Image:
+        return make_non_digit(np.random.default_rng([4, number]), kind)
+
+    assert rejected(model, make, 100) >= least
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="apt install dataset-fashion-mnist")
+def test_clothes_are_not_confident(model: Model) -> None:
+    content = gzip.decompress((FASHION_MNIST / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
+    assert rejected(model, (Image.fromarray(image) for image in images[:300]), 300) >= 0.9
+
+
+def test_99_percent_of_digits_are_confident(model: Model, held_out: tuple[NDArray[np.uint8], list[int]]) -> None:
+    found = model.predict(torch.from_numpy(held_out[0][:1000].copy()))
+    assert float(np.mean([digit.confident for digit in found])) >= 0.98
+
+
+# --- the model's card
+
+
+def test_the_card_of_the_included_model_has_its_test_accuracy(
+    fresh_accelerate: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (DIGITS / "README.md").read_text(encoding="utf-8")
+    assert main(["evaluate", "--model", "digits"]) == 0
+    accuracy = capsys.readouterr().out.split("accuracy ")[1].split(" %")[0]
+    assert f"{accuracy} %" in card
+    assert "CC BY-SA" in card
+    config = json.loads((DIGITS / "config.json").read_text(encoding="utf-8"))
+    assert config["architecture"] == "cnn-deep"
+    assert 0.5 < config["threshold"] < 1
