@@ -289,8 +289,9 @@ def draw_digits(options: argparse.Namespace) -> None:
             "reason": prediction.reason,
         }
 
-    which = "digits (the included model): " if options.model == "digits" else ""
-    title = f"{which}{model.config.architecture} on {model.config.dataset}"
+    title = f"{model.config.architecture} on {model.config.dataset}"
+    if options.model == "digits":
+        title = "digits, the included model"
     numbers = model.config.preparation == "digit"
     serve(answer, model.class_names, title, options.host, options.port, numbers)
 

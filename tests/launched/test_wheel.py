@@ -73,6 +73,7 @@ def test_a_wheel_applies_models_from_its_command_a_module_and_python(
     file, label = installed("python", "-c", script).stdout.split()
     assert environment in Path(file).parents
     assert re.match(rf"seven\.png  {label} +\d", answer)
+    assert installed("mnist", "predict", "seven.png").stdout.startswith("seven.png  7 ")  # by the included model
 
 
 def test_a_wheel_has_its_data_in_the_current_folder_not_in_site_packages(
