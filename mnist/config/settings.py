@@ -354,7 +354,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def augment_level(value: Any) -> Any:
-    """`light` and `none` for True and False: until version 0.2, --augment was on or off."""
+    """`light` and `none` for True and False, which --augment once was, in older runs too."""
     return {True: "light", False: "none"}[value] if isinstance(value, bool) else value
 
 
