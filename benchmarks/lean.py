@@ -1,6 +1,6 @@
 """What each shortcut in mnist/training/lean.py is worth, in a step of the tutorial's recipe.
 
-    python benchmarks/lean.py                          # 150 rounds, about a minute and a half
+    python benchmarks/lean.py                          # 150 rounds, about two minutes
 
 Each contestant replaces one shortcut by the method that it overrides; `all` replaces every shortcut, and `lean again`
 none: its ratio shows the noise. All train in this process, on one thread and with the same seed, in turns of 102 steps.

@@ -156,12 +156,12 @@ def _add_model(parser: argparse.ArgumentParser, or_included: bool = False) -> No
 
 def _load_model(options: argparse.Namespace) -> "Model":
     """The model of --model, by default that of runs/latest, or else the included one, which is then named."""
-    from mnist.inference.predict import find_model, load
+    from mnist.inference.predict import DIGITS, find_model, load
 
     if options.model is None:
         options.model = "runs/latest"
-        if find_model(Path(options.model)) is None:
-            options.model = "digits"
+        if find_model(options.model) is None:
+            options.model = DIGITS
             print("No model in runs/latest: using the included one (--model digits).", file=sys.stderr)
     return load(options.model)
 
@@ -265,6 +265,7 @@ def draw_digits(options: argparse.Namespace) -> None:
     """Serve the drawing page until Ctrl-C. Drawings are classified in the same way as images by `mnist predict`."""
     from mnist.data.images import read_image
     from mnist.inference.draw import serve
+    from mnist.inference.predict import DIGITS, find_model
     from mnist.reporting.snapshots import picture
 
     model = _load_model(options)
@@ -290,7 +291,7 @@ def draw_digits(options: argparse.Namespace) -> None:
         }
 
     title = f"{model.config.architecture} on {model.config.dataset}"
-    if options.model == "digits":
+    if find_model(options.model) == DIGITS:
         title = "digits, the included model"
     numbers = model.config.preparation == "digit"
     serve(answer, model.class_names, title, options.host, options.port, numbers)

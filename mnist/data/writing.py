@@ -133,13 +133,13 @@ def _not_digits(X: Tensor, y: Tensor, random: Tensor) -> Tensor:
     turned = X.transpose(2, 3)  # mirrored, too
     turned = torch.where((random[:, 1] < 0.5)[:, None, None, None], turned, turned.flip(2))
     is_turned = (random[:, 0] < NOT_DIGITS / 4) & (y != 0) & (y != 8)  # which would still be digits
-    shape = shapes().to(X.device)[(random[:, 2] * SHAPES).long()]
+    shape = shapes(X.device)[(random[:, 2] * SHAPES).long()]
     return torch.where(is_turned[:, None, None, None], turned, shape[:, None].to(X.dtype) / 255)
 
 
 @functools.cache
-def shapes() -> Tensor:
-    """Random shapes in the size and place of MNIST's digits, uint8 [SHAPES, 28, 28], white on black.
+def shapes(device: torch.device) -> Tensor:
+    """Random shapes in the size and place of MNIST's digits, uint8 [SHAPES, 28, 28] on `device`, white on black.
 
     Each is of two to five lines, arcs, curves and filled areas, composed like letters.
     """
@@ -155,7 +155,7 @@ def shapes() -> Tensor:
         small = shape.resize([max(1, round(scale * length)) for length in shape.size], Image.Resampling.BOX)
         left, top = (SIDE - small.width) // 2, (SIDE - small.height) // 2
         image[top : top + small.height, left : left + small.width] = np.asarray(small)
-    return torch.from_numpy(images)
+    return torch.from_numpy(images).to(device)
 
 
 def _draw_part(pen: ImageDraw.ImageDraw, width: int, side: int, random: np.random.Generator) -> None:

@@ -9,19 +9,19 @@ separated from the paper, what belongs to the paper (rules, boxes, the table bel
 ink are grouped into digits in reading order.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy import ndimage
-from torch import Tensor
+
+from mnist.inference.predict import Digit, Found
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.intp]
 Mask = NDArray[np.bool_]
-Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
 
 SIDE, FITTED = 28, 20  # pixels: MNIST's images, and the box around their digits
 MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 in MNIST
@@ -45,23 +45,13 @@ MIN_STROKE = 2.0  # width in pixels of the 20 x 20 box; thinner strokes are thic
 CORNERS = np.ones((3, 3), np.int8)  # regions connect at corners, too
 
 
-class Digit(NamedTuple):
-    pixels: Tensor  # uint8 [28, 28], bright on black
-    box: Box  # in the image
-
-
-class Found(NamedTuple):
-    rows: list[list[Digit]]  # in reading order
-    reason: str = ""  # why there are none
-
-
 NOTHING = Found([], "no digit found")
 
 
 def find_digits(image: Image.Image) -> Found:
-    """The digits in an image of mode L or RGB, in ink that is darker or lighter than the paper.
+    """The digits in an image of mode L or RGB as uint8 [28, 28], bright on black.
 
-    An image that already looks like MNIST's is returned unchanged.
+    Ink may be darker or lighter than the paper. An image that already looks like MNIST's is returned unchanged.
     """
     if image.size == (SIDE, SIDE):
         pixels = np.array(image.convert("L"))
@@ -88,14 +78,14 @@ def find_digits(image: Image.Image) -> Found:
     if touching[kept].any():
         return Found([], "digits touch each other")
     assert ink is not None
-    digits = {}
+    digits = []
     for number in kept:
         left, top, right, bottom = boxes[number].tolist()
         place = np.s_[top:bottom, left:right]
         pixels = _center(_fit(_thickened(np.where(np.isin(labels[place], groups[number]), ink[place], 0))))
         outer = min(factor * right, image.width), min(factor * bottom, image.height)
-        digits[number] = Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer))
-    return Found([[digits[kept[index]] for index in row] for row in _rows(boxes[kept])])
+        digits.append(Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer)))
+    return Found([[digits[index] for index in row] for row in _rows(boxes[kept])])
 
 
 def is_prepared(pixels: NDArray[np.uint8]) -> bool:
@@ -160,9 +150,8 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     sample = light[::step, ::step]  # single pixels: averages over thin strokes would not be as dark as ink
     splits = [_split(np.exp(sample)), *(_split(sample - _resized(it, sample.shape[::-1])) for it in papers[1:])]
     uniform, smooth, shadowed = (separability for separability, _ in splits)
-    is_uniform = uniform > max(
-        TWO_KINDS, smooth - 0.03, shadowed - 0.03
-    )  # a surface also fits ink that is cut out tightly
+    # a surface also fits ink that is cut out tightly, so it must be clearly better
+    is_uniform = uniform > max(TWO_KINDS, smooth - 0.03, shadowed - 0.03)
     best = 0 if is_uniform else 1 + int(shadowed > smooth)
     off = light - _resized(papers[best], (width, height))
     is_dark = splits[best][1]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,22 @@ from mnist.models.saved import ModelConfig, load_model
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mnist.inference.handwriting import Box, Digit, Found
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits"  # its card says how it was made
+
+
+class Digit(NamedTuple):
+    """What the network is applied to: a digit that was found in an image, or the whole image."""
+
+    pixels: Tensor  # uint8 [height, width] or [height, width, 3]
+    box: Box  # in the image
+
+
+class Found(NamedTuple):
+    rows: list[list[Digit]]  # in reading order
+    reason: str = ""  # why there are none
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Prediction:
     probabilities: dict[str, float]  # by class name, most likely first; empty if there is no label
     network_input: Tensor | None  # the prepared image, uint8 [height, width] or [height, width, 3]
     confident: bool = True  # False: probably not one of the classes
-    box: "Box | None" = None  # left, top, right, bottom in pixels of the image, of a digit
+    box: Box | None = None  # in the image; None for several digits
     digits: "tuple[Prediction, ...]" = ()  # those found in the image, in reading order
     text: str = ""  # all labels in reading order, a line per row
     reason: str = ""  # why nothing was found
@@ -72,15 +84,16 @@ class Model:
         predictions = [self._prediction(image, rows) for image in found]
         return predictions if several else predictions[0]
 
-    def prepare(self, image: Any) -> "Found":
+    def prepare(self, image: Any) -> Found:
         """The network's inputs, uint8 [height, width] or [height, width, 3]: of the digits found, or of the image."""
         from mnist.data.images import fit_image, in_8_bits, read_image
-        from mnist.inference.handwriting import Digit, Found, find_digits
 
         scale = self.config.scale
         is_file = isinstance(image, (str, os.PathLike))
         picture = read_image(Path(image), scale=scale) if is_file else in_8_bits(as_picture(image), scale)
         if self.config.preparation == "digit":
+            from mnist.inference.handwriting import find_digits
+
             return find_digits(picture)
         height, width = self.config.image_size
         if self.config.preparation == "none" and picture.size != (width, height):
@@ -91,7 +104,7 @@ class Model:
         pixels = torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
         return Found([[Digit(pixels, (0, 0, *picture.size))]])
 
-    def _prediction(self, found: "Found", probabilities: Iterator[Tensor]) -> Prediction:
+    def _prediction(self, found: Found, probabilities: Iterator[Tensor]) -> Prediction:
         """The prediction for an image; takes a row of probabilities per digit."""
         rows = [[self._named(next(probabilities), digit) for digit in row] for row in found.rows]
         digits = tuple(digit for row in rows for digit in row)
@@ -103,7 +116,7 @@ class Model:
         lowest = min(digit.probability for digit in digits)
         return Prediction(None, lowest, {}, None, all(digit.confident for digit in digits), None, digits, text)
 
-    def _named(self, probabilities: Tensor, digit: "Digit") -> Prediction:
+    def _named(self, probabilities: Tensor, digit: Digit) -> Prediction:
         order = probabilities.argsort(descending=True, stable=True).tolist()
         by_name = {self.class_names[number]: float(probabilities[number]) for number in order}
         label = self.class_names[order[0]]
@@ -129,9 +142,13 @@ def as_picture(image: Any) -> "Image.Image":
     return Image.fromarray(values.astype(np.uint8))
 
 
-def find_model(folder: Path) -> Path | None:
-    """The folder with the model of a run (its best weights by validation loss, if any), or with a model itself."""
-    candidates = (folder, folder / "best", folder / "model")
+def find_model(source: str | os.PathLike[str]) -> Path | None:
+    """The folder of the model that `source` names: of a run its best weights by validation loss, if any; or None.
+
+    `digits` is the included model, unless a folder of that name contains another.
+    """
+    folder = Path(source)
+    candidates = [folder, folder / "best", folder / "model", *([DIGITS] if str(source) == "digits" else [])]
     return next((candidate for candidate in candidates if (candidate / "model.safetensors").is_file()), None)
 
 
@@ -140,9 +157,7 @@ def load(source: str | os.PathLike[str]) -> Model:
     config.json, of user/name on the Hugging Face Hub, or the included one, `digits`. Raises UserError if there is none.
     """
     folder = Path(source)
-    if str(source) == "digits" and not folder.exists():
-        folder = DIGITS
-    if found := find_model(folder):
+    if found := find_model(source):
         return Model(*load_model(found))
     if (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: this run has no model yet. It is saved when training ends.")

@@ -1,6 +1,6 @@
 """Probabilities that can be trusted, from the validation images.
 
-calibrator = Calibrator(device)
+calibrator = Calibrator(device, torch.float64)
 calibrator.add(output, y, sample_weight)                  # per batch: log-probabilities [B, classes], [B], [B]
 calibration = calibrator.result(accelerator.reduce(calibrator.sums))
 

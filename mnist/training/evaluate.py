@@ -101,7 +101,7 @@ def evaluate_split(
     loss = torch.zeros(1, dtype=exact, device=accelerator.device)
     confusion: Tensor | None = None  # [classes * classes]
     most_confident = MostConfident(MISTAKES)
-    calibrator = Calibrator(accelerator.device, exact)
+    calibrator = Calibrator(accelerator.device, exact) if split == "val" else None
     model.eval()
     for number, (X, y, sample_weight) in enumerate(loader):
         before_batch()
@@ -111,7 +111,7 @@ def evaluate_split(
         confidence, prediction = output.max(dim=1)  # [B], [B]
         loss += loss_function(output, y, sample_weight)
         confusion.index_add_(0, y * output.shape[1] + prediction, sample_weight.to(exact))
-        if split == "val":
+        if calibrator is not None:
             calibrator.add(output, y, sample_weight)
         if split == "test":
             # data/loader.py: a global batch is a range of the split, and each process has a slice of it
@@ -126,7 +126,7 @@ def evaluate_split(
     classes = round(len(table) ** 0.5)
     mistakes = gather_object(most_confident.list()) if split == "test" else []
     mistakes.sort(key=lambda mistake: (-mistake.probability, mistake.place))
-    calibration = calibrator.result(accelerator.reduce(calibrator.sums)) if split == "val" else None
+    calibration = None if calibrator is None else calibrator.result(accelerator.reduce(calibrator.sums))
     return Result(total / int(table.sum()), table.view(classes, classes), tuple(mistakes[:MISTAKES]), calibration)
 
 

@@ -69,7 +69,23 @@ def test_a_flag_overrides_one_setting_of_the_recipe(recipe: str) -> None:
     ],
 )
 def test_augment_takes_a_level_a_boolean_or_nothing(arguments: list[str], expected: str) -> None:
-    assert parse_command_line(RECIPES, arguments).augment is expected
+    assert parse_command_line(RECIPES, arguments).augment == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--compile"], True),
+        (["--compile", "--batch-size", "5"], True),
+        (["--compile=True"], True),  # sent by W&B's sweep agents
+        (["--compile=false"], False),
+        (["--compile", "true"], True),
+        (["--compile", "False"], False),
+        ([], False),
+    ],
+)
+def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bool) -> None:
+    assert parse_command_line(RECIPES, arguments).compile is expected
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_strong_augmentation_depends_on_seed_and_epoch() -> None:
 
 
 def test_shapes_have_the_size_of_mnists_digits() -> None:
-    for image in shapes()[:500]:
+    for image in shapes(torch.device("cpu"))[:500]:
         rows, columns = image.any(1).nonzero(), image.any(0).nonzero()
         sides = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         assert max(sides) <= 20

@@ -101,6 +101,13 @@ def test_position_and_size_do_not_matter(place: tuple[int, int], size: int) -> N
     assert difference(prepared_of(page), prepared_of(seven(800))) < 5
 
 
+@pytest.mark.parametrize("ink", [0, 255])
+def test_a_digit_on_transparent_ground_is_found(ink: int) -> None:
+    image = Image.new("RGBA", (280, 280), (ink, ink, ink, 0))
+    image.putalpha(ImageOps.invert(seven()))
+    assert read_as_seven(read_image(png(image)))
+
+
 @pytest.mark.parametrize("direction", [0, 90, 180, 270])
 def test_a_shadow_does_not_matter(direction: int) -> None:
     light = np.linspace(0.5, 1, 280)[:, None] * np.ones(280)

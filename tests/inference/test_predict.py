@@ -128,6 +128,9 @@ def test_without_a_run_the_included_model_is_used_and_named(
     printed = capsys.readouterr()
     assert printed.out.split()[1] == "7"
     assert printed.err == "No model in runs/latest: using the included one (--model digits).\n"
+    (tmp_path / "digits").mkdir()  # of images: not a model
+    assert main(["predict", name]) == main(["predict", name, "--model", "digits"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["7", "7"]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(run)
     assert main(["predict", name]) == 0
