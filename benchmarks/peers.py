@@ -6,8 +6,8 @@
     python benchmarks/peers.py --device cuda            # on a GPU
     pip install -e '.[bench]'                           # Lightning, and Keras with JAX
 
-ours             accelerate launch train.py, with everything that is on by default, W&B (offline) included
-compiled         the same with --compile
+ours             accelerate launch train.py --compile False, with all that is on by default, W&B (offline) included
+compiled         the same with --compile True, the default on a GPU
 plain            the loop in plain PyTorch: float images on the device, fused Adam, no logging
 reduce-overhead  the same with torch.compile(net, mode="reduce-overhead"), which uses CUDA graphs on a GPU
 loader           the plain loop with torch's DataLoader, which the next three use too

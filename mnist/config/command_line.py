@@ -114,7 +114,11 @@ def spell_booleans(arguments: Sequence[str]) -> list[str]:
     Also accepts --augment as a boolean, which it once was.
     """
     kinds = get_type_hints(TrainConfig)
-    words = {flag(name): {"true": "True", "false": "False"} for name, kind in kinds.items() if kind is bool}
+    words = {
+        flag(name): {"true": "True", "false": "False"}
+        for name, kind in kinds.items()
+        if bool in (kind, *get_args(kind))
+    }
     words["--augment"] = {"true": "light", "false": "none"}
     spelled: list[str] = []
     pending: dict[str, str] = {}  # words of the flag before

@@ -164,8 +164,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step: 5 batches of 10 give the gradient of one batch of 50."""
 
-    compile: bool = False
-    """Run forward and backward pass as one graph. On a CPU it is compiled: takes seconds and needs a C++ compiler."""
+    compile: bool | None = None
+    """Run forward and backward pass as one graph. Default: on an NVIDIA or AMD GPU, for this project's own networks.
+    On a CPU the graph is compiled, which takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
     """Precision of the layers' computations. Default: the launcher's, which is `no` (float32) unless configured."""

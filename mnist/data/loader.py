@@ -152,6 +152,15 @@ class PositionBatches:
             yield range(start, start + self.batch_size)
 
 
+class BatchLoader(DataLoader[tuple[Tensor, Tensor, Tensor]]):
+    """A DataLoader of batches that its dataset makes; torch's own iterator takes 20 us more per batch."""
+
+    dataset: BatchDataset
+
+    def __iter__(self) -> Any:
+        return map(self.dataset.__getitems__, self.batch_sampler)  # type: ignore[arg-type]
+
+
 def build_loader(
     split: Split,
     global_batch_size: int,
@@ -171,11 +180,11 @@ def build_loader(
         )
     global_batch_size = min(global_batch_size, len(split))
     dataset = BatchDataset(split, global_batch_size, num_processes, device or torch.device("cpu"), training)
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_sampler=PositionBatches(dataset.num_batches, dataset.size),  # type: ignore[arg-type]
         collate_fn=_identity,
-        generator=torch.Generator(),  # otherwise every epoch would draw from the global one
+        generator=torch.Generator(),  # otherwise an epoch that Accelerate resumes would draw from the global one
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -20,6 +20,7 @@ from mnist.data.splits import Split
 from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
 from mnist.launch.hardware import choose_threads
+from mnist.models.networks import MODELS
 from mnist.training.graph import RECORDED, Record, record, record_step
 from mnist.training.inductor import COMPILED, compile_graph, trace
 from mnist.training.lean import LeanAccelerator
@@ -80,7 +81,10 @@ def build_loss(
     # [B, channels, height, width]: the shape of every batch of a process
     X = scale_pixels(images.images[: config.batch_sizes(accelerator.num_processes).batch_size]).to(accelerator.device)
     choose_threads(net, X)
-    if config.compile:
+    wanted = config.compile
+    if wanted is None:  # where it computes the same, and starts at once
+        wanted = accelerator.device.type in RECORDERS and config.model in MODELS and not refusal(net, accelerator)
+    if wanted:
         accelerator.captured, accelerator.why_not_captured = capture_loss(model, loss_function, accelerator, X)
     if accelerator.captured is not None:
         return accelerator.captured
@@ -97,7 +101,8 @@ def capture_loss(
     differently.
     """
     net = accelerator.unwrap_model(model, keep_torch_compile=False)
-    check(net, accelerator)
+    if problem := refusal(net, accelerator):
+        raise ConfigError(f"--compile: {problem}")
     batch = X, X.new_zeros(len(X), dtype=torch.long), X.new_ones(len(X))
     step = partial(loss_and_gradients, net, loss_function, accelerator.gradient_accumulation_steps)
     make: Callable[[], Callable[..., Sequence[Tensor]]]
@@ -116,14 +121,15 @@ def capture_loss(
     return (None, reasons[0]) if reasons else (captured, "")
 
 
-def check(net: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ConfigError for what a graph cannot do, or would do differently."""
+def refusal(net: nn.Module, accelerator: Accelerator) -> str:
+    """What a graph cannot do, or would do differently; empty if nothing."""
     if accelerator.scaler is not None:
-        raise ConfigError("--compile: does not support --mixed-precision fp16 (scaled gradients). Use bf16.")
-    if accelerator.state.dynamo_plugin.backend.value.lower() != "no":
-        raise ConfigError("--compile: the launcher already compiles the model (dynamo_backend). Drop one of the two.")
+        return "does not support --mixed-precision fp16 (scaled gradients). Use bf16."
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        return "the launcher already compiles the model (dynamo_backend). Drop one of the two."
     if not all(parameter.is_contiguous() for parameter in net.parameters()):
-        raise ConfigError("--compile: does not support non-contiguous parameters, e.g. from .to(memory_format=...).")
+        return "does not support non-contiguous parameters, e.g. from .to(memory_format=...)."
+    return ""
 
 
 def loss_and_gradients(

@@ -67,6 +67,14 @@ class LeanAccelerator(Accelerator):
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         return super().prepare_optimizer(LeanOptimizer(optimizer, scaler=self.scaler), device_placement)
 
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+    ) -> Any:
+        # batches are made on the device (data/loader.py), so Accelerate need not search them for tensors to move
+        prepared = super().prepare_data_loader(data_loader, bool(device_placement), slice_fn_for_dispatch)
+        prepared.base_dataloader.__class__ = type(data_loader)  # Accelerate makes it a plain DataLoader
+        return prepared
+
 
 class AdamState(NamedTuple):
     """A fused Adam's state for one parameter group; `step` are views of `steps`."""

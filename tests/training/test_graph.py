@@ -62,6 +62,23 @@ def test_a_recorded_run_is_bit_identical_to_an_uncompiled_one(
     assert end_of(recorded) == end_of(plain)
 
 
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({}, True),
+        ({"model": "cnn-deep"}, True),
+        ({"compile": False}, False),
+        ({"model": "mobilenet_v3_small", "batch_size": 20}, False),
+    ],
+)
+def test_without_a_flag_only_networks_of_this_project_are_recorded(
+    settings: dict[str, Any], recorded: bool, device: str, run_here: RunHere
+) -> None:
+    environment = json.loads((run_here("x", epochs=1, **settings) / "environment.json").read_text())
+    assert environment["compiler"] == (RECORDED if recorded else "no")
+    assert environment["not_compiled"] == ""
+
+
 class Random(networks.Net):
     """With BatchNorm and dropout."""
 
