@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.data import DataLoader
 
 from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
@@ -181,6 +182,12 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(2, 1)
+
+
+def test_batches_come_in_the_order_of_torchs_own_iterator() -> None:
+    ours, theirs = (build_loader(numbered(57), 10, training=Training(seed=0)) for _ in range(2))
+    for one, other in zip(ours, DataLoader.__iter__(theirs), strict=True):
+        assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 
 def test_iterating_draws_nothing_from_the_global_generator() -> None:

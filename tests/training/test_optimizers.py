@@ -123,7 +123,7 @@ if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  
 
 @pytest.mark.parametrize("name", CHOICES["schedule"])
 def test_a_schedule_sets_the_learning_rates_of_torchs_lambda_lr_also_after_a_resume(name: str) -> None:
-    rates = []
+    rates: list[Any] = []
     for ours in (True, False):
         groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.02)]
         optimizer = torch.optim.SGD(groups)
