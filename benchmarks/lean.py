@@ -7,9 +7,8 @@ none: its ratio shows the noise. All train in this process, on one thread and wi
 `us` is the processor time of a step, without clipping, logging and checkpoints. The weights must be bit-identical.
 
 accumulate, backward    Accelerate's own method
-prepare_data_loader     Accelerate's own method: batches come from torch's iterator, and are searched for tensors
+prepare_data_loader     Accelerate's own method: batches come from torch's own iterator
 prepare_optimizer       Accelerate's own method: AcceleratedOptimizer replaces LeanOptimizer
-schedule                LambdaLR's own step()
 zero_grad, adam         torch's own zero_grad(), torch's own step()
 counters                one addition per step counter of Adam, by torch._foreach_add_
 """
@@ -27,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from measure import ROOT, Figures, command_line, header, interleave, print_table, rounded
-from torch.optim.lr_scheduler import LambdaLR
 
 from mnist.data.datasets import load_dataset
 from mnist.data.loader import BatchDataset, Training, build_loader
@@ -65,8 +63,6 @@ def prepare(names: Sequence[str], images: Split) -> tuple[Net, Callable[[int], F
         return {"us": (time.process_time() - started) / STEPS * 1e6}
 
     turn(-1)  # warms up
-    if "schedule" in names:
-        scheduler.scheduler.step = partial(LambdaLR.step, scheduler.scheduler)
     if "zero_grad" in names:
         optimizer.zero_grad = adam.zero_grad
     if "adam" in names:
@@ -81,8 +77,8 @@ def main() -> None:
     rounds = command_line(__doc__, rounds=150).parse_args().rounds
     torch.set_num_threads(1)
     images = load_dataset("mnist", ROOT / "data").train
-    shortcuts = {name: [name] for name in (*METHODS, "schedule", "zero_grad", "adam", "counters")}
-    variants = {"lean": [], "lean again": [], **shortcuts, "all": [*METHODS, "schedule"]}
+    shortcuts = {name: [name] for name in (*METHODS, "zero_grad", "adam", "counters")}
+    variants = {"lean": [], "lean again": [], **shortcuts, "all": METHODS}
     nets, turns = zip(*(prepare(names, images) for names in variants.values()), strict=True)
     with redirect_stdout(None):  # a line per turn
         results = interleave(dict(zip(variants, turns, strict=True)), rounds)

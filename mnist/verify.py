@@ -83,7 +83,7 @@ def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[s
 
     In a deep network, Adam turns rounding errors of near-zero gradients into large differences within a few steps.
     """
-    shared: dict[str, Any] = {"before": IN_FLOAT64, "mixed_precision": "no", "compile": False}
+    shared: dict[str, Any] = {"before": IN_FLOAT64, "mixed_precision": "no", "compile": None}
     is_own = runs.config.model in CHOICES["model"]
     if not is_own:  # the first step of plain SGD is the gradient
         shared |= {"max_steps": 1, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
@@ -255,7 +255,7 @@ def precision(runs: LaunchedRuns) -> Iterator[Row]:
     advice = "The compiled code is wrong. Train without --compile, or try another version of torch."
     name = "compiled and eager"
     try:
-        row = compare(name, runs, ({}, {"compile": True}), advice)
+        row = compare(name, runs, ({"compile": False}, {"compile": True}), advice)
         reason = Record.read(runs.folder / "compiled-and-eager-1").environment.get("not_compiled")
     except ConfigError as error:
         reason = str(error)

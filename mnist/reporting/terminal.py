@@ -50,7 +50,7 @@ class Terminal:
         if resolved["compiler"] != "no":
             self.row("compiler", resolved["compiler"])
         elif resolved["not_compiled"]:
-            self.row("compiler", f"none, --compile has no effect: {resolved['not_compiled']}")
+            self.row("compiler", f"none, no graph can be made: {resolved['not_compiled']}")
         counts = f"{resolved['train_images']:,} training and {resolved['test_images']:,} test images"
         self.row("data", f"{resolved['data']}, {counts}")
         for note in notes:

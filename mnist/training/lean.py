@@ -70,9 +70,8 @@ class LeanAccelerator(Accelerator):
     def prepare_data_loader(
         self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
     ) -> Any:
-        # batches are made on the device (data/loader.py), so Accelerate need not search them for tensors to move
-        prepared = super().prepare_data_loader(data_loader, bool(device_placement), slice_fn_for_dispatch)
-        prepared.base_dataloader.__class__ = type(data_loader)  # Accelerate makes it a plain DataLoader
+        prepared = super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        prepared.base_dataloader.__class__ = type(data_loader)  # Accelerate makes a plain DataLoader of it
         return prepared
 
 

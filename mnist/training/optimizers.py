@@ -71,22 +71,7 @@ def _along_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Schedule(LambdaLR):
-    """LambdaLR in a third of its time, without its warnings."""
-
-    def step(self, epoch: int | None = None) -> None:
-        if epoch is not None or self._step_count == 0:
-            super().step(epoch)
-            return
-        self._step_count += 1
-        self.last_epoch += 1
-        groups = self.optimizer.param_groups
-        for group, initial, factor in zip(groups, self.base_lrs, self.lr_lambdas, strict=True):
-            group["lr"] = initial * factor(self.last_epoch)
-        self._last_lr = [group["lr"] for group in groups]
-
-
 def build_schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
     """A scheduler to step once per optimizer step of the whole job."""
     settings: dict[str, Any] = {"warmup_steps": warmup_steps, "total_steps": total_steps}
-    return Schedule(optimizer, lambda step: schedule_factor(name, step, **settings))
+    return LambdaLR(optimizer, lambda step: schedule_factor(name, step, **settings))

@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
 from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data.datasets import FILES, SOURCES, load_dataset, read_idx
-from mnist.data.loader import BatchDataset, Training, build_loader, evaluation_splits, place_images
+from mnist.data.loader import BatchDataset, BatchLoader, Training, build_loader, evaluation_splits, place_images
 from mnist.data.splits import ImageData, MappedImages, Split
 from mnist.data.transforms import augmentation_parameters
 from mnist.errors import ConfigError, UserError
+from mnist.training.lean import LeanAccelerator
 
 RAW = PROJECT_FOLDER / "data" / "MNIST" / "raw"
 
@@ -184,9 +186,11 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(1, 2) != order(2, 1)
 
 
-def test_batches_come_in_the_order_of_torchs_own_iterator() -> None:
+def test_prepared_batches_skip_torchs_iterator_and_come_in_its_order(fresh_accelerate: None) -> None:
     ours, theirs = (build_loader(numbered(57), 10, training=Training(seed=0)) for _ in range(2))
-    for one, other in zip(ours, DataLoader.__iter__(theirs), strict=True):
+    prepared = LeanAccelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True)).prepare(ours)
+    assert type(prepared.base_dataloader) is BatchLoader
+    for one, other in zip(prepared, DataLoader.__iter__(theirs), strict=True):
         assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
 
 

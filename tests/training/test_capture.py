@@ -151,7 +151,7 @@ def test_without_a_compiler_the_run_is_uncompiled_and_shows_the_reason(launch: L
     nothing = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "empty")}
     done = launch(*small, "--run-name=asked", "--compile", command=("train.py",), **nothing)
     assert done.returncode == 0, done.stderr
-    assert "compiler    none, --compile has no effect: no C++ compiler found (CXX, g++)" in done.stdout
+    assert "compiler    none, no graph can be made: no C++ compiler found (CXX, g++)" in done.stdout
     assert "Traceback" not in done.stderr
     assert end_of(tmp_path / "asked") == end_of(tmp_path / "plain")
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_recorded_trains_uncompiled_and_shows_the_reason(
     monkeypatch.setitem(networks.MODELS, "mlp", Waiting)
     plain, asked = (run_here(name, compile=name == "asked") for name in ("plain", "asked"))
     reason = "called a synchronizing CUDA operation" if device == "cuda" else "not permitted while recording"
-    assert f"compiler    none, --compile has no effect: RuntimeError: {reason}" in capsys.readouterr().out
+    assert f"compiler    none, no graph can be made: RuntimeError: {reason}" in capsys.readouterr().out
     assert end_of(asked) == end_of(plain)
 
 

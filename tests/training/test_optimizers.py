@@ -3,11 +3,9 @@
 import copy
 import functools
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from mnist.config.settings import CHOICES
 from mnist.models.by_name import build_model
 from mnist.training.lean import LeanAccelerator, LeanOptimizer
 from mnist.training.losses import LOSSES
@@ -119,27 +115,6 @@ OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # variants without 
 }
 if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:  # not in torch 2.6
     OTHERS["decoupled"] = functools.partial(torch.optim.Adam, fused=True, decoupled_weight_decay=True)
-
-
-@pytest.mark.parametrize("name", CHOICES["schedule"])
-def test_a_schedule_sets_the_learning_rates_of_torchs_lambda_lr_also_after_a_resume(name: str) -> None:
-    rates: list[Any] = []
-    for ours in (True, False):
-        groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.02)]
-        optimizer = torch.optim.SGD(groups)
-        scheduler: Any = build_schedule(name, optimizer, 3, 20)
-        if not ours:
-            scheduler.step = functools.partial(LambdaLR.step, scheduler)
-        rates.append([])
-        for number in range(25):
-            if number == 12:  # as if resumed
-                scheduler.load_state_dict(
-                    json.loads(json.dumps(scheduler.state_dict())) if ours else scheduler.state_dict()
-                )
-            rates[-1].append(([group["lr"] for group in optimizer.param_groups], scheduler.get_last_lr()))
-            optimizer.step()
-            scheduler.step()
-    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS, "another torch"])
