@@ -107,7 +107,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="check that training works correctly on this machine",
         usage="mnist verify [-h] [--processes N] [--output FILE] [flags of train.py]",
-        description="Train several short runs, for about two minutes, and check that the same seed gives the same"
+        description="Train several short runs, for two to four minutes, and check that the same seed gives the same"
         " weights, that a killed run resumes bit-identically, that all devices and numbers of processes agree, and how"
         " fast training is. Exits with 1 if a check fails.",
         epilog="To check your own model and data, add flags of train.py: mnist verify --recipe cnn --dataset PetImages",
@@ -489,7 +489,7 @@ def verify_machine(options: argparse.Namespace) -> int:
         stack.callback(signal.signal, signal.SIGTERM, at_sigterm)
         stack.enter_context(_written_to(options.output))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".verify-"))
-        print(f"{shlex.join(['train.py', *options.flags])}, processes: {options.processes}. Takes about two minutes.")
+        print(f"{shlex.join(['train.py', *options.flags])}, processes: {options.processes}. Takes two to four minutes.")
         for title, group in verify(LaunchedRuns(config, options.processes, Path(folder))):
             print(f"\n{title}", flush=True)
             for row in group:
