@@ -21,12 +21,10 @@ from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
 from mnist.launch.hardware import choose_threads
 from mnist.models.networks import MODELS
-from mnist.training.graph import RECORDED, Record, record, record_step
+from mnist.training.graph import RECORDED, RECORDERS, RecordedStep
 from mnist.training.inductor import COMPILED, compile_graph, trace
 from mnist.training.lean import LeanAccelerator
 from mnist.training.losses import LOSSES, Loss
-
-RECORDERS: dict[str, Record] = {"cuda": record}  # by type of device; the others use inductor
 
 
 class CapturedLoss:
@@ -45,7 +43,10 @@ class CapturedLoss:
         self.accelerator = accelerator
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.loss: Tensor | None = None
+        self.total: Tensor | None = getattr(forward, "total", None)
         self.gradients: list[Tensor] = []
+        self.keeps_gradients = compiler == RECORDED and accelerator.gradient_accumulation_steps == 1
+        self.averages: list[Tensor] = []  # of the gradients of several processes, in `memory`
 
     def __call__(self, X: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
         self.loss, *self.gradients = self.forward(X, y, sample_weight)
@@ -59,14 +60,22 @@ class CapturedLoss:
                 for parameter, gradient in zip(self.parameters, gradients, strict=True)
             ]
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.accelerator.num_processes)
-            torch.distributed.all_reduce(flat)
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            gradients = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+            gradients = self._average(gradients)
             # like its own forward pass: DistributedDataParallel then broadcasts the buffers before an evaluation
             self.model.require_forward_param_sync = True
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+    def _average(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Their means over the processes, in the same memory at every step."""
+        if not self.averages:
+            sizes = [gradient.numel() for gradient in gradients]
+            self.memory = gradients[0].new_empty(sum(sizes))
+            pairs = zip(torch.split(self.memory, sizes), gradients, strict=True)
+            self.averages = [part.as_strided(one.shape, one.stride(), part.storage_offset()) for part, one in pairs]
+        torch._foreach_copy_(self.averages, gradients)
+        torch.distributed.all_reduce(self.memory.div_(self.accelerator.num_processes))
+        return self.averages
 
 
 def build_loss(
@@ -107,7 +116,7 @@ def capture_loss(
     step = partial(loss_and_gradients, net, loss_function, accelerator.gradient_accumulation_steps)
     make: Callable[[], Callable[..., Sequence[Tensor]]]
     if recorder := RECORDERS.get(accelerator.device.type):
-        compiler, make = RECORDED, partial(record_step, step, net, batch, recorder)
+        compiler, make = RECORDED, partial(RecordedStep, step, net, batch, recorder)
     else:
         accelerator.print("Compiling (seconds; up to half a minute the first time) ...", flush=True)
         compiler, make = COMPILED, partial(compile_graph, *trace(step, net, batch), batch)
@@ -127,7 +136,8 @@ def refusal(net: nn.Module, accelerator: Accelerator) -> str:
         return "does not support --mixed-precision fp16 (scaled gradients). Use bf16."
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "the launcher already compiles the model (dynamo_backend). Drop one of the two."
-    if not all(parameter.is_contiguous() for parameter in net.parameters()):
+    fits = is_dense if accelerator.device.type in RECORDERS else Tensor.is_contiguous
+    if not all(map(fits, net.parameters())):
         return "does not support non-contiguous parameters, e.g. from .to(memory_format=...)."
     return ""
 
@@ -154,7 +164,17 @@ def loss_and_gradients(
     # like backward(): each in memory of its own, and in the layout of its parameter, which fused optimizers need
     shared = [sum(gradient is other for other in gradients) > 1 for gradient in gradients]
     copies = (one.clone() if several else one for one, several in zip(gradients, shared, strict=True))
-    return [loss.detach(), *(gradient.contiguous() for gradient in copies)]
+    return [loss.detach(), *map(in_layout_of, leaves.values(), copies)]
+
+
+def in_layout_of(parameter: Tensor, values: Tensor) -> Tensor:
+    """`values` in memory like `parameter`, which must be dense."""
+    return values if values.stride() == parameter.stride() else torch.empty_like(parameter).copy_(values)
+
+
+def is_dense(values: Tensor) -> bool:
+    """Whether the values lie in memory one after another, in any order of dimensions, e.g. channels last."""
+    return torch.empty_like(values).stride() == values.stride()
 
 
 def compiler_error(error: BaseException) -> str:

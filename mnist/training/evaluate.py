@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mnist.training.calibration import Calibration, Calibrator
+from mnist.training.lean import LeanAccelerator
 
 MISTAKES = 40  # kept of the test split
 MAX_CLASSES_LOGGED = 20  # with their own accuracy: more would flood the trackers
@@ -164,9 +165,11 @@ class TrainingLoss:
     images of an optimizer step.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: LeanAccelerator) -> None:
         self.accelerator = accelerator
-        self.sum = torch.zeros((), device=accelerator.device)
+        total = None if accelerator.captured is None else accelerator.captured.total
+        self.is_summed = total is not None  # by the CUDA graph
+        self.sum = torch.zeros((), device=accelerator.device) if total is None else total
         self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,7 +184,8 @@ class TrainingLoss:
         self.steps = state["steps"]
 
     def add(self, loss: Tensor) -> None:
-        self.sum += loss.detach()
+        if not self.is_summed:
+            self.sum += loss.detach()
         self.steps += self.accelerator.sync_gradients
 
     def read(self) -> float:

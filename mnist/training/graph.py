@@ -1,6 +1,6 @@
-"""Loss and gradients of a batch, recorded in a CUDA graph: `--compile` on NVIDIA's and AMD's GPUs.
+"""CUDA graphs: `--compile` on NVIDIA's and AMD's GPUs.
 
-    compute = record_step(step, net, batch, record)
+    compute = RecordedStep(step, net, batch, record)
     loss, *gradients = compute(X, y, sample_weight)        # overwritten by the next call
 
 A replay launches the kernels of an uncompiled step together, without Python, autograd and a launch for each of them.
@@ -10,6 +10,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs has the rules.
 
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,47 +19,65 @@ RECORDED = "CUDA graph of loss and gradients"
 WARM_UP = 3  # calls in which libraries choose kernels and allocate memory
 
 Function = Callable[[], list[Tensor]]
-Record = Callable[[Function], tuple[Callable[[], object], list[Tensor]]]
+Replay = Callable[[], object]
 
 
-def record_step(
-    step: Callable[..., list[Tensor]], net: nn.Module, batch: tuple[Tensor, ...], record: Record
-) -> Callable[..., list[Tensor]]:
+class Record(Protocol):
+    """A function like `record`."""
+
+    def __call__(self, function: Function, warm_up: int = ..., /) -> tuple[Replay, list[Tensor]]: ...
+
+
+class RecordedStep:
     """`step` as a function that replays it for batches of the shapes of `batch`, whose memory it takes over.
 
-    Each call overwrites the results of the last. The buffers of `net` and the random generators stay as they were.
+    Each call overwrites the results of the last, and adds the first of them, the loss, to `total`. The buffers of `net`
+    and the random generators stay as they were.
     """
-    device, buffers = batch[0].device, [(buffer, buffer.clone()) for buffer in net.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            replay, results = record(lambda: step(batch))
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
-    def compute(*values: Tensor) -> list[Tensor]:
-        for kept, value in zip(batch, values, strict=True):
-            kept.copy_(value)
-        replay()
-        return results
+    def __init__(
+        self, step: Callable[..., list[Tensor]], net: nn.Module, batch: tuple[Tensor, ...], record: Record
+    ) -> None:
+        device, buffers = batch[0].device, [(buffer, buffer.clone()) for buffer in net.buffers()]
+        self.total = torch.zeros((), device=device)
+        self.batch = batch
+        kinds = {value.dtype for value in batch}
+        self.alike = [[place for place, value in enumerate(batch) if value.dtype == kind] for kind in kinds]
 
-    return compute
+        def step_and_sum() -> list[Tensor]:
+            results = step(batch)
+            self.total.add_(results[0])
+            return results
+
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                self.replay, self.results = record(step_and_sum)
+            finally:
+                for buffer, value in [*buffers, (self.total, torch.zeros_like(self.total))]:
+                    buffer.copy_(value)
+
+    def __call__(self, *values: Tensor) -> list[Tensor]:
+        for places in self.alike:  # one kernel for all of a dtype
+            torch._foreach_copy_([self.batch[place] for place in places], [values[place] for place in places])
+        self.replay()
+        return self.results
 
 
-def record(function: Function) -> tuple[Callable[[], object], list[Tensor]]:
+def record(function: Function, warm_up: int = WARM_UP) -> tuple[Replay, list[Tensor]]:
     """Record what `function` does on the GPU; returns a function that repeats it, and the results, which it overwrites.
 
-    Raises RuntimeError if it cannot be recorded, e.g. because it waits for the GPU.
+    Recording does nothing itself; before it, `function` is called `warm_up` times. Raises RuntimeError if it cannot be
+    recorded, e.g. because it waits for the GPU.
     """
     graph, mode = torch.cuda.CUDAGraph(), torch.cuda.get_sync_debug_mode()
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):  # here too, because torch.cuda.graph does not leave its stream after an error
-            for _ in range(WARM_UP - 1):
+            for call in range(warm_up):
+                if call == warm_up - 1:
+                    _refuse_to_wait()
                 function()
-            _refuse_to_wait()
-            function()
             torch.cuda.set_sync_debug_mode(mode)
             # thread_local: other threads, e.g. NCCL's watchdog, may call CUDA meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -74,3 +93,6 @@ def _refuse_to_wait() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch does not notice every wait
         torch.cuda.set_sync_debug_mode("error")
+
+
+RECORDERS: dict[str, Record] = {"cuda": record}  # by type of device; the others compile with inductor

@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mnist.errors import DivergedError
 from mnist.launch.hardware import peak_memory
 from mnist.training.evaluate import TrainingLoss
+from mnist.training.lean import LeanAccelerator
 
 
 class Progress:
     """The step, epoch and batch of a run, the same on all processes; a step is an optimizer step of the whole job."""
 
-    def __init__(self, accelerator: Accelerator, images: int, global_batch_size: int, total_steps: int) -> None:
+    def __init__(self, accelerator: LeanAccelerator, images: int, global_batch_size: int, total_steps: int) -> None:
         """`images` is the number per epoch, `total_steps` the number of optimizer steps in the run."""
         self.accelerator = accelerator
         self.images_per_epoch = images

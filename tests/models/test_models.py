@@ -15,7 +15,7 @@ from mnist.data.splits import ImageData, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import choose_threads
 from mnist.models.by_name import build_model, check_batch
-from mnist.models.networks import MODELS, Net, Normalized, count_parameters
+from mnist.models.networks import MODELS, Convolution, Net, Normalized, count_parameters
 from mnist.models.saved import ModelConfig, load_model, save_model
 
 DIGITS = ModelConfig("mlp", tuple("0123456789"), (28, 28), "mnist")
@@ -125,6 +125,29 @@ def test_strided_networks_compute_channels_last_with_contiguous_weights(name: st
     convolutions = [it for it in model.parameters() if it.grad is not None]
     assert len(convolutions) == 2 * len(outputs)
     assert all(it.is_contiguous() and it.grad.is_contiguous() for it in convolutions if it.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((1, 28, 28), (24, 5, 2, 0)),
+        ((24, 12, 12), (32, 3, 2, 0)),
+        ((3, 9, 14), (4, 3, 1, 1)),
+        ((2, 7, 8), (5, 5, 2, 2)),
+    ],
+)
+def test_a_convolution_by_matrix_multiplication_has_the_same_outputs_and_gradients(
+    shape: tuple[int, int, int], settings: tuple[int, ...]
+) -> None:
+    filters, size, stride, padding = settings
+    convolution = Convolution(shape[0], filters, size, stride, padding).double()
+    X = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for compute in (convolution, convolution.product):
+        output = compute(X)
+        gradients = torch.autograd.grad(output.sin().sum(), [X, *convolution.parameters()])
+        results.append([output, *gradients])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
 def test_activations_of_strided_networks_neither_grow_nor_vanish() -> None:

@@ -8,7 +8,6 @@ results of the last one fails.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mnist.training.graph import WARM_UP, Function
+from mnist.training.graph import WARM_UP, Function, Replay
 
 
 def tensors(values: object) -> list[Tensor]:
@@ -68,9 +67,9 @@ class Tape(TorchDispatchMode):
                     kept.copy_(result)
 
 
-def record(function: Function) -> tuple[Callable[[], object], list[Tensor]]:
+def record(function: Function, warm_up: int = WARM_UP) -> tuple[Replay, list[Tensor]]:
     """Like mnist.training.graph.record."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         function()
     with torch.random.fork_rng([]):
         try:
@@ -84,7 +83,7 @@ def record(function: Function) -> tuple[Callable[[], object], list[Tensor]]:
 if __name__ == "__main__":
     import train
     from mnist.launch.main import end_process
-    from mnist.training import capture
+    from mnist.training import graph
 
-    capture.RECORDERS["cpu"] = record
+    graph.RECORDERS["cpu"] = record
     end_process(train.main())

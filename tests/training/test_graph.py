@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mnist.models import networks
 from mnist.models.by_name import build_model
 from mnist.session import Session
-from mnist.training.capture import RECORDERS, capture_loss
-from mnist.training.graph import RECORDED
+from mnist.training.capture import capture_loss
+from mnist.training.graph import RECORDED, RECORDERS
 from mnist.training.lean import LeanAccelerator
 from mnist.training.losses import LOSSES
 from tests.conftest import Launch, ResumeHere, RunHere
@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cnn": {"model": "cnn"},
     "cnn-quick": {"model": "cnn-quick"},
     "windows, the last one shorter": {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5, "schedule": "cosine"},
+    "a learning rate that stops changing": {"warmup_steps": 5},
     "clipping": {"max_grad_norm": 0.5, "optimizer": "sgd", "augment": "light"},
     "bf16": {"model": "cnn", "mixed_precision": "bf16"},
     "another loss": {"optimizer": "radam", "loss": "mse", "weight_decay": 0.01},
@@ -144,6 +145,38 @@ def test_each_recorded_gradient_has_memory_of_its_own(device: str, fresh_acceler
     captured.backward()
     assert torch.equal(net.a.grad, net.b.grad)
     assert net.a.grad.data_ptr() != net.b.grad.data_ptr()  # or clipping would scale them twice
+
+
+def test_an_update_is_replayed_only_while_gradients_and_settings_stay_the_same(
+    device: str, fresh_accelerate: None
+) -> None:
+    accelerator = LeanAccelerator(cpu=device == "cpu")
+    torch.manual_seed(0)
+    nets = [networks.Net().to(device) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrapped, plain = (torch.optim.Adam(net.parameters(), fused=True) for net in nets)
+    net, optimizer = accelerator.prepare(nets[0], wrapped)
+    X, y = torch.rand(16, 1, 28, 28, device=device), torch.arange(16, device=device) % 10
+    accelerator.captured, _ = capture_loss(net, LOSSES["nll"], accelerator, X.clone())
+    assert accelerator.captured is not None
+    replayed = []
+    for step in range(20):
+        for either in (optimizer, plain):
+            either.zero_grad()
+            either.param_groups[0]["lr"] = 0.001 if step < 6 else 0.002
+        accelerator.backward(accelerator.captured(X, y, torch.full((16,), 1 / 16, device=device)))
+        for ours, theirs in zip(net.parameters(), nets[1].parameters(), strict=True):
+            if step == 12:
+                ours.grad = ours.grad * 2  # other memory
+            theirs.grad = ours.grad.clone()
+        if step == 16:
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        plain.step()
+        replayed.append(optimizer.replay is not None)
+    assert [step for step in range(1, 20) if not replayed[step]] == [1, 6, 12, 13, 16, 17]
+    for ours, theirs in zip(net.parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mnist.models.by_name import build_model
+from mnist.training.checkpoint import flatten, unflatten
 from mnist.training.lean import LeanAccelerator, LeanOptimizer
 from mnist.training.losses import LOSSES
 from mnist.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
@@ -223,3 +224,25 @@ def test_a_larger_gradient_is_clipped_to_max_grad_norm(run_here: RunHere) -> Non
         0.01, rel=1e-3
     )  # with SGD at learning rate 1, the step is the gradient
     assert distance(once, free) > 0.02
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_loaded_state_has_the_memory_layout_of_its_parameters(name: str, fresh_accelerate: None) -> None:
+    accelerator = LeanAccelerator(cpu=True)
+    net = build_model("resnet18", 10).to(memory_format=torch.channels_last)
+    optimizer = accelerator.prepare(build_optimizer(name, net.parameters(), 1e-3))
+    net(torch.rand(2, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    tensors, rest = flatten(optimizer.state_dict())
+    optimizer.load_state_dict(unflatten(tensors, rest))
+    for parameter, values in optimizer.optimizer.state.items():
+        for value in values.values():
+            if value is not None and value.shape == parameter.shape:
+                assert value.stride() == parameter.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_on_a_gpu_lower_precision_has_weights_channels_last(precision: str, fresh_accelerate: None) -> None:
+    net = LeanAccelerator(mixed_precision=precision).prepare(build_model("resnet18", 10))
+    assert net.net.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == (precision != "no")
