@@ -6,22 +6,20 @@
 the seconds of all three epoch ends, also of the last; `share` is their sum divided by `seconds`.
 """
 
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from measure import Figures, command_line, header, interleave, print_table, run_train, tracker, train_here
+from measure import Figures, command_line, header, in_one_process, interleave, print_table, tracker, train_warm
+
+from mnist.session import Session
 
 
-def train_with_clock(output: str, flags: list[str]) -> None:
-    """Train; write the times at the start, the last step and the end of each epoch to `output`, as JSON."""
-    from mnist.session import Session
-
+def train(scratch: Path, steps: int | None, number: int) -> Figures:
+    """Train with a clock at the start, the last step and the end of each epoch."""
     times: list[list[float]] = []
     batches, after_epoch = Session.batches, Session.after_epoch
 
@@ -34,32 +32,23 @@ def train_with_clock(output: str, flags: list[str]) -> None:
         after_epoch(self, results)
         times[-1].append(time.perf_counter())
 
-    Session.batches, Session.after_epoch = timed_batches, timed_after_epoch  # type: ignore[method-assign]
-    train_here(flags)
-    Path(output).write_text(json.dumps(times))
-
-
-def train(scratch: Path, steps: int | None, number: int) -> Figures:
     flags = ["--compile=False", f"--trackers={tracker()}", f"--seed={number}"]
     if steps is not None:
         flags.append(f"--limit-train-images={10 * steps}")
-    output = scratch / f"{number}.json"
-    record = run_train(scratch, *flags, script=(__file__, "--inside", output))
-    times = json.loads(output.read_text())
-    seconds, ends = times[-1][1] - times[0][0], sum(end - last_step for _, last_step, end in times)
+    with mock.patch.multiple(Session, batches=timed_batches, after_epoch=timed_after_epoch):
+        record = train_warm(scratch, *flags)
+    epochs = times[-len(record.evaluations) :]  # those before warmed up
+    seconds, ends = epochs[-1][1] - epochs[0][0], sum(end - last_step for _, last_step, end in epochs)
     evaluation = sum(line["perf/evaluation_seconds"] for line in record.evaluations)
     return {"seconds": seconds, "evaluation": evaluation, "rest": ends - evaluation, "share": ends / seconds}
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--inside"]:
-        train_with_clock(sys.argv[2], sys.argv[3:])
-        return
     parser = command_line(__doc__, rounds=5, on_gpus=True)
     parser.add_argument("--steps", type=int, help="steps per epoch (default: all)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        contestant = partial(train, Path(folder), arguments.steps)
+        contestant = in_one_process(train, Path(folder), arguments.steps)
         results = interleave({"ours": contestant}, arguments.rounds, arguments.log)
     print(header("torch", "accelerate", "wandb", "matplotlib", device=arguments.device))
     print_table(results, baseline=None)

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,9 @@ sys.path.insert(0, str(ROOT))  # this checkout, even if another copy is installe
 
 from mnist.runs.record import Record  # noqa: E402
 
+WARM_UP = 100  # steps that warm up a process
+POOLS: list[ProcessPoolExecutor] = []  # of in_one_process; `interleave` ends their processes
+WARM: list[bool] = []  # not empty once train_warm has warmed up this process
 T = TypeVar("T")
 Figures = dict[str, float]  # of one contestant in one round, by name
 
@@ -98,6 +101,8 @@ def interleave(
             if log is not None:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"round": number, "contestant": name, **result}) + "\n")
+    while POOLS:
+        POOLS.pop().shutdown()
     if failed := contestants.keys() - results.keys():
         raise SystemExit(f"failed: {', '.join(sorted(failed))}")
     return results
@@ -251,22 +256,54 @@ def run_train(
     """
     folder = tempfile.mkdtemp(dir=scratch)
     run(*script, *flags, f"--output-dir={folder}", "--run-name=run", environment=environment)
-    record = Record.read(Path(folder, "run"))
-    if reason := record.environment.get("not_compiled"):
-        raise SystemExit(f"train.py --compile did not compile: {reason}")
-    return record
+    return compiled_as_asked(Record.read(Path(folder, "run")))
 
 
 def train_here(flags: Sequence[str]) -> None:
-    """Run train.py in this process, which ends if it fails."""
+    """Run train.py in this process, also repeatedly. Ends the process if a run fails."""
+    from accelerate.state import AcceleratorState, GradientState
+
     import train
 
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     sys.argv = ["train.py", *flags]
     if exit_code := train.main():
         raise SystemExit(exit_code)
+
+
+def train_warm(scratch: Path, *flags: str) -> Record:
+    """`train_here` in a new folder below `scratch`; before the first time, a hundred steps to warm up this process.
+
+    The output goes to a file. Raises SystemExit like run_train.
+    """
+    if not WARM:
+        WARM.append(True)
+        train_warm(scratch, *flags, "--epochs=1", f"--max-steps={WARM_UP}")
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    with (folder / "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            train_here([*flags, f"--output-dir={folder}", "--run-name=run"])
+        except SystemExit as error:
+            raise SystemExit(f"train.py {shlex.join(flags)} failed:\n{(folder / 'log').read_text()}") from error
+    return compiled_as_asked(Record.read(folder / "run"))
+
+
+def compiled_as_asked(record: Record) -> Record:
+    """The record; SystemExit if the run was to be compiled and could not."""
+    if reason := record.environment.get("not_compiled"):
+        raise SystemExit(f"train.py --compile did not compile: {reason}")
+    return record
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     """The result of a function of a module, called in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def in_one_process(function: Callable[..., T], *arguments: object) -> Callable[[int], T]:
+    """A contestant that calls function(*arguments, number) in a process of its own, the same one in every round."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    POOLS.append(pool)
+    return lambda number: pool.submit(function, *arguments, number).result()

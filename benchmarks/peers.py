@@ -6,7 +6,7 @@
     python benchmarks/peers.py --device cuda            # on a GPU
     pip install -e '.[bench]'                           # Lightning, and Keras with JAX
 
-ours             accelerate launch train.py --compile False, with all that is on by default, W&B (offline) included
+ours             train.py --compile False, with all that is on by default, W&B (offline) included
 compiled         the same with --compile True, the default on a GPU
 plain            the loop in plain PyTorch: float images on the device, fused Adam, no logging
 reduce-overhead  the same with torch.compile(net, mode="reduce-overhead"), which uses CUDA graphs on a GPU
@@ -19,9 +19,9 @@ jax              a jitted step in JAX, Adam included, in a bare loop; images and
 jax-scan         the same with jax.lax.scan: the whole epoch is one call
 
 All train 784-64-64-64-10 with Adam at 1e-3 on all 60,000 images, on the same device and number of threads, each in a
-process of its own. `seconds` are those of the training loop of one epoch, until the device has finished. Each warms up
-in its process before (train.py with an epoch of its own), so compiling and loading kernels are not counted. The
-accuracy, after one epoch, shows that none wins by not learning.
+process of its own for all rounds. `seconds` are those of the training loop of one epoch, until the device has finished.
+Each warms up in its process before, so compiling and loading kernels are not counted. The accuracy, after one epoch,
+shows that none wins by not learning.
 """
 
 import gzip
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import measure
 import torch
 import torch.nn.functional as F
-from measure import ROOT, Figures, in_fresh_process, now, restored, run_train, tracker
+from measure import ROOT, WARM_UP, Figures, in_one_process, now, restored, tracker, train_warm
 from torch import Tensor
 
 from mnist.data.datasets import FILES, load_dataset
@@ -47,7 +47,6 @@ from mnist.launch.hardware import choose_threads
 from mnist.models.networks import Net
 
 PACKAGES = ("torch", "accelerate", "torchvision", "wandb", "lightning", "keras", "jax")  # versions that are shown
-WARM_UP = 100  # steps
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -74,10 +73,9 @@ def train_ours(work: Work, compiled: bool = False) -> Figures:
     ]
     if work.steps is not None:
         flags.append(f"--limit-train-images={work.steps * work.batch_size}")
-    script = ("-m", "accelerate.commands.launch", "train.py")
-    record = run_train(work.scratch, "--epochs=2", *flags, script=script)
-    warm_up, epoch = record.evaluations
-    return figures(work, epoch["perf/epoch_seconds"], warm_up["test/accuracy"], record.environment["threads"])
+    record = train_warm(work.scratch, "--epochs=1", *flags)
+    seconds, accuracy = (record.last[name] for name in ("perf/epoch_seconds", "test/accuracy"))
+    return figures(work, seconds, accuracy, record.environment["threads"])
 
 
 def train_compiled(work: Work) -> Figures:
@@ -92,6 +90,7 @@ def train_plain(work: Work, mode: str | None = None) -> Figures:
             yield images[index], labels[index]
 
     net = Net().to(work.device)
+    torch._dynamo.reset()  # of the round before
     forward = net if mode is None else torch.compile(net, mode=mode)
     return train_epoch(net, fused_adam(net), batches, work, forward)
 
@@ -161,6 +160,7 @@ def choose_jax_device(work: Work) -> int:
     threads = torch.get_num_threads()
     one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     one_thread = work.device == "cpu" and threads == 1
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or it takes three quarters of the GPU's memory
     os.environ.update(JAX_PLATFORMS=work.device, KERAS_BACKEND="jax", **({"XLA_FLAGS": one} if one_thread else {}))
     return threads
 
@@ -311,17 +311,11 @@ def test_accuracy(net: Callable[[Tensor], Tensor]) -> float:
     return float((net(test.images[:].float().div_(255)).argmax(dim=1) == test.labels).double().mean())
 
 
-def train_here(name: str, work: Work) -> Figures:
+def train(name: str, work: Work, seed: int) -> Figures:
     """A contestant in this process, on as many threads as train.py would choose."""
     choose_threads(Net(), torch.zeros(work.batch_size, 1, 28, 28))
-    torch.manual_seed(work.seed)
-    return CONTESTANTS[name](work)
-
-
-def train(name: str, work: Work, seed: int) -> Figures:
-    """A contestant in a process of its own."""
-    work = work._replace(seed=seed)
-    return CONTESTANTS[name](work) if name in OURS else in_fresh_process(train_here, name, work)
+    torch.manual_seed(seed)
+    return CONTESTANTS[name](work._replace(seed=seed))
 
 
 def draw(results: dict[str, list[Figures]], path: Path) -> None:
@@ -369,7 +363,7 @@ def main() -> None:
             (folder / file).write_bytes(gzip.decompress((ROOT / "data/MNIST/raw" / f"{file}.gz").read_bytes()))
         for size in arguments.batch_sizes:
             work = Work(Path(scratch), size, arguments.device, steps=arguments.steps)
-            contestants = {name: partial(train, name, work) for name in CONTESTANTS if name in wanted}
+            contestants = {name: in_one_process(train, name, work) for name in CONTESTANTS if name in wanted}
             by_size[size] = measure.interleave(contestants, arguments.rounds, arguments.log)
     print(measure.header(*PACKAGES, device=arguments.device))
     if measure.tracker() == "none":

@@ -6,20 +6,17 @@
 
 cache    train.py on a generated folder, from the cache of decoded images, which are copied to a GPU if they fit
 host     the same, but the images stay in the cache, as those of a folder do that does not fit
-fixed    a loop in plain PyTorch with the same network, optimizer and precision, on one batch on the device; its layout
-         is train.py's, and `channels last` in the second column
+fixed    a loop in plain PyTorch with the same network, optimizer, precision and layout, on one batch on the device
 timm     the loop of timm's train script, which its package lacks, with timm's network and its loader on all cores: it
          decodes and augments the images in every epoch
 
-Each warms up in its process; train.py and timm with an epoch of their own.
+Each has a process for all rounds and warms up in it. Of train.py and timm, the last epoch counts.
 """
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import measure
@@ -37,14 +34,10 @@ def train_ours(options: argparse.Namespace, folder: Path, images_on_host: bool, 
     flags = {"dataset": folder, "data-dir": folder, "model": options.model, "image-size": options.image_size}
     flags |= {"batch-size": options.batch_size, "epochs": 2, "compile": False}
     flags |= {"mixed-precision": "bf16" if options.device == "cuda" else "no", "trackers": "none", "seed": seed}
-    script = (__file__, "--inside") if images_on_host else ("train.py",)
-    record = measure.run_train(folder, *(f"--{name}={value}" for name, value in flags.items()), script=script)
+    if images_on_host:
+        torch.cuda.mem_get_info = lambda device=None: (0, 0)  # no image fits
+    record = measure.train_warm(folder, *(f"--{name}={value}" for name, value in flags.items()))
     return {RATE: record.last["perf/images_per_second"]}
-
-
-def train_with_images_on_host(flags: list[str]) -> None:
-    torch.cuda.mem_get_info = lambda device=None: (0, 0)  # no image fits
-    measure.train_here(flags)
 
 
 def train_fixed(options: argparse.Namespace, seed: int) -> Figures:
@@ -57,21 +50,18 @@ def train_fixed(options: argparse.Namespace, seed: int) -> Figures:
     X = torch.rand(options.batch_size, *shape, device=options.device)
     y = torch.arange(options.batch_size, device=options.device) % 2
 
-    def rate(X: torch.Tensor) -> float:
-        optimizer = build_optimizer("adam", net.parameters(), 1e-3)  # its states have the layout of the parameters
-        for step in range(WARM_UP + options.steps):
-            if step == WARM_UP:
-                started = now(options.device)
-            optimizer.zero_grad()
-            with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
-                outputs = net(X)
-            F.nll_loss(outputs.float(), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        return float(options.steps * options.batch_size / (now(options.device) - started))
-
-    in_ours = rate(X)
-    net.to(memory_format=torch.channels_last)
-    return {RATE: in_ours, f"{RATE}, channels last": rate(X.to(memory_format=torch.channels_last))}
+    layout = torch.channels_last if options.device == "cuda" else torch.contiguous_format
+    net, X = net.to(memory_format=layout), X.to(memory_format=layout)
+    optimizer = build_optimizer("adam", net.parameters(), 1e-3)
+    for step in range(WARM_UP + options.steps):
+        if step == WARM_UP:
+            started = now(options.device)
+        optimizer.zero_grad()
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+            outputs = net(X)
+        F.nll_loss(outputs.float(), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return {RATE: options.steps * options.batch_size / (now(options.device) - started)}
 
 
 def train_timm(options: argparse.Namespace, folder: Path, seed: int) -> Figures:
@@ -105,25 +95,22 @@ def train_timm(options: argparse.Namespace, folder: Path, seed: int) -> Figures:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--inside"]:
-        train_with_images_on_host(sys.argv[2:])
-        return
     parser = measure.command_line(__doc__, rounds=3, on_gpus=True)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS[:3], help="default: all but timm")
     parser.add_argument("--model", default="resnet50", help="default: resnet50")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
-    parser.add_argument("--steps", type=int, default=16, help="batches per epoch (default: 16)")
+    parser.add_argument("--steps", type=int, default=32, help="batches per epoch (default: 32)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_folder(folder / "train", options.steps * options.batch_size)
         make_folder(folder / "test", options.batch_size)
         contestants: dict[str, Callable[[int], Figures]] = {
-            "cache": partial(train_ours, options, folder, False),
-            "host": partial(train_ours, options, folder, True),
-            "fixed": partial(measure.in_fresh_process, train_fixed, options),
-            "timm": partial(measure.in_fresh_process, train_timm, options, folder),
+            "cache": measure.in_one_process(train_ours, options, folder, False),
+            "host": measure.in_one_process(train_ours, options, folder, True),
+            "fixed": measure.in_one_process(train_fixed, options),
+            "timm": measure.in_one_process(train_timm, options, folder),
         }
         results = measure.interleave({name: contestants[name] for name in options.only}, options.rounds, options.log)
     print(measure.header("torch", "torchvision", "accelerate", "timm", device=options.device))

@@ -89,7 +89,8 @@ def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[s
         shared |= {"max_steps": 1, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
         shared |= {"max_grad_norm": None}
     folder = name.translate({ord(" "): "-", ord(","): None})
-    a, b = (runs.train(f"{folder}-{number}", **(shared | each)) for number, each in enumerate(options))
+    ahead = [runs.train_ahead(f"{folder}-{number}", **(shared | each)) for number, each in enumerate(options)]
+    a, b = (record() for record in ahead)
     difference = largest_difference(a.folder, b.folder)
     if is_own:
         return check(f"{name}: weights", difference, 1e-10, advice)
@@ -186,12 +187,11 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
     elif reason := why_incomparable(runs):
         yield not_possible(name, reason)
     else:
+        variable = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+        tf32 = [runs.train_ahead(f"tf32-{on}", mixed_precision="no", environment={variable: on}) for on in "01"]
         advice = "This GPU computes wrong results. Try another driver, or another version of torch."
         yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), advice)
-        exact, rounded = (
-            runs.train(f"tf32-{value}", mixed_precision="no", environment={"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value})
-            for value in "01"
-        )
+        exact, rounded = (record() for record in tf32)
         yield fact("with TF32, weights would differ by", f"{largest_difference(exact.folder, rounded.folder):.1e}")
 
 
@@ -240,10 +240,11 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
 
 def precision(runs: LaunchedRuns) -> Iterator[Row]:
     """bf16, fp16 and --compile."""
-    exact = runs.train("float32", mixed_precision="no", compile=False)
-    for kind in ("bf16", "fp16"):
+    ahead = {kind: runs.train_ahead(kind, mixed_precision=kind, compile=False) for kind in ("no", "bf16", "fp16")}
+    exact = ahead.pop("no")()
+    for kind, record in ahead.items():
         try:
-            lower = runs.train(kind, mixed_precision=kind, compile=False)
+            lower = record()
         except ConfigError as error:
             yield not_possible(f"{kind}: mean training loss", str(error))
             continue
@@ -284,6 +285,8 @@ def verify(runs: LaunchedRuns) -> Iterator[tuple[str, Iterator[Row]]]:
             yield from group(runs)
         except (RunError, ConfigError) as error:
             yield Row("a run", "", "", "fail", str(error))
+        finally:
+            runs.end()
 
     for title, group in GROUPS.items():
         yield title, rows_of(group)

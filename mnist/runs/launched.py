@@ -13,7 +13,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from mnist.config.recipes import RECIPES
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig, flag
 from mnist.errors import ConfigError, UserError
+from mnist.launch.hardware import available_cores, device_memory
 from mnist.launch.processes import training_device
 from mnist.runs.record import Record, read_metrics, read_state
 
@@ -48,6 +49,7 @@ class LaunchedRuns:
         self.recipe = RECIPES[config.recipe]
         self.global_batch_size = config.global_batch_size or config.batch_size * processes
         self.device = training_device()
+        self.ahead: list[subprocess.Popen[bytes]] = []
 
     def start(
         self,
@@ -82,6 +84,29 @@ class LaunchedRuns:
     def train(self, name: str, processes: int = 1, **options: Any) -> Record:
         """The record of a whole run. Raises RunError if it fails, ConfigError if train.py rejects the settings."""
         return self.finish(name, self.start(name, processes, **options))
+
+    def train_ahead(self, name: str, processes: int = 1, **options: Any) -> Callable[[], Record]:
+        """Start a run; the function returned waits for its record and raises errors like `train`.
+
+        If this machine cannot do several runs at the same time, the run starts when the record is asked for.
+        """
+        if processes > 1 or not self.has_room:
+            return functools.partial(self.train, name, processes, **options)
+        process = self.start(name, **options)
+        self.ahead.append(process)
+        return functools.partial(self.finish, name, process)
+
+    @functools.cached_property
+    def has_room(self) -> bool:
+        """Whether cores and GPU memory suffice for four runs at the same time, in float64."""
+        peak, (free, _) = self.short.last["perf/peak_memory_mib"] * 2**20, device_memory(self.device)
+        return available_cores() >= 4 and (free == 0 or free > 4 * (2 * peak + 2**30))
+
+    def end(self) -> None:
+        """SIGKILL runs whose record nobody has asked for."""
+        for process in self.ahead:
+            with killed_at_the_end(process):
+                pass
 
     def finish(self, name: str, process: "subprocess.Popen[bytes]") -> Record:
         self._wait(name, process)
