@@ -34,14 +34,15 @@ SHAPES = 16384
 
 
 def writing_parameters(count: int, seed: int, epoch: int) -> Tensor:
-    """[count, COLUMNS]: uniform numbers up to LARGEST, a displacement per node, and the uniform numbers.
+    """[count, COLUMNS]: uniform numbers up to LARGEST, a displacement per node, and uniform numbers in [0, 1).
 
     They depend only on the arguments, not on the number of processes or on where a run was resumed.
     """
     random = np.random.default_rng([seed, epoch, 2])  # [seed, epoch] is the order of the images
     moves = random.uniform(-1, 1, (count, MOVES)) * LARGEST
     nodes = random.normal(0, 1, (count, 2 * NODES**2))
-    return torch.from_numpy(np.hstack([moves, nodes, random.random((count, UNIFORM))])).to(torch.get_default_dtype())
+    uniform = np.minimum(random.random((count, UNIFORM)), 1 - 2**-24)  # float32 would round the largest to 1
+    return torch.from_numpy(np.hstack([moves, nodes, uniform])).to(torch.get_default_dtype())
 
 
 def rewrite(X: Tensor, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -90,3 +91,21 @@ def test_shapes_have_the_size_of_mnists_digits() -> None:
         sides = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
         assert max(sides) <= 20
         assert image.max() > 60
+
+
+def test_choices_stay_below_1_where_float32_would_round_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest:
+        """A generator whose numbers in [0, 1) are the largest."""
+
+        def __init__(self, seed: object) -> None:
+            self.random = lambda shape: np.full(shape, np.nextafter(1, 0))
+            self.uniform = lambda low, high, shape: np.zeros(shape)
+            self.normal = self.uniform
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np.random, "default_rng", Largest)
+        parameters = writing_parameters(1, seed=0, epoch=0)
+    assert parameters[0, -1] < 1
+    parameters[0, -UNIFORM] = 0  # not a digit: the next numbers choose a shape and a class
+    _, classes = rewrite(torch.zeros(1, 1, 28, 28), torch.tensor([8]), parameters)
+    assert classes.tolist() == [9]
