@@ -41,8 +41,9 @@ class RecordedStep:
         device, buffers = batch[0].device, [(buffer, buffer.clone()) for buffer in net.buffers()]
         self.total = torch.zeros((), device=device)
         self.batch = batch
-        kinds = {value.dtype for value in batch}
-        self.alike = [[place for place, value in enumerate(batch) if value.dtype == kind] for kind in kinds]
+        # a kernel copies all of a dtype; 65,536 values, or it would take long
+        kinds = [value.dtype if value.numel() <= 65_536 else place for place, value in enumerate(batch)]
+        self.alike = [[place for place, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
 
         def step_and_sum() -> list[Tensor]:
             results = step(batch)
@@ -57,8 +58,11 @@ class RecordedStep:
                     buffer.copy_(value)
 
     def __call__(self, *values: Tensor) -> list[Tensor]:
-        for places in self.alike:  # one kernel for all of a dtype
-            torch._foreach_copy_([self.batch[place] for place in places], [values[place] for place in places])
+        for places in self.alike:
+            if len(places) == 1:
+                self.batch[places[0]].copy_(values[places[0]])
+            else:
+                torch._foreach_copy_([self.batch[place] for place in places], [values[place] for place in places])
         self.replay()
         return self.results
 

@@ -4,9 +4,11 @@ accelerator = LeanAccelerator(...)
 model, optimizer = accelerator.prepare(model, optimizer)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -153,8 +155,9 @@ class LeanOptimizer(AcceleratedOptimizer):
         self.skipped = None if self.scaler is None else SkippedSteps(optimizer)
         # one per group; empty: use torch's own step; None: not known yet
         self.states: list[AdamState] | None = None
-        self.last: tuple[list[Tensor], list[Any]] | None = None  # gradients and settings of the last recorded update
-        self.replay: Replay | None = None
+        # gradients and settings of the last step, if the gradients are kept
+        self.last: tuple[list[Tensor | None], list[Any]] | None = None
+        self.replay: Replay | None = None  # repeats the last update
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -212,37 +215,33 @@ class LeanOptimizer(AcceleratedOptimizer):
         """Update with the cached tensors; False if torch's own step must do it."""
         if not self.states:
             return False
-        gradients = [[parameter.grad for parameter in group["params"]] for group in self.optimizer.param_groups]
-        if any(gradient is None for of_group in gradients for gradient in of_group):
+        groups, captured = self.optimizer.param_groups, self.accelerator.captured
+        gradients = [parameter.grad for group in groups for parameter in group["params"]]
+        repeated = captured is not None and captured.keeps_gradients and self._is_repeated(gradients)
+        if repeated and self.replay is None:
+            self.replay, _ = RECORDERS[gradients[0].device.type](partial(self._update, gradients), 0)
+        if repeated and self.replay is not None:
+            self.replay()
+            return True
+        self.replay = None
+        if any(gradient is None for gradient in gradients):
             return False
-        captured = self.accelerator.captured
-        if captured is not None and captured.keeps_gradients:
-            self._repeat(gradients)
-        else:
-            self._update(gradients)
+        self._update(gradients)
         return True
 
-    @torch.no_grad()
-    def _update(self, gradients: list[list[Tensor]]) -> list[Tensor]:
-        update = FUSED_UPDATES[type(self.optimizer)]
-        for group, of_group, state in zip(self.optimizer.param_groups, gradients, self.states or [], strict=True):
-            state.steps.add_(1)
-            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-            beta1, beta2 = group["betas"]
-            moments = state.exp_avg, state.exp_avg_sq
-            update(group["params"], of_group, *moments, [], state.step, beta1=beta1, beta2=beta2, **settings)
-        return []
-
-    def _repeat(self, gradients: list[list[Tensor]]) -> None:
-        """Update; in a CUDA graph if gradient tensors and settings are those of the last step."""
-        tensors = [gradient for of_group in gradients for gradient in of_group]
+    def _is_repeated(self, gradients: list[Tensor | None]) -> bool:
+        """Whether gradient tensors and settings are those of the last step."""
         settings = [group[name] for group in self.optimizer.param_groups for name in SETTINGS]
-        last, self.last = self.last, (tensors, settings)
-        if last is None or settings != last[1] or any(a is not b for a, b in zip(tensors, last[0], strict=True)):
-            self.replay = None
-            self._update(gradients)
-            return
-        if self.replay is None:
-            record = RECORDERS[tensors[0].device.type]
-            self.replay, _ = record(partial(self._update, gradients), 0)
-        self.replay()
+        last, self.last = self.last, (gradients, settings)
+        return last is not None and settings == last[1] and all(map(is_, gradients, last[0]))
+
+    @torch.no_grad()
+    def _update(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        update, remaining = FUSED_UPDATES[type(self.optimizer)], iter(gradients)
+        for group, state in zip(self.optimizer.param_groups, self.states or [], strict=True):
+            state.steps.add_(1)
+            parameters, (beta1, beta2) = group["params"], group["betas"]
+            tensors = parameters, list(islice(remaining, len(parameters))), state.exp_avg, state.exp_avg_sq
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            update(*tensors, [], state.step, beta1=beta1, beta2=beta2, **settings)
+        return []

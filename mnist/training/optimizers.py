@@ -71,7 +71,21 @@ def _along_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Schedule(LambdaLR):
+    """LambdaLR without the bookkeeping of `step`, which is a twentieth of a captured step on a GPU."""
+
+    def step(self, epoch: int | None = None) -> None:
+        if epoch is not None or self._step_count == 0:  # 0: in the constructor
+            super().step(epoch)
+            return
+        self._step_count += 1
+        self.last_epoch += 1
+        for group, initial, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = initial * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
 def build_schedule(name: str, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
     """A scheduler to step once per optimizer step of the whole job."""
     settings: dict[str, Any] = {"warmup_steps": warmup_steps, "total_steps": total_steps}
-    return LambdaLR(optimizer, lambda step: schedule_factor(name, step, **settings))
+    return Schedule(optimizer, lambda step: schedule_factor(name, step, **settings))
