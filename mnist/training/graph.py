@@ -83,8 +83,8 @@ def record(function: Function, warm_up: int = WARM_UP) -> tuple[Replay, list[Ten
                     _refuse_to_wait()
                 function()
             torch.cuda.set_sync_debug_mode(mode)
-            # thread_local: other threads, e.g. NCCL's watchdog, may call CUDA meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            # relaxed: libraries may load kernels, and other threads, e.g. NCCL's watchdog, may call CUDA meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
                 results = function()
     finally:
         torch.cuda.set_sync_debug_mode(mode)

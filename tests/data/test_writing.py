@@ -93,6 +93,15 @@ def test_shapes_have_the_size_of_mnists_digits() -> None:
         assert image.max() > 60
 
 
+def test_an_image_does_not_depend_on_the_others(digits: ImageData) -> None:
+    X, y = scale_pixels(digits.train.images[:3000]), digits.train.labels[:3000]
+    parameters = writing_parameters(len(X), seed=0, epoch=0)
+    together, _ = rewrite(X, y, parameters)
+    for size in (7, 100):
+        parts = [rewrite(*part)[0] for part in zip(*(each.split(size) for each in (X, y, parameters)), strict=True)]
+        assert torch.equal(torch.cat(parts), together)
+
+
 def test_choices_stay_below_1_where_float32_would_round_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
     class Largest:
         """A generator whose numbers in [0, 1) are the largest."""
