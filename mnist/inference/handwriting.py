@@ -219,6 +219,7 @@ def _foreign(mask: Mask, faint: Mask) -> Mask:
     if min(mask.shape) < MIN_RULED:
         return np.zeros_like(mask)
     across, down = _printed([_lines(faint), _lines(faint.T)], mask.shape)
+    across, down = _completed(across, faint), _completed(down, faint.T)
     foreign = np.zeros_like(mask)
     for _ in range(2):  # in the first round, junctions of lines are taken for strokes that cross a line
         rest = mask & ~foreign
@@ -319,6 +320,28 @@ def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
         start = np.where(continues[:, 0] & keep, these[:, 1], -1).max(axis=1, initial=-1)
         these[:, 0] = np.where(start >= 0, start, these[:, 0])
     return [these[keep] for these, keep in zip(lines, kept, strict=True)]
+
+
+def _completed(lines: Floats, mask: Mask) -> Floats:
+    """The lines, and of evenly spaced ones across the image also those that strokes hide."""
+    width = mask.shape[1]
+    whole = lines[lines[:, 1] - lines[:, 0] > 0.9 * width]
+    place = _curve(whole, np.full((len(whole), 1), width / 2))[:, 0]
+    order = np.argsort(place)
+    order = order[np.diff(place[order], prepend=-np.inf) > 3]
+    if len(order) < 4:
+        return lines
+    whole, gaps = whole[order], np.diff(place[order])
+    spacing = gaps[gaps < 1.5 * np.median(gaps)].mean()
+    x, added = np.arange(width), []
+    for before, after, steps in zip(whole, whole[1:], gaps / spacing, strict=False):
+        count = round(steps)
+        for step in range(1, count) if abs(steps - count) < 0.25 else ():
+            line = before + (after - before) * step / count
+            y = np.rint(np.polyval(line[3:], x)).astype(int).clip(0, len(mask) - 1)
+            if mask[y, x].mean() > 0.5:
+                added.append(line)
+    return np.vstack([lines, *added])
 
 
 def _curve(lines: Floats, x: Floats) -> Floats:

@@ -115,6 +115,21 @@ def test_a_shadow_does_not_matter(direction: int) -> None:
     assert read_as_seven(Image.fromarray(shaded.astype(np.uint8)))
 
 
+@pytest.mark.parametrize("spacing", [12, 16, 20])
+@pytest.mark.parametrize("darkness", [40, 150])
+def test_grid_lines_that_digits_interrupt_are_removed(spacing: int, darkness: int) -> None:
+    page = Image.new("L", (320, 300), 235)
+    draw = ImageDraw.Draw(page)
+    for place in range(5, 320, spacing):
+        draw.line([(place, 0), (place, 300)], fill=darkness, width=2)
+        draw.line([(0, place), (320, place)], fill=darkness, width=2)
+    for row in range(3):
+        for column in range(4):
+            x, y = 30 + 66 * column, 25 + 83 * row
+            draw.line([(x, y), (x + 40, y), (x + 20, y + 60)], fill=40, width=8)
+    assert [len(row) for row in find_digits(page).rows] == [4, 4, 4]
+
+
 def test_dust_a_frame_and_a_table_next_to_the_paper_are_ignored() -> None:
     dust, frame, table = seven(), seven(), seven()
     for x, y in ((20, 30), (250, 40), (60, 250), (200, 260)):
