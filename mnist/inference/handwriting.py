@@ -28,12 +28,14 @@ MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 
 SEARCHED = (480, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
 ENOUGH = 40  # pixels of a digit's height
 MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
+MIN_LEVELS = 12.0  # the same in gray levels of 0..255, for black paper
 MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
 TWO_KINDS = 0.82  # separability of ink and evenly lit paper; of an even gradient it is 0.75
 SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
 MIN_PIXELS = 10  # of a digit's longer side
 MAX_STROKE_LENGTH = 10  # of a digit, in units of its longer side; textures exceed it
+MAX_HOLES = 12  # in a digit, some of them left by a grid; whole grids and forms have more
 MAX_ASPECT = 2.5  # a digit's width relative to its height
 MAX_DIGITS = 100  # in an image; textures exceed it
 MAX_REGIONS = 500  # the largest ones
@@ -115,9 +117,10 @@ def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
 def _ink(gray: Floats) -> Floats | None:
     """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there is none."""
     strength, noise = _contrast(gray)
+    least = max(MIN_CONTRAST, MIN_LEVELS / (float(np.median(gray)) + 16), MIN_CONTRAST_TO_NOISE * noise)
     for _ in range(2):
         strongest = float(strength.max())
-        if strongest < max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise):
+        if strongest < least:
             return None
         full = float(np.median(strength[strength > strongest / 2]))
         mask = strength > max(full / 4, 3 * noise)
@@ -379,6 +382,8 @@ def _beside(mask: Mask) -> Mask:
     beside = np.zeros(count + 1, dtype=bool)
     quarter = min(mask.shape) // 4
     edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    rim = max(2, round(0.02 * min(mask.shape)))
+    inner = np.bincount(labels[rim:-rim, rim:-rim].ravel(), minlength=count + 1)
     for number, place in enumerate(ndimage.find_objects(labels), 1):
         part = labels[place] == number
         longer, shorter = max(part.shape), min(part.shape)
@@ -389,7 +394,8 @@ def _beside(mask: Mask) -> Mask:
         contact = [np.count_nonzero(edge == number) for edge in edges]
         is_frame = part.mean() < 0.5 and min(side.mean() for side in sides) > 0.9
         is_sliver = max(contact) > longer / 2 and shorter < longer / 8
-        beside[number] = is_frame or is_sliver
+        is_rim = inner[number] < 0.1 * np.count_nonzero(part)
+        beside[number] = is_frame or is_sliver or is_rim
         if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
             continue  # small, or a digit that is cut out tightly
         for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):
@@ -438,7 +444,8 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     for number, (left, top, right, bottom) in enumerate(outer.tolist()):
         size = max(right - left, bottom - top)
         strokes = np.isin(labels[top:bottom, left:right], groups[number]) & (ink[top:bottom, left:right] > 0.5)
-        if size > 0.4 * usual and _outline(strokes) / 2 < MAX_STROKE_LENGTH * size:
+        is_digit = _outline(strokes) / 2 < MAX_STROKE_LENGTH * size and _count_holes(strokes) <= MAX_HOLES
+        if size > 0.4 * usual and is_digit:
             kept.append(number)
     return labels, [groups[number] for number in kept], outer[kept]
 
@@ -462,6 +469,12 @@ def _outline(mask: Mask) -> float:
     """The perimeter of a mask; pi / 4 corrects for the steps of slanted edges."""
     around = np.pad(mask, 1)
     return np.pi / 4 * sum(int(np.count_nonzero(np.diff(around, axis=axis))) for axis in (0, 1))
+
+
+def _count_holes(mask: Mask) -> int:
+    """Parts of the ground that are surrounded, of at least a thousandth of the area."""
+    labels, _ = ndimage.label(~np.pad(mask, 1))
+    return int(np.count_nonzero(np.bincount(labels.ravel())[1:] > mask.size / 1000)) - 1
 
 
 # --- from ink to MNIST's format
