@@ -114,7 +114,8 @@ class Session:
             stack.enter_context(self.run)
             environment = self._describe()
             self.run.write_environment(environment, self.data.skipped)
-            self.terminal.header(config, environment, self.run.folder, self.data.notes)
+            unequal = [self.data.imbalance] if self.data.imbalance and config.loss == "nll" else []
+            self.terminal.header(config, environment, self.run.folder, [*self.data.notes, *unequal])
             settings = dataclasses.asdict(config) | environment
             self.tracking = Tracking(is_main, self.run.folder, self.run.id, settings, config.tracker_names)
             self.evaluation = Evaluation(self.run.folder, self.data)

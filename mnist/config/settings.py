@@ -21,7 +21,7 @@ CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
     "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),  # torchvision's models are accepted as well
     "augment": ("none", "light", "strong"),
-    "loss": ("nll", "mse"),
+    "loss": ("nll", "nll-balanced", "mse"),
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
     "trackers": tuple("wandb tensorboard aim clearml comet_ml dvclive mlflow swanlab trackio none".split()),
@@ -129,7 +129,8 @@ class TrainConfig:
     """Start from torchvision's ImageNet weights, except in the last layer; for torchvision models only."""
 
     loss: str = "nll"
-    """nll: negative log-likelihood of log-softmax (cross-entropy). mse: squared error against one-hot targets."""
+    """nll: negative log-likelihood of log-softmax (cross-entropy). nll-balanced: every class has the same weight in
+    training, however many images it has. mse: squared error against one-hot targets."""
 
     optimizer: str = "adam"
     """Optimizer; radam is rectified Adam, sgd has momentum 0.9."""

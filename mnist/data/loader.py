@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mnist.config.settings import TrainConfig
-from mnist.data.splits import ImageData, Split
+from mnist.data.splits import ImageData, Split, class_weights
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 from mnist.data.writing import rewrite, writing_parameters
 from mnist.errors import ConfigError
@@ -32,6 +32,7 @@ class Training(NamedTuple):
     accumulation_steps: int = 1  # batches per optimizer step
     augment: str = "none"  # none, light or strong (of handwriting)
     flips: bool = False  # whether augmentation may mirror an image
+    balanced: bool = False  # whether every class has the same weight
 
 
 class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -40,8 +41,10 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     `sample_weight` [B] is each image's weight in the loss, so no code treats the last batch specially. In training,
     every optimizer step averages over its actual number of images, even in a shorter last window of accumulated
     batches. The weight is 1 / images of the step, times the divisors applied later: gradient_accumulation_steps
-    (accelerator.backward) and num_processes (DistributedDataParallel). In evaluation (`training` is None) it is 1.
-    Padding has weight 0: it fills the last batch, and every batch to a `size` that the processes divide evenly.
+    (accelerator.backward) and num_processes (DistributedDataParallel). For a balanced loss it is multiplied by
+    N / (K n) for an image of a class with n of the N images, if there are K classes. In evaluation (`training` is None)
+    it is 1. Padding, which fills the last batch, and every batch to a `size` that the processes divide evenly, has
+    weight 0.
 
     Batches are prepared on `device`. Unless the images are there as well (`place_images`), each read-ahead is copied
     from pinned memory while the device computes.
@@ -68,6 +71,8 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             images = (start + window).clamp(max=len(split)).sub(start)  # of each optimizer step
             self.sample_weight = training.accumulation_steps * num_processes / images.to(self.sample_weight.dtype)
         self.sample_weight[len(split) :] = 0
+        balanced = training is not None and training.balanced
+        self.class_weight = class_weights(split.labels).to(device) if balanced else None
         self.sample_weight = self._fill_up(self.sample_weight).to(self.home)
         self.epoch = -1
         self.set_epoch(0)
@@ -118,6 +123,8 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         part = slice(first, first + count), slice(offset, offset + size)  # [batches, B]
         images, labels = (self._to_device(values) for values in self.split.gather(self.order[part]))
         X, sample_weight = scale_pixels(images), self._to_device(self.sample_weight[part].clone())
+        if self.class_weight is not None:
+            sample_weight = sample_weight * self.class_weight[labels]
         if self.training and self.training.augment != "none":
             parameters = self._to_device(self.parameters[part]).flatten(0, 1)
             if self.training.augment == "strong":
@@ -213,7 +220,8 @@ def build_loaders(
         raise ConfigError(f"--augment strong: {data.name} is not handwritten digits (mnist). Use --augment light.")
     processes, device = accelerator.num_processes, accelerator.device
     data = place_images(data, device)
-    training = Training(config.seed, config.gradient_accumulation_steps, config.augment, data.flips)
+    balanced = config.loss == "nll-balanced"
+    training = Training(config.seed, config.gradient_accumulation_steps, config.augment, data.flips, balanced)
     global_batch_size = config.batch_sizes(processes).global_batch_size
     train_loader = build_loader(data.train, global_batch_size, processes, device, training)
     eval_batch = eval_batch_size(data.train.images.shape[1:], eval_memory(device)) * processes

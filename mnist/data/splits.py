@@ -153,6 +153,15 @@ class ImageData:
     flips: bool = False  # whether a mirrored image keeps its class; False for handwriting
 
     @property
+    def imbalance(self) -> str:
+        """A note if one class has over ten times as many training images as another."""
+        sizes = torch.bincount(self.train.labels)
+        least, most = int(sizes[sizes > 0].min()), int(sizes.max())
+        if most <= 10 * least:
+            return ""
+        return f"classes of {least:,} to {most:,} training images: --loss nll-balanced gives each the same weight"
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the network's input."""
         height, width, *colors = self.test.images.shape[1:]
@@ -179,6 +188,12 @@ class ImageData:
         if self.pixels_md5:
             return self.pixels_md5
         return hashlib.md5("".join(self.files.values()).encode(), usedforsecurity=False).hexdigest()
+
+
+def class_weights(labels: Tensor) -> Tensor:
+    """[classes]: weights of an image by its class, whose sums over each class are the same; their mean is 1."""
+    sizes = torch.bincount(labels)
+    return len(labels) / (torch.count_nonzero(sizes) * sizes.clamp(min=1)).to(torch.get_default_dtype())
 
 
 def cut_off(

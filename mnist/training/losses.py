@@ -26,4 +26,5 @@ def mse_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
     return torch.dot((output.exp() - one_hot).square().mean(dim=1), sample_weight)
 
 
-LOSSES: dict[str, Loss] = {"nll": nll_loss, "mse": mse_loss}
+# nll-balanced: the loader weights images so that every class counts the same (data/loader.py)
+LOSSES: dict[str, Loss] = {"nll": nll_loss, "nll-balanced": nll_loss, "mse": mse_loss}

@@ -98,7 +98,7 @@ def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bo
         ({"pretrained": True}, ["--pretrained", "--model mlp", "--model resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
         ({"schedule": "onecycle"}, ["--schedule onecycle", "Did you mean one-cycle"]),
-        ({"loss": "crossentropy"}, ["--loss crossentropy", "nll, mse"]),
+        ({"loss": "crossentropy"}, ["--loss crossentropy", "nll, nll-balanced, mse"]),
         ({"trackers": "wandb,wandbb"}, ["--trackers wandbb", "Did you mean wandb"]),
         ({"learning_rate": 0.0}, ["--learning-rate 0.0", "above 0"]),
         ({"learning_rate": math.nan}, ["--learning-rate nan", "finite"]),

@@ -228,6 +228,16 @@ def augmented(digits: ImageData, level: str, processes: int, rank: int, first: i
     return [batches.dataset.__getitems__(range(start, start + share)) for start in starts]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_balanced_loss_gives_every_class_the_same_weight(processes: int) -> None:
+    labels = torch.tensor([0] * 36 + [2] * 4 + [3] * 80)  # no image of class 1
+    split = Split(torch.zeros(len(labels), 4, 4, dtype=torch.uint8), labels)
+    batches = list(build_loader(split, 10, processes, training=Training(0, balanced=True)))  # 12 steps
+    y, sample_weight = (torch.cat([batch[part] for batch in batches]) for part in (1, 2))
+    sums = torch.bincount(y, sample_weight)
+    torch.testing.assert_close(sums / processes, torch.tensor([4.0, 0.0, 4.0, 4.0]))
+
+
 @pytest.mark.parametrize("level", ["light", "strong"])
 @pytest.mark.parametrize("processes", [2, 3])  # 20 does not divide by 3: a batch is filled up
 def test_augmentation_does_not_depend_on_the_number_of_processes(processes: int, level: str, digits: ImageData) -> None:

@@ -242,6 +242,18 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
     assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png").rows[0][0].pixels)
 
 
+@pytest.mark.parametrize(("loss", "shown"), [("nll", True), ("nll-balanced", False)])
+def test_the_header_names_very_unequal_classes_and_the_loss_that_balances_them(
+    loss: str, shown: bool, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fill_folder(tmp_path / "things", 40)
+    for number in range(4, 40):
+        (folder / "tent" / f"{number}.jpg").unlink()
+    run_here("x", dataset=str(folder), data_dir=str(tmp_path), loss=loss, image_size=28)
+    note = "classes of 3 to 32 training images: --loss nll-balanced gives each the same weight"
+    assert (note in capsys.readouterr().out) == shown
+
+
 def test_ctrl_c_while_decoding_exits_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     shutil.copytree(things, large)

@@ -122,7 +122,9 @@ def train_case(folder: Path, name: str) -> None:
         log_every=5,
         model=model,
         schedule=schedule,
-        augment="light" if schedule == "linear" else "none",  # which must not depend on the number of processes
+        # neither may depend on the number of processes
+        augment="light" if schedule == "linear" else "none",
+        loss="nll-balanced" if schedule == "linear" else "nll",
         warmup_steps=0 if schedule == "constant" else 4,
         gradient_accumulation_steps=accumulation,
         batch_size=GLOBAL_BATCH // world_size(),

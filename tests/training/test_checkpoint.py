@@ -111,6 +111,7 @@ def test_progress_is_read_from_the_checkpoint_not_from_its_name(run_here: RunHer
             "gradient_accumulation_steps": 3,
         },
         {"optimizer": "radam", "schedule": "cosine", "warmup_steps": 5, "validation_size": 50, "loss": "mse"},
+        {"loss": "nll-balanced", "augment": "light", "gradient_accumulation_steps": 2},
         {"mixed_precision": "bf16", "optimizer": "adamw", "weight_decay": 0.1, "max_grad_norm": 1.0},
     ],
 )
