@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mnist.data.splits import ImageData
     from mnist.inference.predict import Model, Prediction
     from mnist.runs.record import Record
+    from mnist.training.evaluate import Result
 
 FIGURE_TYPES = (".png", ".jpg", ".pdf", ".svg")
 MAX_CLASS_NAME = 24  # characters in a table
@@ -66,9 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     draw.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     draw.set_defaults(do=draw_digits)
 
-    evaluate = commands.add_parser("evaluate", help="test loss, accuracy and confusion matrix of a model")
+    evaluate = commands.add_parser("evaluate", help="test loss, accuracy and other figures of a model")
     _add_model(evaluate)
     _add_dataset(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print a JSON object with all figures instead")
     evaluate.set_defaults(do=evaluate_model)
 
     export = commands.add_parser("export", help="export a model to ONNX and check it against the original")
@@ -347,7 +349,7 @@ def describe_shape(pixels: Sequence[int]) -> str:
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
-    """Print loss, accuracy and confusion matrix, computed as during the run."""
+    """Print loss, accuracy, other figures and confusion matrix, computed as during the run."""
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
@@ -374,8 +376,13 @@ def evaluate_model(options: argparse.Namespace) -> None:
     loader = accelerator.prepare(build_loader(data.test, batch_size))
     net = accelerator.prepare_model(model.net, evaluation_mode=True)
     result = evaluate_split(net, loader, LOSSES[settings["loss"]], accelerator)
+    if options.json:
+        print(json.dumps(_all_figures(result, data.name, data.class_names), indent=2))
+        return
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
     print(f"{printable(data.name)}, {result.images:,} test images: {figures}")
+    others = {name.replace("_", " "): f"{100 * value:.2f} %" for name, value in result.figures().items()}
+    print(", ".join(f"{name} {value}" for name, value in others.items()))
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
         print(printable(f"(weights with the lowest validation loss; for the last: --model {options.model}/model)"))
     table = cut(result.confusion, data.class_names)
@@ -387,6 +394,24 @@ def evaluate_model(options: argparse.Namespace) -> None:
         correct = row[number] - (table["within"] if number == len(names) - 1 else 0)
         share = f"{100 * correct / sum(row):.2f} %" if sum(row) else "-"
         print(f"{name:{width}}  {share:>8}               " + " ".join(f"{count:>{cell}}" for count in row))
+
+
+def _all_figures(result: "Result", dataset: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """The content of `mnist evaluate --json`; a figure that is not defined is null."""
+    from mnist.training.figures import per_class
+
+    columns = per_class(result.confusion)
+    values = [[value if value == value else None for value in column.tolist()] for column in columns]
+    rows = zip(class_names, result.confusion.sum(dim=1).tolist(), *values, strict=True)
+    return {
+        "dataset": dataset,
+        "images": result.images,
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        **result.figures(),
+        "classes": [dict(zip(("name", "images", *columns._fields), row, strict=True)) for row in rows],
+        "confusion": result.confusion.tolist(),
+    }
 
 
 def export_model(options: argparse.Namespace) -> None:

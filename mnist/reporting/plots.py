@@ -7,7 +7,7 @@ panels([record])                                # for an HTML page
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -240,17 +240,31 @@ def shortened(name: str, most: int = 20) -> str:
 
 def panels(records: Sequence[Record]) -> list[str]:
     """The curves as SVG elements for an HTML page; they use its text color."""
-    import matplotlib
-
     one_run = len(records) == 1  # draw_loss already shows its training loss
     draws: list[Any] = [draw_loss, draw_accuracy, *(partial(draw_metric, key=key) for key in list(METRICS)[one_run:])]
-    elements = []
-    for number, draw in enumerate(draws):
-        with drawing() as Figure, matplotlib.rc_context({"svg.hashsalt": str(number)}):  # makes ids unique in the page
-            figure = Figure(figsize=(4.6, 3.4))
-            draw(figure.subplots(), records)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        text = buffer.getvalue()
-        elements.append(text[text.index("<svg") :].replace(INK, "currentColor"))
-    return elements
+    return [as_svg(draw, records, number) for number, draw in enumerate(draws)]
+
+
+def as_svg(draw: Callable[[Any, Any], None], content: Any, number: int = 99) -> str:
+    """An SVG element that `draw` fills, in the text color of its page, in which `number` makes its ids unique."""
+    import matplotlib
+
+    with drawing() as Figure, matplotlib.rc_context({"svg.hashsalt": str(number)}):
+        figure = Figure(figsize=(4.6, 3.4))
+        draw(figure.subplots(), content)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def draw_reliability(axes: Any, bins: Sequence[Sequence[float]]) -> None:
+    """Accuracy by the probability of the prediction (bins as in training/figures.py); on the line both are the same."""
+    filled = [(100 * total / images, 100 * right / images, images) for images, total, right in bins if images]
+    axes.plot([0, 100], [0, 100], color=INK, alpha=0.3, linewidth=1)
+    if filled:
+        confidence, accuracy, images = zip(*filled, strict=True)
+        sizes = [20 + 180 * (count / max(images)) ** 0.5 for count in images]
+        axes.scatter(confidence, accuracy, s=sizes, color=TEST, alpha=0.7, linewidth=0)
+    axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="probability of the prediction (%)")
+    axes.set_title("Accuracy (%)")

@@ -104,6 +104,7 @@ def render(records: Sequence[Record]) -> str:
         colors=plots.RUN_COLORS,
         best=best_values(records),
         panels=plots.panels(records),
+        reliability=plots.as_svg(plots.draw_reliability, evaluation["bins"]) if evaluation and not several else "",
         evaluation=evaluation,
         classes=class_accuracies(evaluation) if evaluation else [],
         matrix=matrix(evaluation) if evaluation else [],
@@ -122,16 +123,20 @@ def _metrics(record: Record) -> dict[str, Any]:
 
 
 def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Name, images, errors and accuracy of each class that has images, or of the MAX_CLASS_ROWS least accurate."""
-    columns = (evaluation["class_names"], evaluation["images"], evaluation["correct"])
+    """The figures of each class that has images, or of the MAX_CLASS_ROWS least accurate: accuracy is its recall."""
+    names = evaluation["class_names"]
+    columns = (names, evaluation["images"], evaluation["correct"], evaluation["predicted"] or [None] * len(names))
     classes = [
-        {"name": name, "images": images, "errors": images - correct, "accuracy": correct / images}
-        for name, images, correct in zip(*columns, strict=True)
+        {
+            "name": name,
+            "images": images,
+            "accuracy": correct / images,
+            "precision": correct / predicted if predicted else None,
+            "f1": None if predicted is None else 2 * correct / (images + predicted),
+        }
+        for name, images, correct, predicted in zip(*columns, strict=True)
         if images
     ]
-    worst = max((1 - row["accuracy"] for row in classes), default=0) or 1
-    for row in classes:
-        row["strength"] = (1 - row["accuracy"]) / worst  # length of the bar, 0 to 1
     if len(classes) > MAX_CLASS_ROWS:
         return sorted(classes, key=lambda row: row["accuracy"])[:MAX_CLASS_ROWS]
     return classes

@@ -60,6 +60,8 @@ class Evaluation:
             "bright_on_black": self.bright_on_black,
             "images": counts.sum(dim=1).tolist(),
             "correct": counts.diagonal().tolist(),
+            "predicted": counts.sum(dim=0).tolist(),
+            "bins": result.bins.tolist(),
             "confusion": cut(counts, self.class_names),
             "mistakes": [
                 mistake._asdict() | {"image": picture(self.split.images[mistake.place])} for mistake in result.mistakes

@@ -181,7 +181,7 @@ def expect(values: Any, kinds: Mapping[str, type], where: str) -> None:
             raise ValueError(f"{where}: {name} is {value!r:.50}, not {kind.__name__}")
 
 
-def check_evaluation(evaluation: Mapping[str, Any]) -> None:
+def check_evaluation(evaluation: dict[str, Any]) -> None:
     """Raise ValueError, TypeError or KeyError if snapshots.py cannot have written this evaluation.json."""
     kinds = {"step": int, "epoch": int, "class_names": list, "images": list, "correct": list, "confusion": dict}
     kinds |= {"bright_on_black": bool}
@@ -190,8 +190,13 @@ def check_evaluation(evaluation: Mapping[str, Any]) -> None:
     counts, names = evaluation["confusion"]["counts"], evaluation["confusion"]["names"]
     numbers = [*evaluation["images"], *evaluation["correct"], evaluation["confusion"]["within"]]
     numbers += [count for row in counts for count in row]
+    for name in ("predicted", "bins"):  # which earlier runs lack
+        evaluation.setdefault(name, [])
+    numbers += evaluation["predicted"]
     fits = (
         len(classes) == len(evaluation["images"]) == len(evaluation["correct"])
+        and len(evaluation["predicted"]) in (0, len(classes))
+        and all(0 <= right <= images and 0 <= total < images + 1 for images, total, right in evaluation["bins"])
         and len(names) == len(counts) == len(counts[0])
         and len({len(row) for row in counts}) == 1
         and len(names) <= MAX_CLASSES_READ

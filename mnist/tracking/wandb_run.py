@@ -134,7 +134,8 @@ class WandbRun:
         for split in ("train", "val", "test"):
             summaries |= {f"{split}/loss": "min,last", f"{split}/accuracy": "max,last"}
         for split in ("val", "test"):
-            summaries[f"{split}/class_accuracy/*"] = "max,last"
+            summaries |= {f"{split}/{name}": "max,last" for name in ("macro_f1", "balanced_accuracy", "top5_accuracy")}
+            summaries |= {f"{split}/class_accuracy/*": "max,last", f"{split}/calibration_error": "min,last"}
         for name, summary in summaries.items():
             self.run.define_metric(name, step_metric="step", summary=summary)
 
@@ -279,6 +280,8 @@ def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     import wandb
 
+    from mnist.reporting.report import class_accuracies
+
     names = evaluation["class_names"]
     shown, counts = evaluation["confusion"]["names"], torch.tensor(evaluation["confusion"]["counts"])
     cells = torch.arange(counts.numel()).repeat_interleave(counts.flatten())  # [images]: the cell of each image
@@ -295,7 +298,16 @@ def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             f"{names[moment['predictions'][index]]} ({moment['probabilities'][index]:.0%})" for moment in moments
         ]
         examples.add_data(wandb.Image(pixels(example["image"])), names[example["truth"]], *answers)
+    classes = wandb.Table(columns=["class", "images", "recall", "precision", "F1"])
+    for row in class_accuracies(evaluation):
+        classes.add_data(*(row[name] for name in ("name", "images", "accuracy", "precision", "f1")))
+    reliability = wandb.Table(columns=["probability", "accuracy", "images"])
+    for images, total, right in evaluation["bins"]:
+        if images:
+            reliability.add_data(total / images, right / images, images)
     return {
+        "test/classes": classes,
+        "test/reliability": wandb.plot.scatter(reliability, "probability", "accuracy", "Reliability (test images)"),
         "test/confusion": wandb.plot.confusion_matrix(
             y_true=(cells // len(shown)).tolist(),
             preds=(cells % len(shown)).tolist(),

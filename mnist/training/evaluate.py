@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mnist.training.calibration import Calibration, Calibrator
+from mnist.training.figures import BINS, LEAST_CLASSES, add_to_bins, calibration_error, count_in_top, per_class
 from mnist.training.lean import LeanAccelerator
 
 MISTAKES = 40  # kept of the test split
@@ -37,6 +38,8 @@ class Result:
 
     loss: float  # mean over the images
     confusion: Tensor  # int64 [classes, classes]: count of images by true class (row) and prediction (column)
+    bins: Tensor  # float64 [BINS, 3] by confidence: images, sum of confidences, correct ones (figures.py)
+    in_top: int  # images whose class is among the five most likely
     mistakes: tuple[Mistake, ...] = ()  # of the test split: the most confident ones, in order
     calibration: Calibration | None = None  # from the val split, if it is large enough
 
@@ -53,13 +56,32 @@ class Result:
         """Fraction of images classified correctly, 0 to 1."""
         return self.correct / self.images
 
-    def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
-        """The logged metrics: `test/loss`, `test/accuracy`, and `test/class_accuracy/7` for each class.
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that occur or are predicted, 0 to 1."""
+        return float(per_class(self.confusion).f1.nanmean())
 
-        Accuracy per class is only for val and test, if there are at most 20 classes, and for classes with images. Of
-        val also `val/temperature` and `val/threshold` (calibration.py).
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean accuracy of the classes that have images, 0 to 1."""
+        return float(per_class(self.confusion).recall.nanmean())
+
+    def figures(self) -> dict[str, float]:
+        """Macro F1, balanced accuracy, expected calibration error and, from six classes on, top-5 accuracy."""
+        figures = {"macro_f1": self.macro_f1, "balanced_accuracy": self.balanced_accuracy}
+        if len(self.confusion) >= LEAST_CLASSES:
+            figures["top5_accuracy"] = self.in_top / self.images
+        return figures | {"calibration_error": calibration_error(self.bins)}
+
+    def values(self, split: str, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """The logged metrics: `test/loss`, `test/accuracy`, `figures`, and `test/class_accuracy/7` for each class.
+
+        Figures and accuracy per class are only for val and test; the latter if there are at most 20 classes, and for
+        classes with images. Of val also `val/temperature` and `val/threshold` (calibration.py).
         """
         values = {f"{split}/loss": self.loss, f"{split}/accuracy": self.accuracy}
+        if split != "train":
+            values |= {f"{split}/{name}": value for name, value in self.figures().items()}
         if self.calibration is not None:
             values |= {f"{split}/{name}": value for name, value in self.calibration._asdict().items()}
         if split != "train" and len(class_names) <= MAX_CLASSES_LOGGED:
@@ -101,6 +123,7 @@ def evaluate_split(
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     loss = torch.zeros(1, dtype=exact, device=accelerator.device)
     confusion: Tensor | None = None  # [classes * classes]
+    bins, in_top = loss.new_zeros(BINS, 3), loss.new_zeros(1)
     most_confident = MostConfident(MISTAKES)
     calibrator = Calibrator(accelerator.device, exact) if split == "val" else None
     model.eval()
@@ -112,6 +135,8 @@ def evaluate_split(
         confidence, prediction = output.max(dim=1)  # [B], [B]
         loss += loss_function(output, y, sample_weight)
         confusion.index_add_(0, y * output.shape[1] + prediction, sample_weight.to(exact))
+        add_to_bins(bins, confidence.exp(), prediction == y, sample_weight)
+        in_top += count_in_top(output, y, sample_weight)
         if calibrator is not None:
             calibrator.add(output, y, sample_weight)
         if split == "test":
@@ -122,13 +147,17 @@ def evaluate_split(
             most_confident.add(index, y, output, confidence.masked_fill(~wrong, -torch.inf))
     model.train()
     assert confusion is not None
-    total, *counts = accelerator.reduce(torch.cat([loss, confusion])).tolist()
-    table = torch.tensor(counts).round().long()
+    sums = accelerator.reduce(torch.cat([loss, in_top, bins.flatten(), confusion])).cpu()
+    total, in_top, bins, confusion = torch.split(sums, [1, 1, bins.numel(), len(confusion)])
+    table = confusion.round().long()
     classes = round(len(table) ** 0.5)
     mistakes = gather_object(most_confident.list()) if split == "test" else []
     mistakes.sort(key=lambda mistake: (-mistake.probability, mistake.place))
     calibration = None if calibrator is None else calibrator.result(accelerator.reduce(calibrator.sums))
-    return Result(total / int(table.sum()), table.view(classes, classes), tuple(mistakes[:MISTAKES]), calibration)
+    loss_per_image = float(total) / int(table.sum())
+    sums_of_bins = bins.view(BINS, 3).double()
+    counts = table.view(classes, classes), sums_of_bins, round(float(in_top))
+    return Result(loss_per_image, *counts, tuple(mistakes[:MISTAKES]), calibration)
 
 
 class MostConfident:

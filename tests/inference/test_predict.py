@@ -272,6 +272,18 @@ def test_evaluate_prints_the_metrics_of_the_run(run: Path, fresh_accelerate: Non
         assert float(percent) == pytest.approx(100 * last[f"test/class_accuracy/{digit}"], abs=0.11)
 
 
+def test_evaluate_prints_all_figures_of_the_run_as_json(run: Path, fresh_accelerate: None, capsys: Capture) -> None:
+    assert main(["evaluate", "--json", f"--model={run}"]) == 0
+    printed, last = json.loads(capsys.readouterr().out), metrics_of(run)[-1]
+    assert (printed["dataset"], printed["images"]) == ("mnist", 10_000)
+    for name in ("loss", "accuracy", "macro_f1", "balanced_accuracy", "top5_accuracy", "calibration_error"):
+        assert printed[name] == pytest.approx(last[f"test/{name}"], abs=3e-4), name
+    for row in printed["classes"]:
+        assert row["recall"] == pytest.approx(last[f"test/class_accuracy/{row['name']}"], abs=2e-3)
+        predicted = sum(counts[int(row["name"])] for counts in printed["confusion"])
+        assert row["precision"] == printed["confusion"][int(row["name"])][int(row["name"])] / predicted
+
+
 def test_models_of_other_data_sets_take_only_images_of_their_size(run: Path, digits: ImageData, tmp_path: Path) -> None:
     model = load(run)
     shoes = Model(model.net, dataclasses.replace(model.config, dataset="fashion-mnist", preparation="none"))

@@ -64,6 +64,8 @@ def test_the_files_and_metric_keys_of_a_run(run_here: RunHere) -> None:
         *("perf/images_per_second", "perf/epoch_seconds", "perf/evaluation_seconds", "perf/peak_memory_mib"),
         *("train/loss", "train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy"),
         *(f"{part}/class_accuracy/{digit}" for part in ("val", "test") for digit in range(10)),
+        *(f"{part}/{name}" for part in ("val", "test") for name in ("macro_f1", "balanced_accuracy", "top5_accuracy")),
+        *("val/calibration_error", "test/calibration_error"),
     }
     state = state_of(folder)
     assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)

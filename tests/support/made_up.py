@@ -26,7 +26,8 @@ def make_run(folder: Path, classes: int = 10, epochs: int = 3, names: tuple[str,
     for epoch in range(1, epochs + 1):
         confusion = torch.randint(3, (classes, classes), generator=generator) + 50 * torch.eye(classes).long()
         mistakes = tuple(Mistake(index, 0, 1, 0.9, 2, 0.1) for index in range(min(40, 2 * classes)))
-        result = Result(1 / epoch, confusion, mistakes)
+        bins = torch.tensor([[number, number * (number + 0.5) / 15, number // 2] for number in range(15)]).double()
+        result = Result(1 / epoch, confusion, bins, int(confusion.sum()), mistakes)
         values = {"step": 1000 * epoch, "epoch": epoch, "optim/learning_rate": 1e-3, "perf/epoch_seconds": 1.0}
         values |= {"perf/images_per_second": 1234.5, "perf/evaluation_seconds": 0.5}
         steps = range(1000 * (epoch - 1) + 10, 1000 * (epoch - 1) + 200, 10)

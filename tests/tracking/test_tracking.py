@@ -240,7 +240,7 @@ def test_models_and_dataset_are_small_artifacts_with_metadata(
     assert [it.path for it in last.manifest.contents] == ["model.safetensors"]
 
     files = [path.stat().st_size for path in (tmp_path / "run" / "wandb").rglob("media/**/*") if path.is_file()]
-    assert len(files) == 3  # tables: the chart's, mistakes, examples
+    assert len(files) == 5  # tables: of both charts, classes, mistakes, examples
     tables = [it for it in artifacts if it.type == "run_table"]
     images = [it.size for table in tables for it in table.manifest.contents if it.path.endswith(".png")]
     assert len(images) == 40 + 10  # mistakes and examples
