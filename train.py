@@ -23,7 +23,7 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
     # imported here so that --help and usage errors do not wait for torch to load
     from mnist.data.datasets import load_dataset
     from mnist.data.loader import build_loaders
-    from mnist.models.by_name import build_model
+    from mnist.models.by_name import build_model, train_head_only
     from mnist.runs.folder import has_checkpoint
     from mnist.session import Session, start
     from mnist.training.capture import build_loss
@@ -35,7 +35,7 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
     config, accelerator = start(config, explicit_settings)
 
     # --- data, model
-    pretrained = config.pretrained and not has_checkpoint(config)  # not if a checkpoint is loaded
+    pretrained = config.pretrained != "none" and not has_checkpoint(config)  # not if a checkpoint is loaded
     with accelerator.local_main_process_first():  # the first process downloads, the others wait
         data = load_dataset(config.dataset, config.data_dir, config.data_options)
         model = build_model(
@@ -46,6 +46,8 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
             normalization=data.normalization,
             batch_size=config.batch_sizes(accelerator.num_processes).batch_size,  # BatchNorm needs at least 2
         )
+    if config.pretrained == "head":
+        train_head_only(model)
     train_loader, eval_loaders = build_loaders(data, config, accelerator)
 
     # --- optimizer, schedule, loss; prepare() adapts them to the device and the number of processes

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
-from mnist.config.settings import CHOICES, TrainConfig, check_choice, flag
+from mnist.config.settings import BOOLEANS, CHOICES, TrainConfig, check_choice, flag
 from mnist.errors import ConfigError
 
 MIN_COLUMNS = 40  # of the terminal: in a very narrow one, tyro's help never returns
@@ -111,7 +111,7 @@ def is_first_process() -> bool:
 def spell_booleans(arguments: Sequence[str]) -> list[str]:
     """Spell `--flag`, `--flag=true` and `--flag false` as `--flag True` and `--flag False`, which tyro reads.
 
-    Also accepts --augment as a boolean, which it once was.
+    Also accepts --augment and --pretrained as booleans, which they once were.
     """
     kinds = get_type_hints(TrainConfig)
     words = {
@@ -119,7 +119,7 @@ def spell_booleans(arguments: Sequence[str]) -> list[str]:
         for name, kind in kinds.items()
         if bool in (kind, *get_args(kind))
     }
-    words["--augment"] = {"true": "light", "false": "none"}
+    words |= {flag(name): {str(key).lower(): value for key, value in known.items()} for name, known in BOOLEANS.items()}
     spelled: list[str] = []
     pending: dict[str, str] = {}  # words of the flag before
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False):

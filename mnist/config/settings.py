@@ -21,6 +21,7 @@ CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
     "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),  # torchvision's models are accepted as well
     "augment": ("none", "light", "strong"),
+    "pretrained": ("none", "head", "all"),
     "loss": ("nll", "nll-balanced", "mse"),
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
@@ -36,6 +37,9 @@ MAY_CHANGE = {
 
 NOT_IN_FINGERPRINT = MAY_CHANGE | {"recipe", "run_name", "output_dir", "resume", "batch_size", "mixed_precision"}
 """Settings that may differ between a checkpoint and the run that loads it."""
+
+BOOLEANS = {"augment": {True: "light", False: "none"}, "pretrained": {True: "all", False: "none"}}
+"""Settings that once were booleans, and what these mean now."""
 
 AT_LEAST_1 = (
     *("epochs", "max_steps", "batch_size", "global_batch_size", "gradient_accumulation_steps"),
@@ -125,8 +129,9 @@ class TrainConfig:
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
 
-    pretrained: bool = False
-    """Start from torchvision's ImageNet weights, except in the last layer; for torchvision models only."""
+    pretrained: str = "none"
+    """Start from torchvision's ImageNet weights, except in the last layer, and train all layers or the last one (head);
+    for torchvision models only. Without a value: all."""
 
     loss: str = "nll"
     """nll: negative log-likelihood of log-softmax (cross-entropy). nll-balanced: every class has the same weight in
@@ -176,7 +181,8 @@ class TrainConfig:
     """Seconds that a process waits for the others before the job fails."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "augment", augment_level(self.augment))
+        for name in BOOLEANS:
+            object.__setattr__(self, name, without_booleans(name, getattr(self, name)))
         for field in dataclasses.fields(self):
             self._require_type(field.name, get_args(field.type) or (field.type,))
         for name in AT_LEAST_1:
@@ -195,7 +201,7 @@ class TrainConfig:
             lambda name: re.fullmatch(r"\w[\w.+=@-]*", name, re.ASCII) and name != "latest",
             "letters, digits and _ . + = @ - only, and not 'latest'",
         )
-        for name in ("augment", "loss", "optimizer", "schedule"):
+        for name in ("augment", "pretrained", "loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
         for name in ("data_dir", "dataset", "output_dir"):
             self._require(name, lambda path: "\0" not in path, "a path without a zero byte")
@@ -211,7 +217,7 @@ class TrainConfig:
             theirs = models.list_models(module=models)
             known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} torchvision models such as resnet18"
             check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
-        elif self.pretrained:
+        elif self.pretrained != "none":
             raise ConfigError(f"--pretrained: --model {self.model} has no pretrained weights. Try --model resnet18.")
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
@@ -355,9 +361,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def augment_level(value: Any) -> Any:
-    """`light` and `none` for True and False, which --augment once was, in older runs too."""
-    return {True: "light", False: "none"}[value] if isinstance(value, bool) else value
+def without_booleans(name: str, value: Any) -> Any:
+    """The value of a setting that once was a boolean, in older runs too: see BOOLEANS."""
+    return BOOLEANS[name][value] if name in BOOLEANS and isinstance(value, bool) else value
 
 
 def flag(name: str) -> str:

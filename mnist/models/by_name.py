@@ -68,6 +68,14 @@ class TorchvisionModel(nn.Module):
             mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
         self.register_buffer("mean", mean)  # saved with the weights
         self.register_buffer("std", std)
+        self.last_layer = path
+        self.trains_head_only = False
+
+    def train(self, mode: bool = True) -> "TorchvisionModel":
+        super().train(mode)
+        if self.trains_head_only:
+            self.net.eval().get_submodule(self.last_layer).train(mode)
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Like torch's, but adds the layer versions that MNASNet needs and safetensors files lack."""
@@ -79,6 +87,14 @@ class TorchvisionModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.net((x - self.mean) / self.std), dim=1)
+
+
+def train_head_only(model: nn.Module) -> None:
+    """Let only the last layer of a torchvision model be trained; the others compute as in evaluation."""
+    assert isinstance(model, TorchvisionModel)  # settings.py refuses the others
+    model.trains_head_only = True
+    model.requires_grad_(False).net.get_submodule(model.last_layer).requires_grad_()
+    model.train()
 
 
 def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> tuple[nn.Module, Tensor, Tensor]:

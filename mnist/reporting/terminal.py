@@ -55,7 +55,8 @@ class Terminal:
         self.row("data", f"{resolved['data']}, {counts}")
         for note in notes:
             self.row("", note)
-        self.row("model", f"{config.model}, {resolved['parameters']:,} parameters")
+        frozen = " in the last layer; the others keep their values" * (config.pretrained == "head")
+        self.row("model", f"{config.model}, {resolved['parameters']:,} parameters{frozen}")
         accumulated = config.gradient_accumulation_steps
         window = f", {accumulated} batches per optimizer step" if accumulated > 1 else ""
         batch, per_process = resolved["global_batch_size"], resolved["batch_size"]

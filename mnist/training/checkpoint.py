@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from mnist.config.settings import augment_level
+from mnist.config.settings import without_booleans
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, read_text, remove_folder, remove_leftovers
 from mnist.launch.processes import on_main_process
@@ -201,7 +201,7 @@ class Checkpoints:
         state = json.loads(files["state.json"])
         for setting, saved in state["essence"].items():
             current = self.made_with["essence"].get(setting)
-            if current != (augment_level(saved) if setting == "augment" else saved):
+            if current != without_booleans(setting, saved):
                 raise ConfigError(
                     f"{self.folder / name}: saved with {setting} {saved}, but this run has {current}. A run resumes"
                     " only with the settings it started with."

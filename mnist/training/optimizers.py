@@ -27,7 +27,8 @@ def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0
 ) -> Optimizer:
     """The torch optimizer called `name`; radam is the tutorial's "rectified Adam" (Liu et al., 2019)."""
-    return OPTIMIZERS[name](parameters, lr=learning_rate, weight_decay=weight_decay)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return OPTIMIZERS[name](trained, lr=learning_rate, weight_decay=weight_decay)
 
 
 def clip_gradients(

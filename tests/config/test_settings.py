@@ -74,6 +74,15 @@ def test_augment_takes_a_level_a_boolean_or_nothing(arguments: list[str], expect
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
+    [(["--pretrained"], "all"), (["--pretrained", "head"], "head"), (["--pretrained=False"], "none"), ([], "none")],
+)
+def test_pretrained_takes_what_is_trained_a_boolean_or_nothing(arguments: list[str], expected: str) -> None:
+    assert parse_command_line(RECIPES, ["--model=resnet18", *arguments]).pretrained == expected
+    assert TrainConfig(model="resnet18", pretrained=True).pretrained == "all"  # type: ignore[arg-type] # of older runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
     [
         (["--compile"], True),
         (["--compile", "--batch-size", "5"], True),
@@ -95,7 +104,7 @@ def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bo
         ({"model": "cmn"}, ["--model cmn", "Did you mean cnn", "mlp"]),
         ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, cnn-quick", "torchvision"]),
         ({"model": "raft_large"}, ["--model raft_large", "unknown"]),  # torchvision's, but not a classifier
-        ({"pretrained": True}, ["--pretrained", "--model mlp", "--model resnet18"]),
+        ({"pretrained": "head"}, ["--pretrained", "--model mlp", "--model resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
         ({"schedule": "onecycle"}, ["--schedule onecycle", "Did you mean one-cycle"]),
         ({"loss": "crossentropy"}, ["--loss crossentropy", "nll, nll-balanced, mse"]),

@@ -25,12 +25,13 @@ from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
 from mnist.errors import ConfigError
 from mnist.inference.predict import predict
+from mnist.verify import largest_difference
 from tests.conftest import Launch, ResumeHere, RunHere, hear_ctrl_c, metrics_of
 from tests.inference.test_predict import assert_figures
 from tests.launched.test_processes import TORCHRUN
 from tests.launched.test_resume import kill_and_resume
 from tests.support.photographs import KINDS, fill_folder, take_photograph
-from tests.training.test_checkpoint import end_of
+from tests.training.test_checkpoint import checkpoints_of, end_of
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 RECIPE = ("--epochs=8", "--global-batch-size=32", "--learning-rate=2e-3", "--schedule=one-cycle", "--trackers=none")
@@ -396,16 +397,58 @@ def test_the_test_split_does_not_depend_on_the_seed(things: Path, tmp_path: Path
     assert [it["image"] for it in shown[0]] == [it["image"] for it in shown[1]]
 
 
-def test_a_pretrained_run_resumes_without_the_pretrained_weights(
-    tmp_path: Path, run_here: RunHere, resume_here: ResumeHere, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def resnet18_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made-up weights where torchvision keeps the pretrained ones."""
     from torchvision.models import resnet18
 
     weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     weights.parent.mkdir(parents=True)
     torch.save(resnet18().state_dict(), weights)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = run_here("x", model="resnet18", pretrained=True, limit_train_images=20, limit_test_images=10)
-    weights.unlink()
+    return weights
+
+
+def test_a_pretrained_run_resumes_without_the_pretrained_weights(
+    resnet18_weights: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    folder = run_here("x", model="resnet18", pretrained="all", limit_train_images=20, limit_test_images=10)
+    resnet18_weights.unlink()
     resume_here(folder, epochs=2)
     assert metrics_of(folder)[-1]["epoch"] == 2
+
+
+def test_only_the_last_layer_is_trained_and_a_resumed_run_ends_bit_identical(
+    resnet18_weights: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
+    settings: dict[str, Any] = {"limit_train_images": 50, "limit_test_images": 10, "optimizer": "adamw"}
+    settings |= {"model": "resnet18", "pretrained": "head", "weight_decay": 0.1, "checkpoint_every": 2, "batch_size": 7}
+    whole = run_here("whole", **settings)
+    before = torch.load(resnet18_weights)
+    before["conv1.weight"] = before["conv1.weight"].sum(dim=1, keepdim=True)  # for gray images
+    for name, value in load_file(whole / "model" / "model.safetensors").items():
+        if name.startswith("net.fc."):
+            assert value.shape[0] == 10
+        elif name.startswith("net."):
+            assert torch.equal(value, before[name.removeprefix("net.")]), name  # statistics of BatchNorm, too
+    assert json.loads((whole / "environment.json").read_text())["parameters"] == 10 * 513
+    folder = whole.with_name("cut")
+    shutil.copytree(whole, folder)
+    for path in checkpoints_of(folder)[1:]:
+        shutil.rmtree(path)
+    resnet18_weights.unlink()
+    resume_here(folder)
+    assert end_of(folder) == end_of(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_last_layer_like_one_although_the_network_has_batchnorm(
+    resnet18_weights: Path, tmp_path: Path, launch: Launch
+) -> None:
+    flags = ("--model=resnet18", "--pretrained=head", "--limit-train-images=50", "--limit-test-images=10")
+    more = ("--epochs=2", "--global-batch-size=8", "--trackers=none", f"--output-dir={tmp_path}", "--optimizer=sgd")
+    for processes in (1, 2):
+        command = (*TORCHRUN[1:], str(processes), "--module", "mnist.runs.launched", "train.py")  # in float64
+        done = launch(*flags, *more, f"--run-name={processes}", command=command)
+        assert done.returncode == 0, done.stderr
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-10
