@@ -381,8 +381,9 @@ def evaluate_model(options: argparse.Namespace) -> None:
         return
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
     print(f"{printable(data.name)}, {result.images:,} test images: {figures}")
-    others = {name.replace("_", " "): f"{100 * value:.2f} %" for name, value in result.figures().items()}
-    print(", ".join(f"{name} {value}" for name, value in others.items()))
+    names = {"macro_f1": "macro F1", "top5_accuracy": "top-5 accuracy"}
+    others = {names.get(name, name.replace("_", " ")): 100 * value for name, value in result.figures().items()}
+    print(", ".join(f"{name} {value:.2f} %" for name, value in others.items()))
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
         print(printable(f"(weights with the lowest validation loss; for the last: --model {options.model}/model)"))
     table = cut(result.confusion, data.class_names)

@@ -103,6 +103,8 @@ def why_incomparable(runs: LaunchedRuns, processes: int = 1) -> str:
     """Why this network's weights depend on the device, or on the number of processes if these are several; or empty."""
     from mnist.models.saved import load_model
 
+    if runs.config.pretrained == "head":  # all other layers compute as in evaluation
+        return ""
     net, config = load_model(runs.short.folder / "model")
     X = torch.rand(4, *config.image_shape)
     with torch.no_grad():

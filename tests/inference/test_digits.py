@@ -120,8 +120,8 @@ def test_generated_pages_of_digits_are_read(model: Model, held_out: tuple[NDArra
     totals = shares_read(model, *held_out, count=20, seed=1)
     for ground, (right, total) in totals.items():
         print(f"{ground:18} {right / total:.2%} of {total}")
-    assert sum(right for right, _ in totals.values()) / sum(total for _, total in totals.values()) >= 0.9
-    assert min(right / total for ground, (right, total) in totals.items() if "squared" not in ground) >= 0.9
+    assert sum(right for right, _ in totals.values()) / sum(total for _, total in totals.values()) >= 0.95
+    assert min(right / total for right, total in totals.values()) >= 0.88
 
 
 def test_numbers_and_columns_on_plain_and_ruled_paper_are_read(
@@ -155,7 +155,7 @@ def rejected(model: Model, images: list[Image.Image]) -> float:
     return float(np.mean([not found.confident for found in model.predict(images)]))
 
 
-@pytest.mark.parametrize(("kind", "least"), [("letter", 0.9), ("scribble", 0.7)])
+@pytest.mark.parametrize(("kind", "least"), [("letter", 0.95), ("scribble", 0.75)])
 def test_letters_and_scribbles_are_not_confident(kind: str, least: float, model: Model) -> None:
     images = [make_non_digit(np.random.default_rng([4, number]), kind) for number in range(100)]
     assert rejected(model, images) >= least
