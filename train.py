@@ -23,7 +23,7 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
     # imported here so that --help and usage errors do not wait for torch to load
     from mnist.data.datasets import load_dataset
     from mnist.data.loader import build_loaders
-    from mnist.models.by_name import build_model, train_head_only
+    from mnist.models.by_name import build_model, choose_trained_layers
     from mnist.runs.folder import has_checkpoint
     from mnist.session import Session, start
     from mnist.training.capture import build_loss
@@ -46,14 +46,12 @@ def train(config: TrainConfig, explicit_settings: frozenset[str] = frozenset()) 
             normalization=data.normalization,
             batch_size=config.batch_sizes(accelerator.num_processes).batch_size,  # BatchNorm needs at least 2
         )
-    if config.pretrained == "head":
-        train_head_only(model)
+    choose_trained_layers(model, config.pretrained)  # all, or with --pretrained head the last one
     train_loader, eval_loaders = build_loaders(data, config, accelerator)
 
     # --- optimizer, schedule, loss; prepare() adapts them to the device and the number of processes
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
-    total_steps = config.total_steps(len(train_loader))
-    scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, total_steps)
+    scheduler = build_schedule(config.schedule, optimizer, config.warmup_steps, config.total_steps(len(train_loader)))
     model, optimizer, scheduler, train_loader = accelerator.prepare(model, optimizer, scheduler, train_loader)
     eval_loaders = {split: accelerator.prepare(loader) for split, loader in eval_loaders.items()}
     compute_loss = build_loss(config, model, accelerator, data.train)  # with --compile, also computes the gradients

@@ -93,12 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write the HTML report of a run, or compare several runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, e.g. runs/latest")
-    report.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="output file (default: report.html in the run's folder; for several runs, comparison.html)",
-    )
+    described = "output file (default: report.html in the run's folder; for several runs, comparison.html)"
+    report.add_argument("--output", type=Path, metavar="FILE", help=described)
     report.set_defaults(do=write_report)
     _add_verify(commands)
     return parser
@@ -381,8 +377,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
         return
     figures = f"loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
     print(f"{printable(data.name)}, {result.images:,} test images: {figures}")
-    names = {"macro_f1": "macro F1", "top5_accuracy": "top-5 accuracy"}
-    others = {names.get(name, name.replace("_", " ")): 100 * value for name, value in result.figures().items()}
+    spelled = {"macro_f1": "macro F1", "top5_accuracy": "top-5 accuracy"}
+    others = {spelled.get(name, name.replace("_", " ")): 100 * value for name, value in result.figures().items()}
     print(", ".join(f"{name} {value:.2f} %" for name, value in others.items()))
     if run and (run.folder / "best").exists() and Path(options.model).resolve() == run.folder:
         print(printable(f"(weights with the lowest validation loss; for the last: --model {options.model}/model)"))

@@ -89,12 +89,13 @@ class TorchvisionModel(nn.Module):
         return F.log_softmax(self.net((x - self.mean) / self.std), dim=1)
 
 
-def train_head_only(model: nn.Module) -> None:
-    """Let only the last layer of a torchvision model be trained; the others compute as in evaluation."""
-    assert isinstance(model, TorchvisionModel)  # settings.py refuses the others
-    model.trains_head_only = True
-    model.requires_grad_(False).net.get_submodule(model.last_layer).requires_grad_()
-    model.train()
+def choose_trained_layers(model: nn.Module, pretrained: str) -> None:
+    """With --pretrained `head`, only the last layer is trained, and the others compute as in evaluation."""
+    if pretrained == "head":
+        assert isinstance(model, TorchvisionModel)  # settings.py refuses the others
+        model.trains_head_only = True
+        model.requires_grad_(False).net.get_submodule(model.last_layer).requires_grad_()
+        model.train()
 
 
 def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> tuple[nn.Module, Tensor, Tensor]:

@@ -13,9 +13,8 @@ from typing import Any
 
 from mnist.files import write_file
 from mnist.reporting import plots
-from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, downsample
+from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, class_accuracies, downsample
 
-MAX_CLASS_ROWS = 20  # in the table of classes; if there are more, the least accurate ones
 MAX_EPOCH_ROWS = 100  # in the table of epochs; if there are more, the last ones
 PATHS = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that do not affect the result
 ENVIRONMENT = ("device", "processes", "threads", "precision", "torch", "git_commit")  # compared between runs
@@ -120,26 +119,6 @@ def render(records: Sequence[Record]) -> str:
 def _metrics(record: Record) -> dict[str, Any]:
     evaluations, losses = downsample(record.evaluations, MAX_EPOCH_ROWS), downsample(record.losses, MAX_POINTS)
     return {"name": record.name, "evaluations": evaluations, "losses": losses}
-
-
-def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures of each class that has images, or of the MAX_CLASS_ROWS least accurate: accuracy is its recall."""
-    names = evaluation["class_names"]
-    columns = (names, evaluation["images"], evaluation["correct"], evaluation["predicted"] or [None] * len(names))
-    classes = [
-        {
-            "name": name,
-            "images": images,
-            "accuracy": correct / images,
-            "precision": correct / predicted if predicted else None,
-            "f1": None if predicted is None else 2 * correct / (images + predicted),
-        }
-        for name, images, correct, predicted in zip(*columns, strict=True)
-        if images
-    ]
-    if len(classes) > MAX_CLASS_ROWS:
-        return sorted(classes, key=lambda row: row["accuracy"])[:MAX_CLASS_ROWS]
-    return classes
 
 
 def matrix(evaluation: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

@@ -30,6 +30,7 @@ MAX_MOMENTS = 12  # evaluations shown per example image
 DATA_URL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")  # makes no network request
 OF_EVALUATION = {"epoch": int, "train/loss": float, "train/accuracy": float, "test/accuracy": float}
 MAX_READ_SIDE = 1024  # pixels of an image in evaluation.json; snapshots.py writes smaller ones
+MAX_CLASS_ROWS = 20  # in a table of classes; if there are more, the least accurate ones
 MAX_CLASSES_READ = 100  # classes in a confusion matrix or of an image; snapshots.py writes fewer
 MAX_LINE = 1 << 20  # characters, of metrics.jsonl
 MAX_NUMBER = 1e40  # float32 ends at 3.4e38; plots and sums of far larger numbers overflow
@@ -227,6 +228,26 @@ def check_evaluation(evaluation: dict[str, Any]) -> None:
         likeliest = item["likeliest"]
         if len(likeliest) > MAX_CLASSES_READ or not all(number in classes and 0 <= p <= 1 for number, p in likeliest):
             raise ValueError("evaluation.json: an example without a class")
+
+
+def class_accuracies(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of each class that has images, or of the MAX_CLASS_ROWS least accurate: accuracy is its recall."""
+    names = evaluation["class_names"]
+    columns = (names, evaluation["images"], evaluation["correct"], evaluation["predicted"] or [None] * len(names))
+    classes = [
+        {
+            "name": name,
+            "images": images,
+            "accuracy": correct / images,
+            "precision": correct / predicted if predicted else None,
+            "f1": None if predicted is None else 2 * correct / (images + predicted),
+        }
+        for name, images, correct, predicted in zip(*columns, strict=True)
+        if images
+    ]
+    if len(classes) > MAX_CLASS_ROWS:
+        return sorted(classes, key=lambda row: row["accuracy"])[:MAX_CLASS_ROWS]
+    return classes
 
 
 def pixels(url: str) -> "Image":

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mnist.errors import DivergedError, UserError
 from mnist.launch.signals import Interrupted
-from mnist.runs.record import MAX_MOMENTS, downsample, pixels
+from mnist.runs.record import MAX_MOMENTS, class_accuracies, downsample, pixels
 
 SERVER_SECONDS = 5  # to which W&B adds up to three seconds
 ANSWER_SECONDS = 2
@@ -279,8 +279,6 @@ def _log_media(run: Any, evaluation: Mapping[str, Any]) -> None:
 def _media(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     import wandb
-
-    from mnist.reporting.report import class_accuracies
 
     names = evaluation["class_names"]
     shown, counts = evaluation["confusion"]["names"], torch.tensor(evaluation["confusion"]["counts"])
