@@ -36,8 +36,8 @@ class Net(nn.Module):
 class Convolution(nn.Conv2d):
     """nn.Conv2d for small images. On a GPU in float32 or float64 it is the product of all patches and the filters.
 
-    With cuDNN's deterministic algorithms, a CUDA graph of loss and gradients takes 1.2 to 3 times as long (H100), and
-    has up to 2,000 times the error in float32. In bf16 and fp16 cuDNN is as fast or faster.
+    With cuDNN's deterministic algorithms, a CUDA graph of loss and gradients in float32 takes 1.2 to 3 times as long
+    (H100). In bf16 cuDNN is about as fast or faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
