@@ -299,12 +299,13 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     """The dataset to test on, and the model's run, if any."""
     from mnist.config.settings import DataOptions, TrainConfig
     from mnist.data.datasets import SOURCES, load_dataset
+    from mnist.data.splits import FITS
     from mnist.runs.record import Record
 
     candidates = (Path(options.model), Path(options.model).parent)
     folder = next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
     run = Record.read(folder) if folder else None
-    if not options.dataset and not run and model.config.preparation == "fit":
+    if not options.dataset and not run and model.config.preparation in FITS:
         raise ConfigError(
             f"--model {options.model}: was trained on the folder {model.config.dataset}. Name a folder to test on with"
             " --dataset."
@@ -318,12 +319,12 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     if run and (is_folder or is_same):
         data_dir = run.config["data_dir"]
     if run and is_same:
-        kept = ("limit_test_images", "image_size", "test_fraction")
-        data_options = DataOptions(**{name: run.config[name] for name in kept})
+        kept = ("limit_test_images", "image_size", "fit", "test_fraction")
+        data_options = DataOptions(**{name: run.config[name] for name in kept if name in run.config})
         if is_old and is_folder:  # the default size may have been different
             data_options = data_options._replace(image_size=model.config.image_size[0])
     elif is_folder:
-        data_options = DataOptions(image_size=model.config.image_size[0], test_fraction=1)
+        data_options = DataOptions(image_size=model.config.image_size[0], fit=model.config.fit, test_fraction=1)
         scale = model.config.scale
     # number a folder's classes as in the model, even if the folder has changed
     class_names = model.class_names if is_folder else None

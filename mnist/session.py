@@ -52,7 +52,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     launch or settings that would silently do something other than asked.
     """
     local = find_run_here(config, explicit_settings)
-    decode_folder(local.dataset, local.data_dir, local.image_size)  # may take longer than the timeout of joining
+    decode_folder(local.dataset, local.data_dir, local.data_options)  # may take longer than the timeout of joining
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
     config.batch_sizes(state.num_processes)  # raises if the processes cannot share the global batch

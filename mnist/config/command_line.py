@@ -22,7 +22,8 @@ from mnist.errors import ConfigError
 MIN_COLUMNS = 40  # of the terminal: in a very narrow one, tyro's help never returns
 HELP_GROUPS = {
     "run": "recipe run_name output_dir resume checkpoint_every trackers log_every profile seed",
-    "data": "dataset data_dir image_size test_fraction limit_train_images limit_test_images validation_size augment",
+    "data": "dataset data_dir image_size fit test_fraction limit_train_images limit_test_images validation_size"
+    " augment",
     "model": "model pretrained loss",
     "optimizer": "optimizer learning_rate weight_decay schedule warmup_steps max_grad_norm",
     "training": "epochs max_steps batch_size global_batch_size gradient_accumulation_steps",

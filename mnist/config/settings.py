@@ -20,6 +20,7 @@ from mnist.files import read_text
 CHOICES = {
     "dataset": ("mnist", "fashion-mnist", "kmnist"),
     "model": ("mlp", "cnn", "cnn-quick", "cnn-deep"),  # torchvision's models are accepted as well
+    "fit": ("crop", "pad"),
     "augment": ("none", "light", "strong"),
     "pretrained": ("none", "head", "all"),
     "loss": ("nll", "nll-balanced", "mse"),
@@ -45,6 +46,7 @@ AT_LEAST_1 = (
     *("epochs", "max_steps", "batch_size", "global_batch_size", "gradient_accumulation_steps"),
     *("log_every", "checkpoint_every", "limit_train_images", "limit_test_images"),
 )
+LABEL_SMOOTHING = 0.1  # with strong augmentation of photographs (Szegedy et al., 2016)
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 MAX_INTEGER = 10**12
 MAX_IMAGE_SIZE = 1024  # pixels per side
@@ -68,6 +70,7 @@ class DataOptions(NamedTuple):
     limit_test_images: int | None = None
     validation_size: int = 0
     image_size: int | None = None
+    fit: str = "crop"
     test_fraction: float | None = None  # 1 for a folder used only for testing
 
 
@@ -111,6 +114,9 @@ class TrainConfig:
     image_size: int | None = None
     """Side in pixels to which a folder's images are resized. Default: 28 if all are gray and small, otherwise 64."""
 
+    fit: str = "crop"
+    """How a folder's images become square. crop: their middle. pad: all, with borders that repeat their edges."""
+
     test_fraction: float | None = None
     """Fraction of images held out for testing, for a folder without test/ or val/. Default: 0.2."""
 
@@ -124,7 +130,8 @@ class TrainConfig:
     """Hold out the last N training images for validation. Tune settings on these, not on the test images."""
 
     augment: str = "none"
-    """light: rotate, zoom, shift, and mirror images (not MNIST's and KMNIST's). strong: MNIST in other handwritings."""
+    """light: rotate, zoom, shift, and mirror images (not MNIST's and KMNIST's). strong: crop and mirror a folder's
+    images, change their light and colors, and smooth their labels; MNIST: other handwritings."""
 
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
@@ -201,7 +208,7 @@ class TrainConfig:
             lambda name: re.fullmatch(r"\w[\w.+=@-]*", name, re.ASCII) and name != "latest",
             "letters, digits and _ . + = @ - only, and not 'latest'",
         )
-        for name in ("augment", "pretrained", "loss", "optimizer", "schedule"):
+        for name in ("fit", "augment", "pretrained", "loss", "optimizer", "schedule"):
             check_choice(name, getattr(self, name), CHOICES[name])
         for name in ("data_dir", "dataset", "output_dir"):
             self._require(name, lambda path: "\0" not in path, "a path without a zero byte")
@@ -255,6 +262,11 @@ class TrainConfig:
     def data_options(self) -> DataOptions:
         """The settings of DataOptions."""
         return DataOptions(*(getattr(self, name) for name in DataOptions._fields))
+
+    @property
+    def label_smoothing(self) -> float:
+        """The share of the loss of a training image that is spread over all classes."""
+        return LABEL_SMOOTHING if self.augment == "strong" and is_path(self.dataset) else 0.0
 
     @property
     def fingerprint(self) -> dict[str, Any]:

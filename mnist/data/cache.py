@@ -1,11 +1,11 @@
 """Decode a folder of images once, into a file that all processes on a machine map.
 
-cache = open_cache(find_files("PetImages"), Path("data/cache"), image_size=None)
+cache = open_cache(find_files("PetImages"), Path("data/cache"))
 cache.images        # MappedImages, uint8 [N, 64, 64, 3], or [N, 64, 64] if all are gray
 
-The file's name depends on the folder, the image size, and the names, sizes and times of the folder's files, but not on
+The file's name depends on the folder, --image-size, --fit, and the names, sizes and times of its files, but not on
 the split. If one of them changes, a new cache is made. The cache is one file, so it is complete or absent: all pixels,
-the digest and sums of each image, JSON with the rest, and FOOTER.
+a record of each image, JSON with the rest, and FOOTER.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mnist.config.settings import MAX_IMAGE_SIZE
+from mnist.data.duplicates import LIKENESS, find_alike
 from mnist.data.folders import Folder, reasons
-from mnist.data.images import Scale, decode_images, follow_parent, ranges_of, scale_of, survey_images
+from mnist.data.images import Form, Scale, decode_images, follow_parent, ranges_of, scale_of, survey_images
 from mnist.data.layout import a_few
 from mnist.data.splits import MappedImages
 from mnist.errors import UserError
@@ -42,7 +43,7 @@ from mnist.files import flush, knows_locks, remove_leftovers, storage_errors, te
 from mnist.launch.hardware import available_cores
 from mnist.launch.streams import printable
 
-FORMAT = 2  # of the file, and of how images are read and resized: increment to invalidate all caches
+FORMAT = 3  # of the file, and of how images are read and resized: increment to invalidate all caches
 FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, MAGIC
 MAGIC = b"mnist-u8"
 SIZE, SMALL_SIZE = 64, 28
@@ -61,23 +62,28 @@ class Cache(NamedTuple):
     images: MappedImages
     digests: NDArray[np.uint8]  # [N, 16]
     sums: NDArray[np.int64]  # [N, 2 x channels]: sums of each channel's pixels, then of their squares
+    sides: NDArray[np.int64]  # [N, 2]: width and height of the image in its file
+    alike: NDArray[np.int64]  # [pairs, 2]: near duplicates, without exact ones (duplicates.py)
     broken: dict[str, str]  # name of each unreadable file -> reason
     scale: Scale | None  # of the images with more than 8 bits per pixel, if any
 
 
 def record_type(channels: int) -> np.dtype[Any]:
     """What the file stores per image after the pixels."""
-    return np.dtype([("digest", np.uint8, (16,)), ("sums", "<i8", (2 * channels,))])
+    return np.dtype([("digest", np.uint8, (16,)), ("sums", "<i8", (2 * channels,)), ("sides", "<i8", (2,))])
 
 
-def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: Scale | None = None) -> Cache:
+def open_cache(
+    folder: Folder, cache_dir: Path, image_size: int | None = None, fit: str = "crop", scale: Scale | None = None
+) -> Cache:
     """The folder's images, decoded now unless a process has done so before.
 
     `scale` is that of a trained model for images with more than 8 bits per pixel; by default it is computed from the
     folder. Outdated caches of the same folder and settings are deleted; a running job can still read the one it uses.
     Raises UserError if the images cannot be decoded or the file cannot be written.
     """
-    source = hashlib.sha256(os.fsencode(f"{folder.path}\0{image_size}{'' if scale is None else scale}"))
+    made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}"
+    source = hashlib.sha256(os.fsencode(f"{folder.path}\0{made}"))
     state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
     state.update(f"\0{FORMAT}".encode())
     stem = f"{printable(folder.path.name)[:40]}-{source.hexdigest()[:8]}"
@@ -91,7 +97,7 @@ def open_cache(folder: Folder, cache_dir: Path, image_size: int | None, scale: S
             if locked:  # otherwise another process may be writing there
                 remove_leftovers(cache_dir)
             with storage_errors(path, "start again."):
-                _build(folder, path, image_size, scale)
+                _build(folder, path, image_size, fit, scale)
             for other in cache_dir.glob("*.u8"):
                 if other != path and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{16}\.u8", other.name):
                     other.unlink(missing_ok=True)
@@ -123,7 +129,11 @@ def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:
                 return None
             file.seek(math.prod(shape))
             records = np.frombuffer(file.read(shape[0] * kind.itemsize), kind)
-        return Cache(MappedImages(path, shape, records["digest"]), records["digest"], records["sums"], broken, scale)
+            alike = np.array(header["alike"], np.int64).reshape(-1, 2)
+            if alike.size and not 0 <= alike.min() <= alike.max() < shape[0]:
+                return None
+        images = MappedImages(path, shape, records["digest"])
+        return Cache(images, records["digest"], records["sums"], records["sides"], alike, broken, scale)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):  # or other JSON
         return None
     except OSError as error:
@@ -168,22 +178,21 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _build(folder: Folder, path: Path, image_size: int | None, scale: Scale | None) -> None:
+def _build(folder: Folder, path: Path, image_size: int | None, fit: str, scale: Scale | None) -> None:
     """Decode a folder into a cache, on all cores. On failure nothing is left behind."""
     tasks = [(folder.path / file.name, file.name) for file in folder.files]
     temporary = temporary_name(path, "new")
     with _pool(folder, len(tasks)) as pool:
         color, size = _survey(pool, tasks)
-        size = image_size or size
-        shape = (size, size, 3) if color else (size, size)
-        _announce(folder, path, shape)
+        form = Form(image_size or size, color, fit)
+        _announce(folder, path, form)
         try:
-            with temporary.open("wb") as file:
-                if not _write(file, pool, folder, tasks, shape, scale):
+            with temporary.open("w+b") as file:
+                if not _write(file, pool, folder, tasks, form, scale):
                     ranges = [limits for chunk in _on_all_cores(pool, ranges_of, tasks) for limits in chunk]
                     file.seek(0)
                     file.truncate()
-                    _write(file, pool, folder, tasks, shape, scale_of(ranges))
+                    _write(file, pool, folder, tasks, form, scale_of(ranges))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -207,12 +216,12 @@ def _write(
     pool: ProcessPoolExecutor | None,
     folder: Folder,
     tasks: Sequence[Task],
-    shape: tuple[int, ...],
+    form: Form,
     scale: Scale | None,
 ) -> bool:
     """Write a complete cache. Returns False as soon as an image needs a scale and there is none."""
-    records, broken, color = [], {}, len(shape) == 3
-    work = partial(decode_images, size=shape[0], color=color, scale=scale)
+    records, likenesses, broken = [], [], {}
+    work = partial(decode_images, form=form, scale=scale)
     with tqdm(total=len(tasks), unit=" images", leave=False, file=sys.stderr, disable=None) as bar:
         decoded = (image for images in _on_all_cores(pool, work, tasks) for image in images)
         for (_, name), image in zip(tasks, decoded, strict=True):
@@ -222,27 +231,33 @@ def _write(
                 broken[name] = image
             else:
                 file.write(image.pixels)
-                records.append((list(image.digest), image.sums))
+                records.append((list(image.digest), image.sums, image.sides))
+                likenesses.append(image.likeness)
             bar.update()
     _check_readable(folder, broken)
-    text = json.dumps({"shape": [len(records), *shape], "scale": scale, "broken": broken}).encode()
-    file.write(np.array(records, record_type(3 if color else 1)).tobytes())
+    table = np.array(records, record_type(3 if form.color else 1))
+    file.flush()
+    images = np.memmap(file, np.uint8, "r", shape=(len(records), *form.shape))
+    alike = find_alike(images, table["digest"], np.frombuffer(b"".join(likenesses), np.uint8).reshape(-1, LIKENESS))
+    header = {"shape": images.shape, "scale": scale, "broken": broken, "alike": alike.tolist()}
+    text = json.dumps(header).encode()
+    file.write(table.tobytes())
     file.write(text + FOOTER.pack(len(text), MAGIC))
     return True
 
 
-def _announce(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
+def _announce(folder: Folder, path: Path, form: Form) -> None:
     """Print the size of the new cache. Raises UserError if the disk has no room for it."""
-    size, free = len(folder.files) * math.prod(shape), shutil.disk_usage(path.parent).free
+    size, free = len(folder.files) * math.prod(form.shape), shutil.disk_usage(path.parent).free
     mebibytes = f"{math.ceil(size / 2**20):,} MiB"
-    name, pixels = printable(folder.path.name), f"{shape[0]} x {shape[1]}"
+    name, pixels = printable(folder.path.name), f"{form.size} x {form.size}"
     if size + SPARE_BYTES > free:
         raise UserError(
             f"{path.parent}: the {len(folder.files):,} images of {name} at {pixels} need {mebibytes} plus"
             f" {SPARE_BYTES >> 20} MiB to spare, but only {free >> 20:,} MiB are free. Make room, or choose another"
             " disk (--data-dir) or a smaller --image-size."
         )
-    color = "color" if len(shape) == 3 else "gray"
+    color = "color" if form.color else "gray"
     count = f"{len(folder.files):,}"
     print(f"Decoding {count} images of {name} at {pixels} in {color} into {path} ({mebibytes}) ...", flush=True)
 

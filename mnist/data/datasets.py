@@ -1,7 +1,7 @@
 """Load a dataset: MNIST or one in its format by name, or a folder of images by its path.
 
     data = load_dataset("mnist", "data")
-    data = load_dataset("PetImages", "data", DataOptions(image_size=64))
+    data = load_dataset("PetImages", "data", DataOptions(image_size=64, fit="pad"))
 
 MNIST's files, .gz or raw, are never unpacked on disk: the folder may be read-only, and processes that start together
 cannot race.
@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnist.config.settings import DataOptions
+from mnist.config.settings import DataOptions, flag
 from mnist.data.cache import open_cache
 from mnist.data.folders import File, Folder, find_files, reasons
 from mnist.data.images import Scale
 from mnist.data.layout import a_few
+from mnist.data.listing import Listing
 from mnist.data.splits import ImageData, MappedImages, Normalization, Split, cut_off
 from mnist.errors import ConfigError, UserError
 from mnist.launch.streams import printable
@@ -107,16 +108,19 @@ def load_dataset(
     """
     if name not in SOURCES:
         return _load_folder(name, Path(data_dir) / "cache", options, class_names, scale)
-    for setting, value in (("--image-size", options.image_size), ("--test-fraction", options.test_fraction)):
-        if value is not None:
-            raise ConfigError(f"{setting} {value}: for a folder of images only; omit it for {name}.")
+    for setting in ("image_size", "test_fraction", "fit"):
+        if (value := getattr(options, setting)) != DataOptions._field_defaults[setting]:
+            raise ConfigError(
+                f"{flag(setting)} {value}: for a folder of images only. Name one (--dataset FOLDER), or omit it for"
+                f" {name}."
+            )
     return _load_source(name, Path(data_dir), options)
 
 
-def decode_folder(name: str, data_dir: str | Path, image_size: int | None) -> None:
+def decode_folder(name: str, data_dir: str | Path, options: DataOptions = DataOptions()) -> None:
     """Decode the folder `name`, if it is one and is not decoded yet. Raises the errors of `load_dataset`."""
     if name not in SOURCES:
-        open_cache(find_files(name), Path(data_dir) / "cache", image_size)
+        open_cache(find_files(name), Path(data_dir) / "cache", options.image_size, options.fit)
 
 
 # --- folders of images
@@ -127,7 +131,7 @@ def _load_folder(
 ) -> ImageData:
     """The images of a folder, shuffled with a fixed seed so that the first N include all classes."""
     folder = find_files(path, class_names)
-    cache = open_cache(folder, cache_dir, options.image_size, scale)
+    cache = open_cache(folder, cache_dir, options.image_size, options.fit, scale)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels = torch.tensor([file.label for file in files])
     digests = [digest.tobytes().hex() for digest in cache.digests]
@@ -148,6 +152,7 @@ def _load_folder(
     rows = [f"{part} {file.label} {digest}" for part, file, digest in zip(parts, files, digests, strict=True)]
     content = "\n".join([*folder.class_names, str(cache.scale), *rows])
     skipped = sorted(folder.skipped + list(cache.broken.items()))
+    listing = Listing.of(cache, files, parts)
     return ImageData(
         name,
         folder.class_names,
@@ -159,14 +164,15 @@ def _load_folder(
             *folder.notes,
             *_describe_skipped(folder, skipped),
             *_describe_scale(cache.scale),
-            *_describe_duplicates(files, digests, parts),
+            *listing.notes(),
         ),
         pixels_md5=hashlib.md5(content.encode(), usedforsecurity=False).hexdigest(),
         skipped=tuple((printable(file), reason) for file, reason in skipped),
         normalization=_normalization(train, cache.sums) if len(train) else None,
         scale=cache.scale,
-        preparation="fit",
+        preparation=options.fit,
         flips=True,
+        listing=listing,
     )
 
 
@@ -229,20 +235,6 @@ def _describe_skipped(folder: Folder, skipped: Sequence[tuple[str, str]]) -> lis
 
 def _describe_scale(scale: Scale | None) -> list[str]:
     return [] if scale is None else [f"more than 8 bits per pixel: {scale[0]:,g} maps to black, {scale[1]:,g} to white"]
-
-
-def _describe_duplicates(files: Sequence[File], digests: Sequence[str], parts: NDArray[np.str_]) -> list[str]:
-    """A note if test images have the same pixels, after resizing, as a training image."""
-    known = list(zip(files, digests, parts, strict=True))
-    trained_on = {digest: file.name for file, digest, part in known if part == "train"}
-    twice = [(file.name, trained_on[digest]) for file, digest, part in known if part == "test" and digest in trained_on]
-    if not twice:
-        return []
-    first, same = (printable(name) for name in twice[0])
-    return [
-        f"{len(twice):,} of {int((parts == 'test').sum()):,} test images are duplicates of training images and inflate"
-        f" the accuracy: {first} is {same}{', ...' if len(twice) > 1 else ''}"
-    ]
 
 
 # --- datasets in MNIST's format

@@ -2,7 +2,7 @@
 
 for path in find_images([Path("digits"), Path("photo.jpg")]):
     image = read_image(path)     # mode L or RGB
-    pixels = fit_image(image, 64, color=True)      # uint8 [64, 64, 3], for training and prediction
+    pixels = fit_image(image, Form(64, color=True))      # uint8 [64, 64, 3], for training and prediction
 
 Must not import torch: the processes that decode a folder (mnist/data/cache.py) import only this module.
 """
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
+from mnist.data.duplicates import likeness_of
 from mnist.errors import ImageError
 from mnist.launch.streams import printable
 
@@ -77,18 +78,41 @@ def _read(source: Path | bytes | BinaryIO, name: str = "") -> Image.Image:
             raise ImageError(f"{name}: the image is broken or cut off ({reason}).") from error
 
 
-def fit_image(image: Image.Image, size: int, color: bool) -> NDArray[np.uint8]:
-    """An image in mode L or RGB, center-cropped and resized: uint8 [size, size], or [size, size, 3] in color.
+class Form(NamedTuple):
+    """What an image becomes: `size` pixels square, its middle (`crop`) or all of it (`pad`)."""
 
-    An image of that size is unchanged. Bicubic with antialiasing: BOX is blocky when enlarging, and LANCZOS takes
-    50 % longer and rings around strokes. If it is over four times too large, it is first reduced by an integer factor:
-    0.7 ms instead of 1.2 for 500 x 375, 12 instead of 65 for 12 million pixels, differing by at most 3 of 255.
+    size: int
+    color: bool
+    fit: str = "crop"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels: height, width, and 3 in color."""
+        return (self.size, self.size, 3) if self.color else (self.size, self.size)
+
+
+def fit_image(image: Image.Image, form: Form) -> NDArray[np.uint8]:
+    """An image in mode L or RGB, resized and made square: uint8 of the form's shape.
+
+    `crop` takes the middle. `pad` takes all of it and repeats the outermost pixels on both sides, as augmentation does:
+    mostly a border in the color of the background. An image of that size is unchanged. Bicubic with antialiasing: BOX
+    is blocky when enlarging, and LANCZOS takes 50 % longer and rings around strokes. If an image is over four times too
+    large, it is first reduced by an integer factor: 0.7 ms instead of 1.2 for 500 x 375, 12 instead of 65 for 12
+    million pixels, differing by at most 3 of 255.
     """
-    image = image.convert("RGB" if color else "L")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    image = image.convert("RGB" if form.color else "L")
+    size, (width, height) = form.size, image.size
+    if form.fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+        return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+    longer = max(width, height)
+    # in integers, because the ONNX file must come to the same (inference/export.py)
+    inner = [max(1, (2 * size * side + longer) // (2 * longer)) for side in (width, height)]
+    resized = np.array(image.resize((inner[0], inner[1]), Image.Resampling.BICUBIC, reducing_gap=2.0))
+    borders = [((size - side) // 2, (size - side + 1) // 2) for side in reversed(inner)]  # of rows, then of columns
+    return np.pad(resized, [*borders, (0, 0)][: resized.ndim], mode="edge")
 
 
 class Decoded(NamedTuple):
@@ -97,6 +121,8 @@ class Decoded(NamedTuple):
     pixels: bytes
     digest: bytes  # of the pixels, whatever the file format
     sums: tuple[int, ...]  # of each channel's pixels, then of their squares
+    sides: tuple[int, int]  # width and height of the image in its file
+    likeness: bytes  # see duplicates.py
 
 
 def digest_of(pixels: bytes | memoryview) -> bytes:
@@ -104,9 +130,7 @@ def digest_of(pixels: bytes | memoryview) -> bytes:
     return hashlib.blake2b(pixels, digest_size=16).digest()
 
 
-def decode_images(
-    files: Sequence[tuple[Path, str]], size: int, color: bool, scale: Scale | None
-) -> list[Decoded | str | None]:
+def decode_images(files: Sequence[tuple[Path, str]], form: Form, scale: Scale | None) -> list[Decoded | str | None]:
     """For each (path, name for messages), the image or the reason why it cannot be read.
 
     None for an image with more than 8 bits per pixel if there is no `scale`.
@@ -118,14 +142,14 @@ def decode_images(
             if scale is None and is_wide(image):
                 decoded.append(None)
                 continue
-            fitted = fit_image(in_8_bits(image, scale), size, color)
+            fitted = fit_image(in_8_bits(image, scale), form)
         except ImageError as error:
             decoded.append(str(error).removeprefix(f"{printable(name)}: ").rstrip("."))
         else:
-            values = fitted.reshape(size * size, -1).astype(np.int64)  # [pixels, channels]
+            values = fitted.reshape(form.size**2, -1).astype(np.int64)  # [pixels, channels]
             sums = (*values.sum(axis=0).tolist(), *(values * values).sum(axis=0).tolist())
             pixels = fitted.tobytes()
-            decoded.append(Decoded(pixels, digest_of(pixels), sums))
+            decoded.append(Decoded(pixels, digest_of(pixels), sums, image.size, likeness_of(fitted)))
     return decoded
 
 

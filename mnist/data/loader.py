@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mnist.config.settings import TrainConfig
+from mnist.data.photographs import photo_parameters, vary
 from mnist.data.splits import ImageData, Split, class_weights
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 from mnist.data.writing import rewrite, writing_parameters
@@ -30,8 +31,8 @@ class Training(NamedTuple):
 
     seed: int  # of the order and the augmentation
     accumulation_steps: int = 1  # batches per optimizer step
-    augment: str = "none"  # none, light or strong (of handwriting)
-    flips: bool = False  # whether augmentation may mirror an image
+    augment: str = "none"  # none, light or strong
+    flips: bool = False  # whether augmentation may mirror an image; strong: for photographs, otherwise for handwriting
     balanced: bool = False  # whether every class has the same weight
 
 
@@ -98,10 +99,11 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         order = np.resize(order, self.num_batches * self.global_batch_size)  # filled from its start
         self.order = self._fill_up(torch.from_numpy(order)).to(self.home)
         if training and training.augment != "none":
-            if training.augment == "strong":
-                parameters = writing_parameters(len(order), training.seed, epoch)
-            else:
+            if training.augment == "light":
                 parameters = augmentation_parameters(len(order), training.seed, epoch, training.flips)
+            else:
+                make = photo_parameters if training.flips else writing_parameters
+                parameters = make(len(order), training.seed, epoch)
             self.parameters = self._fill_up(parameters).to(self.home)
         self.ready: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -125,11 +127,13 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             sample_weight = sample_weight * self.class_weight[labels]
         if self.training and self.training.augment != "none":
             parameters = self._to_device(self.parameters[part]).flatten(0, 1)
-            if self.training.augment == "strong":
+            if self.training.augment == "light":
+                X = augment(X.flatten(0, 1), parameters).view_as(X)
+            elif self.training.flips:
+                X = vary(X.flatten(0, 1), parameters).view_as(X)
+            else:
                 rewritten, classes = rewrite(X.flatten(0, 1), labels.flatten(), parameters)
                 X, labels = rewritten.view_as(X), classes.view_as(labels)
-            else:
-                X = augment(X.flatten(0, 1), parameters).view_as(X)
         starts = range(first * self.size + offset, self.order.numel(), self.size)
         batches = zip(X.unbind(), labels.unbind(), sample_weight.unbind(), strict=True)
         self.ready = {range(start, start + size): batch for start, batch in zip(starts, batches, strict=False)}
@@ -214,8 +218,10 @@ def build_loaders(
     All processes must call it. Raises ConfigError if their data differ or a batch is larger than the data.
     """
     check_alike(data.counts | {"dataset_md5": data.checksum})
-    if config.augment == "strong" and data.preparation != "digit":
-        raise ConfigError(f"--augment strong: {data.name} is not handwritten digits (mnist). Use --augment light.")
+    if config.augment == "strong" and data.preparation == "none":
+        raise ConfigError(
+            f"--augment strong: for MNIST and folders of images, not for {data.name}. Use --augment light."
+        )
     processes, device = accelerator.num_processes, accelerator.device
     data = place_images(data, device)
     balanced = config.loss == "nll-balanced"

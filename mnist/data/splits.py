@@ -12,15 +12,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mnist.config.settings import CHOICES
 from mnist.data.images import Scale, digest_of
 from mnist.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mnist.data.listing import Listing
+
+FITS = CHOICES["fit"]  # how an image of a folder is made square (images.Form)
 
 
 class MappedImages:
@@ -149,8 +155,9 @@ class ImageData:
     skipped: tuple[tuple[str, str], ...] = ()  # files of a folder that are not in the dataset, and why
     normalization: Normalization | None = None  # of the training images of a folder
     scale: Scale | None = None  # of images with more than 8 bits per pixel, if any
-    preparation: str = "none"  # of images to classify: see models/saved.py
+    preparation: str = "none"  # of images to classify: "digit" as in MNIST, one of FITS, "none" if they have the size
     flips: bool = False  # whether a mirrored image keeps its class; False for handwriting
+    listing: "Listing | None" = None  # of a folder
 
     @property
     def imbalance(self) -> str:
@@ -172,7 +179,7 @@ class ImageData:
         """`mnist`, `PetImages at 64 x 64 in color`."""
         channels, height, width = self.image_shape
         size = f" at {width} x {height} in {'color' if channels > 1 else 'gray'}"
-        return self.name + size if self.preparation == "fit" else self.name
+        return self.name + size if self.preparation in FITS else self.name
 
     def describe(self) -> dict[str, Any]:
         """What a run records about the data."""

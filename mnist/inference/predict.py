@@ -86,7 +86,7 @@ class Model:
 
     def prepare(self, image: Any) -> Found:
         """The network's inputs, uint8 [height, width] or [height, width, 3]: of the digits found, or of the image."""
-        from mnist.data.images import fit_image, in_8_bits, read_image
+        from mnist.data.images import Form, fit_image, in_8_bits, read_image
 
         scale = self.config.scale
         is_file = isinstance(image, (str, os.PathLike))
@@ -101,7 +101,8 @@ class Model:
                 f"The image is {picture.width} x {picture.height} pixels, but this {self.config.dataset} model needs"
                 f" {width} x {height}. Resize it to look like the training images."
             )
-        pixels = torch.from_numpy(fit_image(picture, height, self.config.channels == 3))
+        form = Form(height, self.config.channels == 3, self.config.fit)
+        pixels = torch.from_numpy(fit_image(picture, form))
         return Found([[Digit(pixels, (0, 0, *picture.size))]])
 
     def _prediction(self, found: Found, probabilities: Iterator[Tensor]) -> Prediction:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist.config.settings import MAX_IMAGE_SIZE
-from mnist.data.splits import ImageData
+from mnist.data.splits import FITS, ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.files import new_folder, read_text
 from mnist.launch.streams import printable
@@ -39,7 +39,7 @@ class ModelConfig:
     image_size: tuple[int, int]  # height, width in pixels
     dataset: str
     channels: int = 1  # 3 for images in color
-    preparation: str = "none"  # of images: "digit" as in MNIST, "fit" to resize, "none" if they must have the size
+    preparation: str = "none"  # of images: as in ImageData
     normalized: bool = False  # whether the weights include the mean and standard deviation (networks.Normalized)
     scale: tuple[float, float] | None = None  # if trained on images with more than 8 bits per pixel (images.Scale)
     temperature: float = 1.0  # by which log-probabilities are divided for predictions, but not for metrics
@@ -57,6 +57,11 @@ class ModelConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the model's input."""
         return (self.channels, *self.image_size)
+
+    @property
+    def fit(self) -> str:
+        """How an image becomes square; one that has the size already is not changed."""
+        return self.preparation if self.preparation in FITS else "crop"
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -128,7 +133,7 @@ def read_config(path: Path) -> ModelConfig:
             image_size=(_side(values["image_size"][0]), _side(values["image_size"][1])),
             dataset=printable(_text(values["dataset"])),
             channels={1: 1, 3: 3}[values.get("channels", 1)],  # missing in the first versions
-            preparation=_text(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
+            preparation=_preparation(values.get("preparation", "digit" if values["dataset"] == "mnist" else "none")),
             normalized=bool(values.get("normalized", False)),
             scale=_scale(values["scale"]) if values.get("scale") else None,
             temperature=_positive(values.get("temperature", 1.0)),
@@ -171,6 +176,13 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.50} is not a string")
     return value
+
+
+def _preparation(value: Any) -> str:
+    names = {name: name for name in ("digit", "none", *FITS)} | {"fit": "crop"}  # its name in the first versions
+    if value not in names:
+        raise ValueError(f"preparation {value!r:.50} is unknown")
+    return names[value]
 
 
 def _scale(value: Any) -> tuple[float, float]:

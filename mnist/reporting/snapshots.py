@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mnist.data.splits import ImageData
+from mnist.data.splits import FITS, ImageData
 from mnist.files import write_file
 from mnist.training.evaluate import Result
 
@@ -33,7 +33,7 @@ class Evaluation:
         self.path = folder / "evaluation.json"
         self.split = data.test
         self.class_names = data.class_names
-        self.bright_on_black = data.preparation != "fit"  # as in MNIST; such images are shown dark on white
+        self.bright_on_black = data.preparation not in FITS  # as in MNIST; such images are shown dark on white
         self.examples = first_of_each_class(data.test.labels, count=10)
         self.history: list[dict[str, Any]] = []  # predictions for the examples, one entry per evaluation
 

@@ -24,7 +24,7 @@ from mnist.models.networks import MODELS
 from mnist.training.graph import RECORDED, RECORDERS, RecordedStep
 from mnist.training.inductor import COMPILED, compile_graph, trace
 from mnist.training.lean import LeanAccelerator
-from mnist.training.losses import LOSSES, Loss
+from mnist.training.losses import LOSSES, Loss, smoothed
 
 
 class CapturedLoss:
@@ -86,7 +86,8 @@ def build_loss(
     `model` is prepared by `accelerator`; `images` are the training images. Also sets the number of CPU threads, which
     is compiled into the code. All processes must call it. Raises ConfigError like capture_loss.
     """
-    loss_function, net = LOSSES[config.loss], accelerator.unwrap_model(model, keep_torch_compile=False)
+    loss_function = smoothed(LOSSES[config.loss], config.label_smoothing)
+    net = accelerator.unwrap_model(model, keep_torch_compile=False)
     # [B, channels, height, width]: the shape of every batch of a process
     X = scale_pixels(images.images[: config.batch_sizes(accelerator.num_processes).batch_size]).to(accelerator.device)
     choose_threads(net, X)

@@ -20,6 +20,21 @@ def nll_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
     return torch.dot(F.nll_loss(output, y, reduction="none"), sample_weight)
 
 
+def smoothed(loss: Loss, smoothing: float) -> Loss:
+    """nll_loss against labels of which `smoothing` is spread over all classes; other losses stay as they are.
+
+    Szegedy et al., "Rethinking the inception architecture", 2016.
+    """
+    if loss is not nll_loss or smoothing == 0:
+        return loss
+
+    def smoothed_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
+        spread = -torch.dot(output.mean(dim=1), sample_weight)
+        return (1 - smoothing) * nll_loss(output, y, sample_weight) + smoothing * spread
+
+    return smoothed_loss
+
+
 def mse_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
     """Mean squared error between probabilities and one-hot targets, averaged over classes; shapes as in nll_loss."""
     one_hot = torch.zeros_like(output).scatter(1, y[:, None], 1)  # F.one_hot would wait for the GPU

@@ -18,7 +18,7 @@ from tests.conftest import Launch
 
 FLAGS = """
     --recipe --run-name --output-dir --resume --checkpoint-every --trackers --log-every --profile --seed
-    --dataset --data-dir --image-size --test-fraction --limit-train-images --limit-test-images --validation-size
+    --dataset --data-dir --image-size --fit --test-fraction --limit-train-images --limit-test-images --validation-size
     --augment --model --pretrained --loss --optimizer --learning-rate --weight-decay --schedule --warmup-steps
     --max-grad-norm --epochs --max-steps --batch-size --global-batch-size --gradient-accumulation-steps
     --compile --mixed-precision --timeout-seconds

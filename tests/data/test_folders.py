@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mnist.config.settings import PROJECT_FOLDER, DataOptions
 from mnist.data import cache
 from mnist.data.cache import FOOTER, MAGIC
 from mnist.data.datasets import load_dataset
-from mnist.data.images import fit_image, read_image
+from mnist.data.images import Form, fit_image, read_image
 from mnist.data.loader import Training, build_loader, evaluation_splits
-from mnist.data.splits import ImageData, MappedImages, Split
+from mnist.data.splits import FITS, ImageData, MappedImages, Split
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import available_cores
 from tests.data.test_images import png, png_claiming, saved
@@ -191,7 +191,7 @@ def test_images_may_be_nested_and_of_any_size(pets: Path) -> None:
     picture = Image.fromarray(noise(1, 90, 50, channels=1))
     picture.save(pets / "cat" / "a" / "b" / "deep.bmp")
     data = load(pets)
-    assert (fit_image(picture, 28, False).tobytes(), 0) in contents(data.train, data.test)
+    assert (fit_image(picture, Form(28, False)).tobytes(), 0) in contents(data.train, data.test)
     assert len(data.train) + len(data.test) == 31
 
 
@@ -202,7 +202,7 @@ def test_one_color_image_makes_the_data_set_color(pets: Path) -> None:
     Image.fromarray(noise(5)).save(pets / "dog" / "red.png")
     data = load(pets)
     assert data.train.images.shape == (len(data.train), 64, 64, 3)
-    gray = fit_image(read_image(pets / "cat" / "0000.png"), 64, True)
+    gray = fit_image(read_image(pets / "cat" / "0000.png"), Form(64, True))
     assert (gray.tobytes(), 0) in contents(data.train, data.test)
     assert load(pets, image_size=32).test.images.shape[1:] == (32, 32, 3)
 
@@ -219,21 +219,55 @@ def test_gray_images_stored_in_color_count_as_gray(pets: Path) -> None:
 def test_images_of_the_right_size_are_cropped_only(width: int, height: int) -> None:
     pixels = noise(1, height, width)
     left, top = (width - 64) // 2, (height - 64) // 2
-    assert np.array_equal(fit_image(Image.fromarray(pixels), 64, True), pixels[top : top + 64, left : left + 64])
+    assert np.array_equal(fit_image(Image.fromarray(pixels), Form(64, True)), pixels[top : top + 64, left : left + 64])
 
 
+@pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [(1, 1), (5, 3000), (3000, 5), (28, 29), (1001, 999)])
-def test_any_size_fits(size: tuple[int, int]) -> None:
+def test_any_size_fits(size: tuple[int, int], fit: str) -> None:
     for color, mode, value in ((False, "L", 77), (True, "RGB", (10, 200, 77))):
-        fitted = fit_image(Image.new(mode, size, value), 28, color)
+        fitted = fit_image(Image.new(mode, size, value), Form(28, color, fit))
         assert fitted.shape == ((28, 28, 3) if color else (28, 28))
         assert fitted.dtype == np.uint8
         assert np.array_equal(fitted.reshape(784, -1), np.broadcast_to(value, (784, 3 if color else 1)))
 
 
+@pytest.mark.parametrize(("width", "height"), [(64, 31), (31, 64), (64, 1), (64, 64)])
+def test_padding_keeps_all_of_an_image_in_the_middle_and_repeats_its_edges(width: int, height: int) -> None:
+    pixels = noise(1, height, width)
+    left, top = (64 - width) // 2, (64 - height) // 2
+    fitted = fit_image(Image.fromarray(pixels), Form(64, True, "pad"))
+    rows, columns = ((np.arange(64) - first).clip(0, side - 1) for first, side in ((top, height), (left, width)))
+    assert np.array_equal(fitted, pixels[rows][:, columns])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (33, 100), (1001, 999)])
+def test_padding_and_cropping_keep_the_proportions(size: tuple[int, int]) -> None:
+    """A disc stays one: as wide as it is high."""
+    picture = Image.new("L", size)
+    (width, height), radius = size, min(size) * 0.45
+    ImageDraw.Draw(picture).ellipse(
+        (width / 2 - radius, height / 2 - radius, width / 2 + radius, height / 2 + radius), fill=255
+    )
+    for fit, share in (("crop", 0.9), ("pad", 0.9 * min(size) / max(size))):
+        inside = fit_image(picture, Form(64, False, fit)) > 127
+        assert [np.ptp(np.flatnonzero(inside.any(axis=axis))) + 1 for axis in (0, 1)] == pytest.approx(
+            [64 * share] * 2, abs=3
+        )
+
+
+def test_padded_and_cropped_images_have_caches_of_their_own(pets: Path) -> None:
+    Image.fromarray(noise(7, 28, 14, channels=1)).save(pets / "cat" / "high.png")
+    cropped, padded = load(pets), load(pets, fit="pad")
+    assert len(list((pets.parent / "cache").glob("*.u8"))) == 2
+    assert cropped.checksum != padded.checksum
+    assert (cropped.preparation, padded.preparation) == ("crop", "pad")
+    assert load(pets).checksum == cropped.checksum
+
+
 def test_shrinking_antialiases() -> None:
     checkers = np.indices((640, 640)).sum(axis=0) % 2 * 255
-    fitted = fit_image(Image.fromarray(checkers.astype(np.uint8)), 64, False)
+    fitted = fit_image(Image.fromarray(checkers.astype(np.uint8)), Form(64, False))
     assert np.abs(fitted.astype(int) - 127).max() <= 2
 
 
@@ -746,7 +780,7 @@ def test_reading_a_large_file_needs_little_memory(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from mnist.data.splits import MappedImages
+from mnist.data.splits import FITS, MappedImages
 count = (600 << 20) // 12288
 images = MappedImages(Path(sys.argv[1]), (count, 64, 64, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

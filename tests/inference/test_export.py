@@ -65,7 +65,7 @@ def test_the_file_is_valid_takes_any_batch_size_and_describes_preprocessing(expo
 def test_an_exported_model_normalizes_images_as_the_model_does(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     net = build_model("mlp", 3, (3, 16, 16), normalization=((0.9, 0.8, 0.7), (0.05, 0.1, 0.2)))
-    model = Model(net, ModelConfig("mlp", ("a", "b", "c"), (16, 16), "pets", 3, "fit", True))
+    model = Model(net, ModelConfig("mlp", ("a", "b", "c"), (16, 16), "pets", 3, "crop", True))
     assert export.export_onnx(model, tmp_path / "m.onnx", images) < 1e-4
     without = predict(net.net, images)  # type: ignore[arg-type]
     assert (export.run(onnxruntime.InferenceSession(tmp_path / "m.onnx"), images) - without).abs().max() > 0.01

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mnist.models.by_name import build_model
 from mnist.training.checkpoint import flatten, unflatten
 from mnist.training.lean import LeanAccelerator, LeanOptimizer
-from mnist.training.losses import LOSSES
+from mnist.training.losses import LOSSES, smoothed
 from mnist.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
 from tests.conftest import RunHere, reset_accelerate
 
@@ -28,6 +28,15 @@ def test_the_losses_are_cross_entropy_and_mean_squared_error_of_the_probabilitie
     torch.testing.assert_close(LOSSES["nll"](output, y, mean), F.cross_entropy(logits, y))
     one_hot = F.one_hot(y, 10).float()
     torch.testing.assert_close(LOSSES["mse"](output, y, mean), F.mse_loss(logits.softmax(dim=1), one_hot))
+
+
+def test_label_smoothing_is_torchs() -> None:
+    torch.manual_seed(0)
+    logits, y = torch.randn(9, 5), torch.randint(0, 5, (9,))
+    loss = smoothed(LOSSES["nll"], 0.1)(logits.log_softmax(dim=1), y, torch.full((9,), 1 / 9))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, y, label_smoothing=0.1))
+    for name in ("nll", "mse"):
+        assert smoothed(LOSSES[name], 0.0) is LOSSES[name]
 
 
 @pytest.mark.parametrize("name", LOSSES)
