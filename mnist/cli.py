@@ -463,7 +463,7 @@ def list_runs(options: argparse.Namespace) -> None:
     rows = [("run", "recipe", "epochs", "test accuracy", "time", "state")]
     for run in records:
         name, recipe, accuracy = printable(run.name), printable(run.config["recipe"]), run.last.get("test/accuracy")
-        epochs = f"{run.last.get('epoch', 0)}/{run.config['epochs']}"
+        epochs = f"{run.last.get('epoch', 0)}/{run.epochs}"
         rows.append((name, recipe, epochs, percent(accuracy), duration(run.seconds), run.status))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, recipe, epochs, accuracy, seconds, status in rows:

@@ -7,6 +7,7 @@ with Session(accelerator, config, data, model, optimizer, scheduler) as run:
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -24,11 +25,13 @@ from mnist.launch.hardware import choose_kernels, has_bf16, keep_freed_memory
 from mnist.launch.processes import (
     accelerate_settings,
     check_alike,
+    enough_memory,
     join_processes,
     resolve_precision,
     waiting_for_others,
 )
 from mnist.launch.signals import Interruption
+from mnist.models.by_name import describe_weights, fetch_weights
 from mnist.models.networks import count_parameters
 from mnist.models.saved import ModelConfig, save_model
 from mnist.reporting.report import LiveReport
@@ -52,7 +55,10 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     launch or settings that would silently do something other than asked.
     """
     local = find_run_here(config, explicit_settings)
-    decode_folder(local.dataset, local.data_dir, local.data_options)  # may take longer than the timeout of joining
+    # these may take longer than the timeout of joining
+    if local.pretrained != "none" and local.resume is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        fetch_weights(local.model)
+    decode_folder(local.dataset, local.data_dir, local.data_options)
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
     config.batch_sizes(state.num_processes)  # raises if the processes cannot share the global batch
@@ -61,7 +67,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     check_alike(requested.job_settings | {"precision": precision} | describe_code(), perhaps_unknown=["git_commit"])
     accelerator = LeanAccelerator(
         cpu=state.device.type == "cpu",
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision,
         # as a plugin, because an environment variable would override a plain number
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         # the DataLoader yields global batches: each process takes a slice, and schedulers step once per optimizer step
@@ -97,12 +103,13 @@ class Session:
         self.net = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.weights = describe_weights(config.model) if config.pretrained != "none" else ""
         self.is_main = accelerator.is_main_process
         self.batch_size, self.global_batch_size = config.batch_sizes(accelerator.num_processes)
         batches = -(-len(data.train) // self.global_batch_size)  # per epoch
         self.progress = Progress(accelerator, len(data.train), self.global_batch_size, config.total_steps(batches))
         self.log_every = config.log_every or min(100, -(-self.progress.steps_per_epoch // 10))
-        self.terminal = Terminal(self.is_main, config.epochs)
+        self.terminal = Terminal(self.is_main, config.total_epochs(batches))
         self.gradient_norm: Tensor | None = None  # of the last step logged or clipped
 
     def __enter__(self) -> "Session":
@@ -114,8 +121,8 @@ class Session:
             stack.enter_context(self.run)
             environment = self._describe()
             self.run.write_environment(environment, self.data.skipped)
-            unequal = [self.data.imbalance] if self.data.imbalance and config.loss == "nll" else []
-            self.terminal.header(config, environment, self.run.folder, [*self.data.notes, *unequal])
+            notes = [*self.data.notes, *self.data.advice(config)]
+            self.terminal.header(config, environment, self.run.folder, notes)
             settings = dataclasses.asdict(config) | environment
             self.tracking = Tracking(is_main, self.run.folder, self.run.id, settings, config.tracker_names)
             self.evaluation = Evaluation(self.run.folder, self.data)
@@ -124,6 +131,7 @@ class Session:
             stack.enter_context(self.tracking)
             stack.enter_context(self.checkpoints)
             stack.enter_context(waiting_for_others(config.timeout_seconds))
+            stack.enter_context(enough_memory(config, self.accelerator.num_processes))
             if self.accelerator.num_processes > 2 and self.accelerator.captured is None:
                 self._arrange_gradients()
             for note in [*self.checkpoints.resume(), *self.tracking.resume_notes]:
@@ -146,10 +154,12 @@ class Session:
             "not_compiled": self.accelerator.why_not_captured,
             **self.data.describe(),
             "parameters": count_parameters(self.net),
+            "pretrained_weights": self.weights,
             "batch_size": self.batch_size,
             "global_batch_size": self.global_batch_size,
             "steps_per_epoch": self.progress.steps_per_epoch,
             "total_steps": self.progress.total_steps,
+            "epochs": self.terminal.epochs,
         }
 
     def _arrange_gradients(self) -> None:
@@ -296,5 +306,6 @@ class Session:
     def _save_model(self, name: str) -> None:
         results = self.progress.results
         calibration = {key: results[f"val/{key}"] for key in Calibration._fields if f"val/{key}" in results}
-        config = dataclasses.replace(ModelConfig.of(self.config.model, self.data), **calibration)
+        config = ModelConfig.of(self.config.model, self.data)
+        config = dataclasses.replace(config, **calibration, pretrained_weights=self.weights)
         save_model(self.net, self.run.folder / name, config)

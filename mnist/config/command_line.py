@@ -46,7 +46,8 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     recipe_parser.add_argument("--recipe", nargs="?", default="tutorial")
     recipe = recipe_parser.parse_known_args(arguments)[0].recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
-    if {"--batch-size", "--global-batch-size"} <= {word.partition("=")[0].replace("_", "-") for word in arguments}:
+    sizes = {"--batch-size", "--global-batch-size"} & {word.partition("=")[0].replace("_", "-") for word in arguments}
+    if len(sizes) == 2:
         raise ConfigError("--batch-size and --global-batch-size: use only one of them.")
     if shutil.get_terminal_size().columns < MIN_COLUMNS:  # of COLUMNS, or of the terminal itself
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
@@ -66,6 +67,8 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
             print(f"Process {os.environ['RANK']}: wrong usage. See the error of process 0.", file=sys.stderr)
         raise
     values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    if sizes == {"--batch-size"}:
+        values["global_batch_size"] = None  # the recipe's
     return dataclasses.replace(recipes[recipe], **values)
 
 

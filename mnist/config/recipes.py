@@ -4,6 +4,7 @@ accelerate launch train.py                      # tutorial
 accelerate launch train.py --recipe cnn --epochs 10
 accelerate launch train.py --recipe fast        # 99 % test accuracy in the shortest time
 accelerate launch train.py --recipe best        # the highest test accuracy of a single network
+accelerate launch train.py --recipe photos --dataset PetImages      # a folder of photographs
 """
 
 from mnist.config.settings import TrainConfig
@@ -32,5 +33,20 @@ RECIPES = {
         learning_rate=3e-3,
         weight_decay=0.05,
         schedule="one-cycle",
+    ),
+    # a pretrained network without BatchNorm, so that n processes equal one
+    "photos": TrainConfig(
+        recipe="photos",
+        image_size=224,
+        augment="strong",
+        model="convnext_tiny",
+        pretrained="all",
+        optimizer="adamw",
+        learning_rate=2e-4,
+        weight_decay=0.05,
+        schedule="one-cycle",
+        epochs=None,
+        global_batch_size=64,
+        mixed_precision="auto",
     ),
 }

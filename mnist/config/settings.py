@@ -27,8 +27,11 @@ CHOICES = {
     "optimizer": ("adam", "radam", "adamw", "sgd"),
     "schedule": ("constant", "linear", "cosine", "one-cycle"),
     "trackers": tuple("wandb tensorboard aim clearml comet_ml dvclive mlflow swanlab trackio none".split()),
-    "mixed_precision": ("no", "fp16", "bf16"),
+    "mixed_precision": ("no", "fp16", "bf16", "auto"),
 }
+
+KNOWN_TO_TORCHVISION = ("convnext_tiny", "resnet18")
+"""Models that need not be looked up in torchvision, which takes a second to import."""
 
 MAY_CHANGE = {
     *("epochs", "max_steps", "trackers", "log_every", "checkpoint_every", "profile", "timeout_seconds", "compile"),
@@ -46,6 +49,7 @@ AT_LEAST_1 = (
     *("epochs", "max_steps", "batch_size", "global_batch_size", "gradient_accumulation_steps"),
     *("log_every", "checkpoint_every", "limit_train_images", "limit_test_images"),
 )
+FEWEST_EPOCHS, FEWEST_STEPS = 5, 600  # if --epochs is open, as in the recipe for photographs
 LABEL_SMOOTHING = 0.1  # with strong augmentation of photographs (Szegedy et al., 2016)
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 MAX_INTEGER = 10**12
@@ -162,8 +166,8 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Clip the gradient norm to this value. Default: no clipping."""
 
-    epochs: int = 3
-    """Number of passes over the training images."""
+    epochs: int | None = 3
+    """Number of passes over the training images. Default of --recipe photos: 5, or more until 600 optimizer steps."""
 
     max_steps: int | None = None
     """Stop after N optimizer steps, even before the last epoch ends."""
@@ -182,7 +186,8 @@ class TrainConfig:
     On a CPU the graph is compiled, which takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
-    """Precision of the layers' computations. Default: the launcher's, which is `no` (float32) unless configured."""
+    """Precision of the layers' computations. auto: bf16 on a GPU that has it, otherwise no (float32). Default: the
+    launcher's, which is `no` unless configured."""
 
     timeout_seconds: int = 600
     """Seconds that a process waits for the others before the job fails."""
@@ -218,13 +223,13 @@ class TrainConfig:
             self._make_absolute("dataset", Path.resolve)
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, or a folder")
-        if self.model not in CHOICES["model"]:
+        if self.model not in (*CHOICES["model"], *KNOWN_TO_TORCHVISION):
             from torchvision import models  # takes a second to import
 
             theirs = models.list_models(module=models)
             known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} torchvision models such as resnet18"
             check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
-        elif self.pretrained != "none":
+        elif self.pretrained != "none" and self.model in CHOICES["model"]:
             raise ConfigError(f"--pretrained: --model {self.model} has no pretrained weights. Try --model resnet18.")
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
@@ -325,8 +330,16 @@ class TrainConfig:
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimizer steps in the whole run."""
-        steps = self.epochs * -(-batches_per_epoch // self.gradient_accumulation_steps)
+        steps = self.total_epochs(batches_per_epoch) * self._steps(batches_per_epoch)
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def total_epochs(self, batches_per_epoch: int) -> int:
+        """--epochs, or what it comes to if it is open."""
+        return self.epochs or max(FEWEST_EPOCHS, -(-FEWEST_STEPS // self._steps(batches_per_epoch)))
+
+    def _steps(self, batches: int) -> int:
+        """Optimizer steps in this many batches of an epoch; the last may accumulate fewer."""
+        return -(-batches // self.gradient_accumulation_steps)
 
     def to_yaml(self) -> str:
         """All settings, in the format that `load` reads."""

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mnist.config.settings import CHOICES
+from mnist.config.settings import CHOICES, TrainConfig
 from mnist.data.images import Scale, digest_of
 from mnist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mnist.data.listing import Listing
 
+PHOTO_SIDE = 100  # pixels, from which on an image is probably a photograph
 FITS = CHOICES["fit"]  # how an image of a folder is made square (images.Form)
 
 
@@ -159,14 +160,18 @@ class ImageData:
     flips: bool = False  # whether a mirrored image keeps its class; False for handwriting
     listing: "Listing | None" = None  # of a folder
 
-    @property
-    def imbalance(self) -> str:
-        """A note if one class has over ten times as many training images as another."""
+    def advice(self, config: TrainConfig) -> list[str]:
+        """Notes on settings that suit these images better: very unequal classes, and photographs."""
+        notes = []
         sizes = torch.bincount(self.train.labels)
         least, most = int(sizes[sizes > 0].min()), int(sizes.max())
-        if most <= 10 * least:
-            return ""
-        return f"classes of {least:,} to {most:,} training images: --loss nll-balanced gives each the same weight"
+        if most > 10 * least and config.loss == "nll":
+            notes.append(
+                f"classes of {least:,} to {most:,} training images: --loss nll-balanced gives each the same weight"
+            )
+        if self.listing and config.recipe == "tutorial" and np.median(self.listing.sides) >= PHOTO_SIDE:
+            notes.append("for photographs: --recipe photos, a pretrained network at 224 x 224")
+        return notes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ from accelerate.utils import (
 )
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import check_kernels
 
@@ -207,6 +208,8 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
 
 def resolve_precision(mixed_precision: str | None, device_type: str, has_bf16: bool = True) -> str:
     """The precision of the flag, or else of the launcher. Raises ConfigError if it would have no effect."""
+    if mixed_precision == "auto":
+        return "bf16" if has_bf16 and device_type != "cpu" else "no"
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):
@@ -257,6 +260,21 @@ def interface_towards(address: str) -> str | None:
         own = probe.getsockname()[0]
     names = [name for name, addresses in psutil.net_if_addrs().items() if own in [each.address for each in addresses]]
     return None if own.startswith("127.") or not names else names[0]
+
+
+@contextmanager
+def enough_memory(config: TrainConfig, num_processes: int) -> Iterator[None]:
+    """Turn an accelerator's error about full memory into a UserError that names smaller batches."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch_size, steps = config.batch_sizes(num_processes).global_batch_size, config.gradient_accumulation_steps
+        smaller = max(1, batch_size // (2 * num_processes)) * num_processes
+        raise UserError(
+            f"Out of memory with {batch_size:,} images per batch ({str(error).splitlines()[0]}).\n"
+            f"For the same gradients from smaller batches: --global-batch-size {smaller} --gradient-accumulation-steps"
+            f" {steps * batch_size // smaller}. --mixed-precision bf16 and a smaller --image-size take less memory."
+        ) from error
 
 
 @contextmanager

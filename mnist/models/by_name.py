@@ -7,7 +7,8 @@ log_probabilities = model(images)     # [batch, channels, height, width] in [0, 
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist.errors import ConfigError, UserError
+from mnist.errors import ConfigError
 from mnist.models.networks import MODELS, ImageShape, Normalized
 
 
@@ -41,7 +42,7 @@ class TorchvisionModel(nn.Module):
 
     It normalizes images by the mean and standard deviation of the pretrained weights. For gray images, the first
     convolution sums the weights over the three colors, so its output equals that for a gray RGB image. Auxiliary heads
-    are removed.
+    are removed. Stochastic depth is off, because each process would draw other layers to skip.
 
     BatchNorm layers use the statistics of each process's share of a batch, including padding (real images with weight 0
     in the loss), so n processes do not end with exactly the weights of one. DistributedDataParallel broadcasts
@@ -89,6 +90,18 @@ class TorchvisionModel(nn.Module):
         return F.log_softmax(self.net((x - self.mean) / self.std), dim=1)
 
 
+def describe_weights(name: str) -> str:
+    """The pretrained weights of a torchvision model, and their license.
+
+    According to torchvision, weights may have terms derived from the dataset they were trained on.
+    """
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT
+    terms = weights.meta.get("license", "BSD-3-Clause")  # torchvision's own; SWAG's weights name theirs
+    return f"{weights} of torchvision; license: {terms}; trained on ImageNet-1K, whose terms may apply"
+
+
 def choose_trained_layers(model: nn.Module, pretrained: str) -> None:
     """With --pretrained `head`, only the last layer is trained, and the others compute as in evaluation."""
     if pretrained == "head":
@@ -98,13 +111,40 @@ def choose_trained_layers(model: nn.Module, pretrained: str) -> None:
         model.train()
 
 
+@contextmanager
+def _weights_of(name: str) -> Iterator[Path]:
+    """The file of the pretrained weights, in torch's cache; an error while loading them becomes a ConfigError."""
+    from torchvision import models
+
+    address = models.get_model_weights(name).DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
+    try:
+        yield file
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"--pretrained: the weights of {name} are not available ({type(error).__name__}: {error}).\n"
+            f"They are downloaded from {urlsplit(address).netloc}. Without a network, download {address} elsewhere and"
+            f" save it as {file}\nIf that file is damaged, delete it. To train without: --pretrained none"
+        ) from error
+
+
+def fetch_weights(name: str) -> None:
+    """Download the pretrained weights, unless they are in torch's cache. Raises ConfigError if that fails."""
+    from torchvision import models
+
+    with _weights_of(name) as file:
+        if not file.is_file():
+            models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+
+
 def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> tuple[nn.Module, Tensor, Tensor]:
     """torchvision's model for RGB images, with the mean and standard deviation [3, 1, 1] of its training images.
 
-    Raises UserError if pretrained weights are not available; torchvision raises ValueError or AssertionError for some
+    Raises ConfigError if pretrained weights are not available; torchvision raises ValueError or AssertionError for some
     image sizes.
     """
     from torchvision import models
+    from torchvision.ops import StochasticDepth
 
     _, height, width = image_shape
     weights = models.get_model_weights(name).DEFAULT
@@ -115,18 +155,11 @@ def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> t
         options["input_size"] = height, width
     elif name in INCEPTIONS:
         options["init_weights"] = not pretrained
-    try:
+    with _weights_of(name) if pretrained else nullcontext():
         net = models.get_model(name, weights=weights if pretrained else None, **options)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        if not pretrained:
-            raise
-        folder, address = Path(torch.hub.get_dir()) / "checkpoints", urlsplit(weights.url)
-        file = folder / Path(address.path).name
-        raise UserError(
-            f"--pretrained: the weights of {name} are not available ({type(error).__name__}: {error}).\n"
-            f"They are downloaded from {address.netloc}. Without a network, download {weights.url} elsewhere and save"
-            f" it as {file}\nIf that file is damaged, delete it."
-        ) from error
+    for layer in net.modules():
+        if isinstance(layer, StochasticDepth):
+            layer.p = 0.0
     preset = weights.transforms()
     mean, std = preset.mean, preset.std
     if name in INCEPTIONS:  # TensorFlow's weights; the model's own transform_input handles only color
@@ -149,7 +182,7 @@ def build_model(
     New weights are drawn from torch's global generator. `pretrained` loads torchvision's weights, from its cache or
     server, for all but the last layer. `normalization`, the mean and standard deviation of each channel, is for the
     networks of MODELS; torchvision's have their own. `batch_size` is the number of images per process in training.
-    Raises ConfigError for an unknown name or an unsupported image size, UserError if weights are not available.
+    Raises ConfigError for an unknown name, an unsupported image size, or weights that are not available.
     """
     if name in MODELS:
         if pretrained:
@@ -165,6 +198,8 @@ def build_model(
         device = next(model.parameters()).device  # "meta" inside models/saved.py: buffers must follow
         with torch.no_grad():
             model.to(device).eval()(torch.zeros(2, *image_shape, device=device))
+    except ConfigError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         _, height, width = image_shape
         size = max(models.get_model_weights(name).DEFAULT.meta["min_size"])

@@ -44,6 +44,7 @@ class ModelConfig:
     scale: tuple[float, float] | None = None  # if trained on images with more than 8 bits per pixel (images.Scale)
     temperature: float = 1.0  # by which log-probabilities are divided for predictions, but not for metrics
     threshold: float = 0.0  # a prediction is confident from this probability on
+    pretrained_weights: str = ""  # those that training started from, and their license
 
     @classmethod
     def of(cls, architecture: str, data: ImageData) -> "ModelConfig":
@@ -138,6 +139,7 @@ def read_config(path: Path) -> ModelConfig:
             scale=_scale(values["scale"]) if values.get("scale") else None,
             temperature=_positive(values.get("temperature", 1.0)),
             threshold=_positive(values.get("threshold", 0.0), or_zero=True),
+            pretrained_weights=printable(_text(values.get("pretrained_weights", ""))),
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"

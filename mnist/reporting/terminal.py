@@ -57,6 +57,8 @@ class Terminal:
             self.row("", note)
         frozen = " in the last layer; the others keep their values" * (config.pretrained == "head")
         self.row("model", f"{config.model}, {resolved['parameters']:,} parameters{frozen}")
+        if resolved["pretrained_weights"]:
+            self.row("weights", resolved["pretrained_weights"])
         accumulated = config.gradient_accumulation_steps
         window = f", {accumulated} batches per optimizer step" if accumulated > 1 else ""
         batch, per_process = resolved["global_batch_size"], resolved["batch_size"]

@@ -58,11 +58,14 @@ class Record:
                 _read_json(folder / f"{name}.json") for name in ("state", "environment", "evaluation")
             )
             lines = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-            expect(config, {"epochs": int, "recipe": str, "dataset": str, "model": str}, "config.yaml")
+            expect(config, {"recipe": str, "dataset": str, "model": str}, "config.yaml")
+            if config.get("epochs", "") is not None:  # open, as in the recipe for photographs
+                expect(config, {"epochs": int}, "config.yaml")
             if not all(type(command) is str for command in (state or {}).get("commands", [])):
                 raise ValueError("state.json: commands must be strings")
-            if type((environment or {}).get("parameters", 0)) is not int:
-                raise ValueError("environment.json: parameters must be a number")
+            for name in ("parameters", "epochs"):
+                if type((environment or {}).get(name, 0)) is not int:
+                    raise ValueError(f"environment.json: {name} must be a number")
             if evaluation is not None:
                 check_evaluation(evaluation)
         except (ConfigError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -73,6 +76,12 @@ class Record:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def epochs(self) -> int | str:
+        """The number of epochs that the run was started for."""
+        asked: int | None = self.config["epochs"]
+        return asked or self.environment.get("epochs", "?")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from mnist.config.recipes import RECIPES
 from mnist.config.settings import TrainConfig
 from mnist.data.datasets import load_dataset
 from mnist.data.transforms import scale_pixels
-from mnist.launch.hardware import choose_threads
-from mnist.launch.processes import training_device
+from mnist.launch.hardware import choose_threads, has_bf16
+from mnist.launch.processes import resolve_precision, training_device
 from mnist.models.by_name import build_model
 from mnist.training.losses import LOSSES
 from mnist.training.optimizers import build_optimizer
@@ -22,7 +22,9 @@ from mnist.training.optimizers import build_optimizer
 
 def images_per_second(config: TrainConfig) -> float:
     """Train for --epochs on this machine's accelerator, otherwise the CPU; returns the speed of the last epoch."""
-    device, low = training_device(), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(config.mixed_precision))
+    device = training_device()
+    precision = resolve_precision(config.mixed_precision, device.type, has_bf16(device))
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     torch.manual_seed(config.seed)
     data = load_dataset(config.dataset, config.data_dir, config.data_options)
     model = build_model(config.model, len(data.class_names), data.image_shape, normalization=data.normalization)
@@ -33,7 +35,7 @@ def images_per_second(config: TrainConfig) -> float:
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.weight_decay)
     loss_function = LOSSES[config.loss]
     seconds = 0.0
-    for _ in range(config.epochs):
+    for _ in range(config.epochs or 1):
         started = time.perf_counter()
         for index in torch.randperm(len(images), device=device).split(batch_size):  # type: ignore[no-untyped-call]
             sample_weight = torch.full((len(index),), 1 / len(index), device=device)

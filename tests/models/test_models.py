@@ -166,8 +166,9 @@ def test_a_pooling_from_3_x_3_to_3_x_3_is_left_out() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_networks_treat_each_image_alone_and_deterministically(recipe: str) -> None:
-    model = build_model(RECIPES[recipe].model, 10).train()
-    images = torch.rand(6, 1, 28, 28)
+    shape = (3, 64, 64) if recipe == "photos" else (1, 28, 28)
+    model = build_model(RECIPES[recipe].model, 10, shape).train()
+    images = torch.rand(6, *shape)
     torch.testing.assert_close(model(images), torch.cat([model(images[:2]), model(images[2:])]))
 
 
