@@ -4,6 +4,7 @@ mnist predict seven.png photos/               # classify images; several digits 
 mnist draw                                    # draw a digit or a number in the browser
 mnist evaluate --model runs/latest            # test loss, accuracy and confusion matrix
 mnist export --model runs/latest              # runs/latest/model.onnx
+mnist inspect PetImages                       # data.html: classes, sizes, duplicates and unusual images of a folder
 mnist runs                                    # a table of the runs in runs/
 mnist report runs/latest                      # runs/latest/report.html
 mnist report runs/a runs/b --output ab.html   # compare two runs
@@ -85,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_dataset(export)
     export.set_defaults(do=export_model)
 
+    _add_inspect(commands)
+
     runs = commands.add_parser("runs", help="list the runs in a folder")
     runs.add_argument(
         "folder", nargs="?", default="runs", type=Path, metavar="FOLDER", help="folder with runs (default: runs)"
@@ -98,6 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(do=write_report)
     _add_verify(commands)
     return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="look at a folder of images before training on it")
+    inspect.add_argument("folder", metavar="FOLDER", help="folder with one subfolder of images per class")
+    inspect.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE", help="default: data.html")
+    inspect.add_argument("--image-size", type=int, metavar="N", help="as in training: side in pixels")
+    inspect.add_argument("--fit", default="crop", help="as in training: crop (the default) or pad")
+    inspect.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder of the cache (default: data/)")
+    inspect.set_defaults(do=inspect_folder)
 
 
 def _add_verify(commands: Any) -> None:
@@ -448,6 +461,26 @@ def _is_stdout(path: Path) -> bool:
         return os.path.samestat(path.stat(), os.fstat(1))
     except OSError:
         return False
+
+
+def inspect_folder(options: argparse.Namespace) -> None:
+    """Print what the header of a run says about a folder, and write data.html."""
+    from mnist.config.settings import TrainConfig
+    from mnist.data.datasets import SOURCES, load_dataset
+    from mnist.reporting.data_page import write_data_page
+
+    config = TrainConfig(dataset=options.folder, image_size=options.image_size, fit=options.fit)
+    if options.data_dir:
+        config = dataclasses.replace(config, data_dir=str(options.data_dir))
+    if config.dataset in SOURCES:
+        raise ConfigError(f"{options.folder}: name a folder of images.")
+    with _written_to(options.output):
+        data = load_dataset(config.dataset, config.data_dir, config.data_options)
+        print(f"{printable(data.title)}, {len(data.train):,} training and {len(data.test):,} test images")
+        for note in (*data.notes, *data.advice(config)):
+            print(f"  {printable(note)}")
+        write_data_page(data, options.output)
+        print(printable_lines(str(options.output)))
 
 
 def list_runs(options: argparse.Namespace) -> None:

@@ -123,6 +123,7 @@ class Session:
             self.run.write_environment(environment, self.data.skipped)
             notes = [*self.data.notes, *self.data.advice(config)]
             self.terminal.header(config, environment, self.run.folder, notes)
+            self.report.write_data(self.data)
             settings = dataclasses.asdict(config) | environment
             self.tracking = Tracking(is_main, self.run.folder, self.run.id, settings, config.tracker_names)
             self.evaluation = Evaluation(self.run.folder, self.data)

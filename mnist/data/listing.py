@@ -4,6 +4,7 @@ listing = load_dataset("PetImages", "data").listing
 listing.notes()                  # ["2 images are in several classes: Cat/7.jpg is like Dog/3.jpg, ...", ...]
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Listing(NamedTuple):
     labels: NDArray[np.int64]
     parts: NDArray[np.str_]  # "train", "val" or "test"
     sides: NDArray[np.int64]  # [N, 2]: width and height
+    contrast: NDArray[np.float64]  # [N]: standard deviation of the pixels, of 255
     equal: NDArray[np.int64]  # [N]: images with the same number are equal pixel for pixel, after resizing
     alike: NDArray[np.int64]  # [N]: those with the same number are equal or nearly so
 
@@ -37,7 +39,9 @@ class Listing(NamedTuple):
         count = int(equal.max()) + 1
         _, number = connected_components(coo_array((np.ones(len(one)), (one, other)), (count, count)), directed=False)
         names = [printable(file.name) for file in files]
-        return cls(cache.images, names, labels, parts, cache.sides, equal, number[equal].astype(np.int64))
+        total, squares = np.split(cache.sums / math.prod(cache.images.shape[1:3]), 2, axis=1)  # [N, channels] each
+        contrast = np.sqrt(np.maximum(squares - total**2, 0).mean(axis=1))
+        return cls(cache.images, names, labels, parts, cache.sides, contrast, equal, number[equal].astype(np.int64))
 
     def groups(self) -> list[NDArray[np.int64]]:
         """The indices of images that are alike, for each group of at least two; those in several classes come first."""
@@ -64,10 +68,11 @@ class Listing(NamedTuple):
             )
         if torn := [group for group in groups if self.problem(group) == "classes"]:
             one, other = (int(torn[0][index]) for index in np.unique(self.labels[torn[0]], return_index=True)[1][:2])
-            notes.append(f"{len(torn):,} images are in several classes: {self._pair(one, other, len(torn))}")
+            those = "1 image is" if len(torn) == 1 else f"{len(torn):,} images are"
+            notes.append(f"{those} in several classes: {self._pair(one, other, len(torn))}")
         if groups:
             exact, all_of_them = (len(column) - len(np.unique(column)) for column in (self.equal, self.alike))
-            notes.append(f"{exact:,} images repeat another, and {all_of_them - exact:,} nearly do: see data.html")
+            notes.append(f"repeated images: {exact:,} exactly, {all_of_them - exact:,} nearly; see data.html")
         return notes
 
     def _first(self, group: NDArray[np.int64], column: NDArray[Any], value: Any) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mnist.data.splits import ImageData
 from mnist.files import write_file
 from mnist.reporting import plots
 from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, class_accuracies, downsample
@@ -32,9 +33,14 @@ class LiveReport:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
         self.writes = writes
-        self.warnings: list[str] = []  # shown at the end of the run
+        self.problems: dict[str, str] = {}  # by file
         self.cost = 3.0  # seconds that writing takes; the first guess includes loading matplotlib
         self.written_at = time.monotonic()
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines for the end of the run."""
+        return [f"{name} could not be written ({problem})." for name, problem in self.problems.items()]
 
     def after_epoch(self) -> None:
         """Rewrite the report if enough time has passed."""
@@ -49,6 +55,17 @@ class LiveReport:
         if error is not None and self.writes:
             self.write()
 
+    def write_data(self, data: ImageData) -> None:
+        """Write data.html, about the folder of images, unless it is there."""
+        path = self.folder / "data.html"
+        if self.writes and data.listing is not None and not path.exists():
+            from mnist.reporting.data_page import write_data_page
+
+            try:
+                write_data_page(data, path)
+            except Exception as error:
+                self.problems["data.html"] = f"{type(error).__name__}: {error}"
+
     def write(self, status: str | None = None) -> None:
         """Write report.html and the plots beside it; `status` overrides that of a state.json not yet updated."""
         started = time.monotonic()
@@ -59,7 +76,7 @@ class LiveReport:
             write_pictures(record)
             write_report([record], self.folder / "report.html")
         except Exception as error:
-            self.warnings = [f"The report could not be written ({type(error).__name__}: {error})."]
+            self.problems["report.html"] = f"{type(error).__name__}: {error}"
         self.written_at = time.monotonic()
         self.cost = self.written_at - started
 
@@ -100,6 +117,7 @@ def render(records: Sequence[Record]) -> str:
         records=records,
         record=record,
         several=several,
+        has_data_page=(record.folder / "data.html").is_file(),
         colors=plots.RUN_COLORS,
         best=best_values(records),
         panels=plots.panels(records),

@@ -127,6 +127,8 @@ class Terminal:
         accuracy = self.styled(f"Test accuracy {values['test/accuracy']:.4f}", BOLD + GREEN)
         self.print(f"\n{accuracy} after {values['step']:,} steps")
         self.row("report", f"{folder}/report.html")
+        if (folder / "data.html").is_file():
+            self.row("images", f"{folder}/data.html")
         self.row("model", f"{folder}/model/  (model.safetensors, config.json)")
         if (folder / "best").exists():
             self.row("best", f"{folder}/best/  (lowest validation loss)")

@@ -168,7 +168,7 @@ def test_a_report_that_fails_is_a_warning(
     monkeypatch.setattr(plots, "curves", break_down)
     folder = run_here("x", report=True)
     assert Record.read(folder).status == "finished"
-    assert "The report could not be written (RuntimeError: no ink)." in capsys.readouterr().out
+    assert "report.html could not be written (RuntimeError: no ink)." in capsys.readouterr().out
 
 
 def test_a_failed_run_has_a_report_with_the_error(run_here: RunHere, tmp_path: Path) -> None:
