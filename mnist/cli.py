@@ -74,18 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print a JSON object with all figures instead")
     evaluate.set_defaults(do=evaluate_model)
 
-    export = commands.add_parser("export", help="export a model to ONNX and check it against the original")
-    _add_model(export)
-    export.add_argument("--format", choices=["onnx"], default="onnx", help="file format (default: onnx)")
-    export.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="output file (default: model.onnx in the run's folder, or in the current folder if --model is not a run)",
-    )
-    _add_dataset(export)
-    export.set_defaults(do=export_model)
-
+    _add_export(commands)
     _add_inspect(commands)
 
     runs = commands.add_parser("runs", help="list the runs in a folder")
@@ -101,6 +90,25 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(do=write_report)
     _add_verify(commands)
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="export a model to ONNX and check it against the original")
+    _add_model(export)
+    export.add_argument("--format", choices=["onnx"], default="onnx", help="file format (default: onnx)")
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="output file (default: model.onnx in the run's folder, or in the current folder if --model is not a run)",
+    )
+    export.add_argument(
+        "--prepared",
+        action="store_true",
+        help="for a model of a folder of images: take images of the network's size, float32 in [0, 1], not raw pixels",
+    )
+    _add_dataset(export)
+    export.set_defaults(do=export_model)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -435,7 +443,7 @@ def export_model(options: argparse.Namespace) -> None:
         data, run = _load_data(options, model)
         images = data.test.images[:CHECKED_IMAGES]
         path = options.output or (run.folder if run else Path()) / "model.onnx"
-        difference = export_onnx(model, path, images)
+        difference = export_onnx(model, path, images, options.prepared)
         size = f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
         print(f"{printable_lines(str(path))}{size}, checked against the model on {len(images):,} test images:")
         print(f"  probabilities differ by at most {difference:.1e}")

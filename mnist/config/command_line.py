@@ -44,8 +44,12 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     recipe_parser.add_argument("--recipe", nargs="?", default="tutorial")
-    recipe = recipe_parser.parse_known_args(arguments)[0].recipe or "tutorial"
+    recipe_parser.add_argument("--pretrained", nargs="?")
+    asked = recipe_parser.parse_known_args(arguments)[0]
+    recipe = asked.recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
+    if asked.pretrained == "none" and f"{recipe}-scratch" in recipes:
+        recipe = f"{recipe}-scratch"
     sizes = {"--batch-size", "--global-batch-size"} & {word.partition("=")[0].replace("_", "-") for word in arguments}
     if len(sizes) == 2:
         raise ConfigError("--batch-size and --global-batch-size: use only one of them.")
@@ -69,7 +73,7 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
     if sizes == {"--batch-size"}:
         values["global_batch_size"] = None  # the recipe's
-    return dataclasses.replace(recipes[recipe], **values)
+    return dataclasses.replace(recipes[recipe], **values | {"recipe": recipe})
 
 
 def _grouped_settings(recipes: Mapping[str, TrainConfig], defaults: TrainConfig) -> Any:

@@ -5,7 +5,10 @@ accelerate launch train.py --recipe cnn --epochs 10
 accelerate launch train.py --recipe fast        # 99 % test accuracy in the shortest time
 accelerate launch train.py --recipe best        # the highest test accuracy of a single network
 accelerate launch train.py --recipe photos --dataset PetImages      # a folder of photographs
+accelerate launch train.py --recipe photos --dataset PetImages --pretrained none      # photos-scratch
 """
+
+import dataclasses
 
 from mnist.config.settings import TrainConfig
 
@@ -50,3 +53,12 @@ RECIPES = {
         mixed_precision="auto",
     ),
 }
+# without pretrained weights, a network that learns from few images: docs/your-data.md compares it with ConvNeXt
+RECIPES["photos-scratch"] = dataclasses.replace(
+    RECIPES["photos"],
+    recipe="photos-scratch",
+    image_size=64,
+    model="cnn-deep",
+    pretrained="none",
+    learning_rate=3e-3,
+)

@@ -167,7 +167,7 @@ class TrainConfig:
     """Clip the gradient norm to this value. Default: no clipping."""
 
     epochs: int | None = 3
-    """Number of passes over the training images. Default of --recipe photos: 5, or more until 600 optimizer steps."""
+    """Number of passes over the training images. Default for photographs: 5, or more until 600 optimizer steps."""
 
     max_steps: int | None = None
     """Stop after N optimizer steps, even before the last epoch ends."""

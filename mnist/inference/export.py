@@ -3,7 +3,9 @@
 mnist export --model runs/latest                        # runs/latest/model.onnx
 largest = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
 
-Input: `images`, float32 [batch, channels, height, width] in [0, 1]. Output: `probabilities`, float32 [batch, classes].
+A model of a folder of images takes raw pixels of any size: `images`, uint8 [batch, height, width, 3], in gray [batch,
+height, width]; resizing is part of the file (raw_pixels.py). Other models, and with `prepared` these too, take
+`images`, float32 [batch, channels, height, width] in [0, 1]. Output: `probabilities`, float32 [batch, classes].
 Metadata: `class_names` and `preprocessing`, both as JSON.
 """
 
@@ -14,17 +16,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from mnist.data.splits import FITS
 from mnist.data.transforms import eval_batch_size, scale_pixels
 from mnist.errors import UserError
 from mnist.files import temporary_name, write_file
 from mnist.inference.predict import Model, predict
+from mnist.inference.raw_pixels import prepend_preparation
 
 MAX_DIFFERENCE = 1e-4  # of a probability
-DIGIT = "bright ink on black, cropped to the ink, resized to fit 20 x 20, its center of mass moved to the center"
-FIT = "shorter side resized to the size, bicubic and antialiased, then center-cropped; colors as RGB"
+MAX_RAW_DIFFERENCE = 0.03  # of images of another size: Pillow reduces large ones in two steps
+RAW_SHAPES = ((0.6, 0.9), (2.3, 1.7), (5.0, 6.2))  # width and height of those images, in sizes of the network's input
+PREPARATIONS = {
+    "digit": "bright ink on black, cropped to the ink, resized to fit 20 x 20, its center of mass moved to the center",
+    "crop": "shorter side resized to the size, bicubic and antialiased, then center-cropped; colors as RGB",
+    "pad": "longer side resized to the size, bicubic and antialiased, then padded by repeating edges; colors as RGB",
+}
 
 
 class Probabilities(nn.Module):
@@ -39,11 +50,12 @@ class Probabilities(nn.Module):
         return probabilities
 
 
-def export_onnx(model: Model, path: Path, images: Tensor) -> float:
+def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False) -> float:
     """Write the model to `path`. Returns the largest difference between its probabilities and those of the original.
 
-    Compares on `images`, uint8 [N, height, width] or [N, height, width, 3]: the first alone, the others in batches.
-    Raises UserError, and writes nothing, if a package is missing or the difference is above MAX_DIFFERENCE.
+    Compares on `images`, uint8 [N, height, width] or [N, height, width, 3]: the first alone, the others in batches; if
+    the file takes raw pixels, also on some images of other sizes. Raises UserError, and writes nothing, if a package is
+    missing or the difference is above MAX_DIFFERENCE, for other sizes MAX_RAW_DIFFERENCE.
     """
     try:
         import onnxruntime
@@ -62,7 +74,10 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
-    program.model.metadata_props.update(metadata(model, tuple(X.shape[1:])))
+    is_raw = model.config.preparation in FITS and not prepared
+    if is_raw:
+        prepend_preparation(program.model, X.shape[-1], model.config.fit, color=X.shape[1] == 3)
+    program.model.metadata_props.update(metadata(model, is_raw))
     is_stream = path.exists() and not path.is_file()  # a pipe, or /dev/null
     path = path if is_stream else path.resolve()  # do not replace a link such as /dev/stdout
     # a folder, because large weights go into a second file, to which the first one refers by name
@@ -74,11 +89,9 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
         batches = images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:]))
         exported = torch.cat([run(session, batch) for batch in batches])
         difference = float((exported - predict(model.net, images)).abs().max())
-        if not difference <= MAX_DIFFERENCE:  # or NaN
-            raise UserError(
-                f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e}, more than"
-                f" {MAX_DIFFERENCE:.0e}. Try another version of torch or onnxruntime."
-            )
+        check_difference(path, difference, MAX_DIFFERENCE)
+        if is_raw:
+            check_difference(path, raw_difference(session, model, images[0]), MAX_RAW_DIFFERENCE)
         if is_stream:
             write_file(path, (temporary / path.name).read_bytes())
             return difference
@@ -89,18 +102,47 @@ def export_onnx(model: Model, path: Path, images: Tensor) -> float:
     return difference
 
 
+def check_difference(path: Path, difference: float, limit: float) -> None:
+    """Raise UserError if the difference of probabilities is above the limit, or NaN."""
+    if not difference <= limit:
+        raise UserError(
+            f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e}, more than"
+            f" {limit:.0e}. Try another version of torch or onnxruntime."
+        )
+
+
+def raw_difference(session: Any, model: Model, image: Tensor) -> float:
+    """The largest difference of probabilities for other sizes of an image, uint8 [height, width] or [..., 3].
+
+    `session` is onnxruntime's.
+    """
+    picture, differences = Image.fromarray(image.numpy()), [0.0]
+    for width, height in RAW_SHAPES:
+        raw = picture.resize((round(width * picture.width), round(height * picture.height)), Image.Resampling.BICUBIC)
+        expected = predict(model.net, model.prepare(raw).rows[0][0].pixels[None])
+        differences.append(float((run(session, torch.from_numpy(np.array(raw))[None]) - expected).abs().max()))
+    return max(differences)
+
+
 def run(session: Any, images: Tensor) -> Tensor:
     """The exported model's probabilities [N, classes] for uint8 images, computed by onnxruntime."""
-    return torch.from_numpy(session.run(["probabilities"], {"images": scale_pixels(images).numpy()})[0])
+    is_raw = session.get_inputs()[0].type == "tensor(uint8)"
+    given = (images if is_raw else scale_pixels(images)).numpy()
+    return torch.from_numpy(session.run(["probabilities"], {"images": given})[0])
 
 
-def metadata(model: Model, shape: tuple[int, ...]) -> dict[str, str]:
-    """The metadata of the ONNX file; `shape` is channels, height and width."""
-    prepared = {"digit": DIGIT, "fit": FIT}.get(model.config.preparation, "none")
-    preprocessing = {"layout": "NCHW", "shape": list(shape), "scale": "uint8 / 255", "image": prepared}
+def metadata(model: Model, is_raw: bool) -> dict[str, str]:
+    """The metadata of the ONNX file."""
+    config = model.config
+    preprocessing: dict[str, Any] = {"layout": "NCHW", "shape": list(config.image_shape), "scale": "uint8 / 255"}
+    if is_raw:
+        shape = ["height", "width", 3] if config.channels == 3 else ["height", "width"]
+        preprocessing = {"layout": "NHWC", "shape": shape, "scale": "none"}
+    preprocessing["image"] = "none, part of this file" if is_raw else PREPARATIONS.get(config.preparation, "none")
     return {
         "class_names": json.dumps(model.class_names),
         "preprocessing": json.dumps(preprocessing),
-        "architecture": model.config.architecture,
-        "dataset": model.config.dataset,
+        "architecture": config.architecture,
+        "dataset": config.dataset,
+        "pretrained_weights": config.pretrained_weights,
     }

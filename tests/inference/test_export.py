@@ -12,17 +12,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 from mnist import load
 from mnist.cli import main
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
-from mnist.data.splits import ImageData
+from mnist.data.images import Form, fit_image
+from mnist.data.splits import FITS, ImageData
 from mnist.errors import UserError
 from mnist.inference import export
 from mnist.inference.predict import Model, predict
+from mnist.inference.raw_pixels import prepend_preparation
 from mnist.models.by_name import build_model
 from mnist.models.saved import ModelConfig
 from tests.conftest import RunHere, train_afresh
+from tests.support.photographs import KINDS, fill_folder, take_photograph
 
 
 @pytest.fixture(scope="module", params=["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
@@ -143,3 +147,86 @@ def test_closed_streams_cause_no_traceback(arguments: str, run_here: RunHere) ->
     done = subprocess.run(["sh", "-c", command], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode == (2 if "<&-" in command else 0)
+
+
+@pytest.fixture(scope="module", params=["crop", "pad"])
+def photographs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on photographs of three things, and the photographs beside it."""
+    parent = tmp_path_factory.mktemp("photographs")
+    fill_folder(parent / "things", 60)
+    settings: dict[str, Any] = {"dataset": str(parent / "things"), "data_dir": str(parent), "output_dir": str(parent)}
+    settings |= {"model": "cnn", "epochs": 4, "batch_size": 16, "learning_rate": 2e-3, "schedule": "one-cycle"}
+    train_afresh(TrainConfig(run_name="x", trackers="none", fit=request.param, **settings))
+    return parent / "x"
+
+
+def test_a_program_feeds_raw_pixels_of_files_of_any_size(photographs: Path) -> None:
+    assert main(["export", "--model", str(photographs)]) == 0
+    onnx.checker.check_model(onnx.load(str(photographs / "model.onnx")), full_check=True)
+    session, model = onnxruntime.InferenceSession(photographs / "model.onnx"), load(photographs)
+    rng, differences, same = np.random.default_rng(1), [], []
+    for number in range(100):
+        picture = take_photograph(KINDS[number % 3], rng)
+        if number % 4 == 0:
+            picture = picture.resize((picture.width * 13, picture.height * 13))
+        (probabilities,) = session.run(["probabilities"], {"images": np.asarray(picture)[None]})[0]
+        expected = model.predict(picture).probabilities
+        differences.append(max(abs(expected[name] - probabilities[place]) for place, name in enumerate(KINDS)))
+        same.append(KINDS[int(probabilities.argmax())] == next(iter(expected)))
+    assert max(differences) < 0.03
+    assert sum(same) >= 99
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(101, 90), (90, 61), (30, 200), (64, 64), (40, 41), (200, 17), (1, 1), (240, 247)])
+def test_raw_pixels_are_prepared_as_by_pillow(fit: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Noise, in which each pixel counts, but not so much that values are cut to 0 to 255 between the two products.
+
+    Pillow 13 begins with the columns of some images. Larger ones are reduced in two steps.
+    """
+
+    class Unchanged(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0
+
+    program = torch.onnx.export(
+        Unchanged().eval(),
+        (torch.zeros(2, 3, 64, 64),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    assert program is not None
+    prepend_preparation(program.model, 64, fit, color=True)
+    program.save(str(tmp_path / "m.onnx"))
+    pixels = np.random.default_rng(0).integers(90, 166, (*reversed(size), 3), np.uint8)
+    (prepared,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"images": pixels[None]})
+    expected = fit_image(Image.fromarray(pixels), Form(64, True, fit))
+    assert np.abs(prepared[0].transpose(1, 2, 0) * 255 - expected).max() < 2.01
+
+
+def test_images_of_one_size_may_be_a_batch(photographs: Path) -> None:
+    model, images = load(photographs), torch.randint(0, 256, (5, 90, 70, 3), dtype=torch.uint8)
+    export.export_onnx(model, photographs / "batch.onnx", torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
+    session = onnxruntime.InferenceSession(photographs / "batch.onnx")
+    together = export.run(session, images)
+    torch.testing.assert_close(together, torch.cat([export.run(session, image[None]) for image in images]))
+
+
+def test_gray_models_take_gray_pixels(tmp_path: Path) -> None:
+    config = ModelConfig("mlp", ("a", "b"), (20, 20), "sketches", preparation="pad")
+    model = Model(build_model("mlp", 2, (1, 20, 20)), config)
+    images = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
+    assert export.export_onnx(model, tmp_path / "m.onnx", images) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    raw = torch.randint(0, 256, (1, 33, 57), dtype=torch.uint8)
+    expected = predict(model.net, model.prepare(raw[0]).rows[0][0].pixels[None])
+    torch.testing.assert_close(export.run(session, raw), expected, atol=1e-3, rtol=0)
+
+
+def test_a_model_of_photographs_can_take_prepared_images_instead(photographs: Path) -> None:
+    output = photographs / "prepared.onnx"
+    assert main(["export", "--model", str(photographs), "--prepared", "--output", str(output)]) == 0
+    (image,) = onnxruntime.InferenceSession(output).get_inputs()
+    assert (image.type, image.shape[1:]) == ("tensor(float)", [3, 64, 64])
