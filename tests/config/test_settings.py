@@ -25,6 +25,24 @@ FLAGS = """
 """.split()
 
 
+def test_photographs_have_a_recipe_with_and_one_without_pretrained_weights() -> None:
+    with_weights = parse_command_line(RECIPES, ["--recipe", "photos"])
+    without = parse_command_line(RECIPES, ["--recipe=photos", "--pretrained", "none", "--image-size", "96"])
+    assert (with_weights.recipe, with_weights.model, with_weights.image_size) == ("photos", "convnext_tiny", 224)
+    assert (without.recipe, without.model, without.image_size) == ("photos-scratch", "cnn-deep", 96)
+    assert without == parse_command_line(RECIPES, ["--recipe", "photos-scratch", "--image-size", "96"])
+    assert parse_command_line(RECIPES, ["--pretrained", "none"]) == RECIPES["tutorial"]
+    for batches, epochs in ((1, 600), (33, 19), (120, 5), (400, 5)):
+        assert with_weights.total_epochs(batches) == epochs
+        assert with_weights.total_steps(batches) == epochs * batches >= 600
+
+
+def test_a_batch_size_replaces_the_recipes_global_one() -> None:
+    config = parse_command_line(RECIPES, ["--recipe", "photos", "--batch-size", "8"])
+    assert config.batch_sizes(3) == (8, 24)
+    assert parse_command_line(RECIPES, ["--recipe", "photos"]).batch_sizes(2) == (32, 64)
+
+
 def test_the_at_most_35_flags_are_frozen_documented_and_in_one_help_group_each() -> None:
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     assert [flag(name) for name in names] == FLAGS
