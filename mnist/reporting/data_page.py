@@ -52,9 +52,6 @@ def render(data: ImageData, listing: Listing) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"number": number, "percent": percent}
-    groups: dict[str, list[NDArray[np.int64]]] = {kind: [] for kind in TITLES}
-    for group in listing.groups():
-        groups[listing.problem(group)].append(group)
     shorter = listing.sides.min(axis=1)
     return environment.get_template("data.html").render(
         data=data,
@@ -68,7 +65,7 @@ def render(data: ImageData, listing: Listing) -> str:
                 "groups": [_shown(listing, data, group[:MAX_IN_GROUP]) for group in found[:MAX_GROUPS]],
                 "more": [max(0, len(group) - MAX_IN_GROUP) for group in found[:MAX_GROUPS]],
             }
-            for kind, found in groups.items()
+            for kind, found in listing.groups.items()
             if found
         ],
         unusual=[row for row in _unusual(listing, data) if row["count"]],

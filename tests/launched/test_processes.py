@@ -556,7 +556,8 @@ def test_a_precision_that_the_device_lacks_is_refused_whoever_asks_for_it(monkey
         resolve_precision("fp16", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert resolve_precision("bf16", "cpu") == "bf16"
-    assert [resolve_precision("auto", *device) for device in (("cuda", True), ("cuda", False), ("cpu",))] == ["bf16", "no", "no"]
+    for device, has_bf16, precision in (("cuda", True, "bf16"), ("cuda", False, "no"), ("cpu", True, "no")):
+        assert resolve_precision("auto", device, has_bf16) == precision
     assert resolve_precision(None, "cuda") == "fp16"
     with pytest.raises(ConfigError, match="The launcher's mixed precision fp16: has no effect"):
         resolve_precision(None, "cpu")
