@@ -48,6 +48,7 @@ RECIPES = {
         learning_rate=2e-4,
         weight_decay=0.05,
         schedule="one-cycle",
+        max_grad_norm=1.0,
         epochs=None,
         global_batch_size=64,
         mixed_precision="auto",
