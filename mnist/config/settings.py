@@ -186,8 +186,8 @@ class TrainConfig:
     On a CPU the graph is compiled, which takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
-    """Precision of the layers' computations. auto: bf16 on a GPU that has it, otherwise no (float32). Default: the
-    launcher's, which is `no` unless configured."""
+    """Precision of the layers' computations. auto: bf16 on an NVIDIA or AMD GPU that has it, otherwise no. Default: the
+    launcher's, which is `no` (float32) unless configured."""
 
     timeout_seconds: int = 600
     """Seconds that a process waits for the others before the job fails."""

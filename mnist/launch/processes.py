@@ -209,7 +209,7 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
 def resolve_precision(mixed_precision: str | None, device_type: str, has_bf16: bool = True) -> str:
     """The precision of the flag, or else of the launcher. Raises ConfigError if it would have no effect."""
     if mixed_precision == "auto":
-        return "bf16" if has_bf16 and device_type != "cpu" else "no"
+        return "bf16" if has_bf16 and device_type == "cuda" else "no"
     asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):

@@ -149,7 +149,7 @@ def test_closed_streams_cause_no_traceback(arguments: str, run_here: RunHere) ->
     assert done.returncode == (2 if "<&-" in command else 0)
 
 
-@pytest.fixture(scope="module", params=["crop", "pad"])
+@pytest.fixture(scope="module", params=[pytest.param("crop", marks=pytest.mark.slow), "pad"])
 def photographs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on photographs of three things, and the photographs beside it."""
     parent = tmp_path_factory.mktemp("photographs")

@@ -20,7 +20,7 @@ TRAIN = f"exec {sys.executable} train.py {FLAGS}"
     ("redirections", "lost"),
     [
         ("> /dev/full 2> /dev/full", "standard output: No space left on device"),
-        (">&-", "standard output: it was closed"),
+        pytest.param(">&-", "standard output: it was closed", marks=pytest.mark.slow),
         ("| true", "standard output: Broken pipe"),
     ],
 )

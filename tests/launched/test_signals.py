@@ -181,6 +181,7 @@ def test_ctrl_c_on_the_process_group_under_a_launcher_leaves_a_checkpoint(job: J
     assert "accelerate launch train.py --resume" in job.output.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_also_ends_the_reader_of_the_output_exits_with_130(tmp_path: Path) -> None:
     command, errors = shlex.join([*PLAIN, *LONG, f"--output-dir={tmp_path / 'runs'}"]), tmp_path / "errors"
     script = f"set -o pipefail; {command} 2> {errors} | cat > /dev/null"
@@ -217,6 +218,7 @@ def test_a_second_ctrl_c_after_a_second_ends_even_a_process_blocked_in_torch(job
     assert state_of(job.folder)["error"] in ("a second SIGINT", "SIGINT")
 
 
+@pytest.mark.slow
 def test_a_background_run_survives_its_shell(tmp_path: Path) -> None:
     flags = shlex.join([*LONG, f"--output-dir={tmp_path / 'runs'}"])
     script = f"nohup {sys.executable} train.py {flags} > {tmp_path / 'output'} 2>&1 & echo $!"
