@@ -105,7 +105,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--prepared",
         action="store_true",
-        help="for a model of a folder of images: take images of the network's size, float32 in [0, 1], not raw pixels",
+        help="for a folder's model: take prepared images (float32 in [0, 1], the network's size), not raw pixels",
     )
     _add_dataset(export)
     export.set_defaults(do=export_model)
@@ -114,9 +114,10 @@ def _add_export(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser("inspect", help="look at a folder of images before training on it")
     inspect.add_argument("folder", metavar="FOLDER", help="folder with one subfolder of images per class")
-    inspect.add_argument("--output", type=Path, default=Path("data.html"), metavar="FILE", help="default: data.html")
-    inspect.add_argument("--image-size", type=int, metavar="N", help="as in training: side in pixels")
-    inspect.add_argument("--fit", default="crop", help="as in training: crop (the default) or pad")
+    output = Path("data.html")
+    inspect.add_argument("--output", type=Path, default=output, metavar="FILE", help="output file (default: data.html)")
+    inspect.add_argument("--image-size", type=int, metavar="N", help="pixels per side, as in training")
+    inspect.add_argument("--fit", default="crop", metavar="FIT", help="crop or pad, as in training (default: crop)")
     inspect.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder of the cache (default: data/)")
     inspect.set_defaults(do=inspect_folder)
 
@@ -443,10 +444,12 @@ def export_model(options: argparse.Namespace) -> None:
         data, run = _load_data(options, model)
         images = data.test.images[:CHECKED_IMAGES]
         path = options.output or (run.folder if run else Path()) / "model.onnx"
-        difference = export_onnx(model, path, images, options.prepared)
+        found = export_onnx(model, path, images, options.prepared)
         size = f"  {path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
         print(f"{printable_lines(str(path))}{size}, checked against the model on {len(images):,} test images:")
-        print(f"  probabilities differ by at most {difference:.1e}")
+        print(f"  probabilities differ by at most {found.same_size:.1e}")
+        if found.other_sizes is not None:
+            print(f"  raw pixels of other sizes, on a few of them: by at most {found.other_sizes:.1e}")
 
 
 @contextlib.contextmanager
@@ -481,7 +484,11 @@ def inspect_folder(options: argparse.Namespace) -> None:
     if options.data_dir:
         config = dataclasses.replace(config, data_dir=str(options.data_dir))
     if config.dataset in SOURCES:
-        raise ConfigError(f"{options.folder}: name a folder of images.")
+        raise ConfigError(f"{options.folder}: is a dataset by name. Name a folder of images, e.g. ./{options.folder}.")
+    if not Path(options.folder).is_dir():
+        raise ConfigError(f"{options.folder}: no such folder.")
+    if not options.output.parent.is_dir():
+        raise ConfigError(f"--output {options.output}: the folder {options.output.parent} does not exist.")
     with _written_to(options.output):
         data = load_dataset(config.dataset, config.data_dir, config.data_options)
         print(f"{printable(data.title)}, {len(data.train):,} training and {len(data.test):,} test images")

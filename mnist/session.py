@@ -7,7 +7,6 @@ with Session(accelerator, config, data, model, optimizer, scheduler) as run:
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from mnist.config.settings import TrainConfig
-from mnist.data.datasets import decode_folder
+from mnist.data.datasets import check_dataset, decode_folder
 from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
 from mnist.inference.predict import predict
@@ -25,7 +24,6 @@ from mnist.launch.hardware import choose_kernels, has_bf16, keep_freed_memory
 from mnist.launch.processes import (
     accelerate_settings,
     check_alike,
-    enough_memory,
     join_processes,
     resolve_precision,
     waiting_for_others,
@@ -55,8 +53,9 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     launch or settings that would silently do something other than asked.
     """
     local = find_run_here(config, explicit_settings)
-    # these may take longer than the timeout of joining
-    if local.pretrained != "none" and local.resume is None and os.environ.get("LOCAL_RANK", "0") == "0":
+    check_dataset(local.dataset, local.data_options)
+    # before the processes join, because these may take longer than the timeout
+    if local.pretrained != "none" and local.resume is None:
         fetch_weights(local.model)
     decode_folder(local.dataset, local.data_dir, local.data_options)
     state = join_processes(config.timeout_seconds)
@@ -103,13 +102,14 @@ class Session:
         self.net = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.weights = describe_weights(config.model) if config.pretrained != "none" else ""
+        self.pretrained_weights = describe_weights(config.model) if config.pretrained != "none" else ""
         self.is_main = accelerator.is_main_process
         self.batch_size, self.global_batch_size = config.batch_sizes(accelerator.num_processes)
         batches = -(-len(data.train) // self.global_batch_size)  # per epoch
         self.progress = Progress(accelerator, len(data.train), self.global_batch_size, config.total_steps(batches))
         self.log_every = config.log_every or min(100, -(-self.progress.steps_per_epoch // 10))
-        self.terminal = Terminal(self.is_main, config.total_epochs(batches))
+        self.epochs_in_all = config.total_epochs(batches)
+        self.terminal = Terminal(self.is_main, self.epochs_in_all)
         self.gradient_norm: Tensor | None = None  # of the last step logged or clipped
 
     def __enter__(self) -> "Session":
@@ -132,7 +132,6 @@ class Session:
             stack.enter_context(self.tracking)
             stack.enter_context(self.checkpoints)
             stack.enter_context(waiting_for_others(config.timeout_seconds))
-            stack.enter_context(enough_memory(config, self.accelerator.num_processes))
             if self.accelerator.num_processes > 2 and self.accelerator.captured is None:
                 self._arrange_gradients()
             for note in [*self.checkpoints.resume(), *self.tracking.resume_notes]:
@@ -155,12 +154,12 @@ class Session:
             "not_compiled": self.accelerator.why_not_captured,
             **self.data.describe(),
             "parameters": count_parameters(self.net),
-            "pretrained_weights": self.weights,
+            "pretrained_weights": self.pretrained_weights,
             "batch_size": self.batch_size,
             "global_batch_size": self.global_batch_size,
             "steps_per_epoch": self.progress.steps_per_epoch,
             "total_steps": self.progress.total_steps,
-            "epochs": self.terminal.epochs,
+            "epochs": self.epochs_in_all,
         }
 
     def _arrange_gradients(self) -> None:
@@ -308,5 +307,5 @@ class Session:
         results = self.progress.results
         calibration = {key: results[f"val/{key}"] for key in Calibration._fields if f"val/{key}" in results}
         config = ModelConfig.of(self.config.model, self.data)
-        config = dataclasses.replace(config, **calibration, pretrained_weights=self.weights)
+        config = dataclasses.replace(config, **calibration, pretrained_weights=self.pretrained_weights)
         save_model(self.net, self.run.folder / name, config)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
+from mnist.config.recipes import WITHOUT_WEIGHTS
 from mnist.config.settings import BOOLEANS, CHOICES, TrainConfig, check_choice, flag
 from mnist.errors import ConfigError
 
@@ -45,11 +46,11 @@ def parse_command_line(recipes: Mapping[str, TrainConfig], arguments: Sequence[s
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     recipe_parser.add_argument("--recipe", nargs="?", default="tutorial")
     recipe_parser.add_argument("--pretrained", nargs="?")
-    asked = recipe_parser.parse_known_args(arguments)[0]
+    asked = recipe_parser.parse_known_args(spell_booleans(arguments))[0]
     recipe = asked.recipe or "tutorial"
     check_choice("recipe", recipe, tuple(recipes))
-    if asked.pretrained == "none" and f"{recipe}-scratch" in recipes:
-        recipe = f"{recipe}-scratch"
+    if asked.pretrained == "none":
+        recipe = WITHOUT_WEIGHTS.get(recipe, recipe)
     sizes = {"--batch-size", "--global-batch-size"} & {word.partition("=")[0].replace("_", "-") for word in arguments}
     if len(sizes) == 2:
         raise ConfigError("--batch-size and --global-batch-size: use only one of them.")

@@ -63,3 +63,5 @@ RECIPES["photos-scratch"] = dataclasses.replace(
     pretrained="none",
     learning_rate=3e-3,
 )
+WITHOUT_WEIGHTS = {"photos": "photos-scratch"}
+"""What a recipe becomes with `--pretrained none`."""

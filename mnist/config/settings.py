@@ -119,7 +119,7 @@ class TrainConfig:
     """Side in pixels to which a folder's images are resized. Default: 28 if all are gray and small, otherwise 64."""
 
     fit: str = "crop"
-    """How a folder's images become square. crop: their middle. pad: all, with borders that repeat their edges."""
+    """How images of a folder are made square. crop: center crop. pad: keep the whole image and repeat its edges."""
 
     test_fraction: float | None = None
     """Fraction of images held out for testing, for a folder without test/ or val/. Default: 0.2."""
@@ -134,8 +134,8 @@ class TrainConfig:
     """Hold out the last N training images for validation. Tune settings on these, not on the test images."""
 
     augment: str = "none"
-    """light: rotate, zoom, shift, and mirror images (not MNIST's and KMNIST's). strong: crop and mirror a folder's
-    images, change their light and colors, and smooth their labels; MNIST: other handwritings."""
+    """light: rotate, zoom, shift, and mirror images (not MNIST's and KMNIST's). strong: for a folder, random crops,
+    flips, color jitter and (with nll) label smoothing; for MNIST, other handwriting styles."""
 
     model: str = "mlp"
     """Network: mlp, cnn, cnn-quick, cnn-deep, or a torchvision classification model such as resnet18."""
@@ -167,7 +167,7 @@ class TrainConfig:
     """Clip the gradient norm to this value. Default: no clipping."""
 
     epochs: int | None = 3
-    """Number of passes over the training images. Default for photographs: 5, or more until 600 optimizer steps."""
+    """Number of passes over the training images. With --recipe photos: 5, or as many as 600 optimizer steps take."""
 
     max_steps: int | None = None
     """Stop after N optimizer steps, even before the last epoch ends."""
@@ -186,8 +186,8 @@ class TrainConfig:
     On a CPU the graph is compiled, which takes seconds and needs a C++ compiler."""
 
     mixed_precision: str | None = None
-    """Precision of the layers' computations. auto: bf16 on an NVIDIA or AMD GPU that has it, otherwise no. Default: the
-    launcher's, which is `no` (float32) unless configured."""
+    """Precision of the layers' computations. Default: the launcher's, which is `no` (float32) unless configured.
+    auto: if the launcher's is no, bf16 on an NVIDIA or AMD GPU that has it."""
 
     timeout_seconds: int = 600
     """Seconds that a process waits for the others before the job fails."""
@@ -230,7 +230,10 @@ class TrainConfig:
             known = f"{', '.join(CHOICES['model'])}, and {len(theirs)} torchvision models such as resnet18"
             check_choice("model", self.model, (*CHOICES["model"], *theirs), known)
         elif self.pretrained != "none" and self.model in CHOICES["model"]:
-            raise ConfigError(f"--pretrained: --model {self.model} has no pretrained weights. Try --model resnet18.")
+            raise ConfigError(
+                f"--model {self.model}: has no pretrained weights. Add --pretrained none, or choose a model of"
+                " torchvision such as resnet18."
+            )
         if self.mixed_precision is not None:
             check_choice("mixed_precision", self.mixed_precision, CHOICES["mixed_precision"])
         for tracker in self.tracker_names:
@@ -270,8 +273,9 @@ class TrainConfig:
 
     @property
     def label_smoothing(self) -> float:
-        """The share of the loss of a training image that is spread over all classes."""
-        return LABEL_SMOOTHING if self.augment == "strong" and is_path(self.dataset) else 0.0
+        """The share of the loss of a training image that is spread over all classes; only of nll."""
+        smooths = self.augment == "strong" and is_path(self.dataset) and self.loss != "mse"
+        return LABEL_SMOOTHING if smooths else 0.0
 
     @property
     def fingerprint(self) -> dict[str, Any]:

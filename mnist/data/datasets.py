@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mnist.config.settings import DataOptions, flag
 from mnist.data.cache import open_cache
-from mnist.data.folders import File, Folder, find_files, reasons
+from mnist.data.folders import File, Folder, check_folder, find_files, reasons
 from mnist.data.images import Scale
 from mnist.data.layout import a_few
 from mnist.data.listing import Listing
@@ -106,15 +106,22 @@ def load_dataset(
     Raises ConfigError if a folder is not a dataset or a setting leaves no image; UserError if a file is missing or
     corrupt, over a tenth of a folder's images or all of a class cannot be read, or nothing can be written.
     """
+    check_dataset(name, options)
     if name not in SOURCES:
         return _load_folder(name, Path(data_dir) / "cache", options, class_names, scale)
+    return _load_source(name, Path(data_dir), options)
+
+
+def check_dataset(name: str, options: DataOptions) -> None:
+    """Raise ConfigError for a folder that is not there, or a setting of folders for another dataset."""
+    if name not in SOURCES:
+        check_folder(Folder(Path(name).resolve()))
+        return
     for setting in ("image_size", "test_fraction", "fit"):
         if (value := getattr(options, setting)) != DataOptions._field_defaults[setting]:
             raise ConfigError(
-                f"{flag(setting)} {value}: for a folder of images only. Name one (--dataset FOLDER), or omit it for"
-                f" {name}."
+                f"{flag(setting)} {value}: for a folder of images only, not for {name}. Name a folder: --dataset FOLDER"
             )
-    return _load_source(name, Path(data_dir), options)
 
 
 def decode_folder(name: str, data_dir: str | Path, options: DataOptions = DataOptions()) -> None:
@@ -152,6 +159,9 @@ def _load_folder(
     rows = [f"{part} {file.label} {digest}" for part, file, digest in zip(parts, files, digests, strict=True)]
     content = "\n".join([*folder.class_names, str(cache.scale), *rows])
     skipped = sorted(folder.skipped + list(cache.broken.items()))
+    if validation is not None:  # --validation-size
+        assert isinstance(validation.images, MappedImages)
+        parts[validation.images.file_indices.numpy()] = "val"
     listing = Listing.of(cache, files, parts)
     return ImageData(
         name,

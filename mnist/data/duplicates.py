@@ -13,11 +13,12 @@ from PIL import Image
 
 LIKENESS = 16  # bytes
 MAX_BITS = 9  # of the 128 of two candidates that differ
-NEIGHBORS = 30  # of an image, among those with the same 16 bits of the hash, with which it is compared
-MAX_CANDIDATES = 200_000  # pairs whose pixels are compared: 4 seconds
+NEIGHBORS = 30  # following images with the same 16 bits of the hash, with which an image is compared
+MAX_CANDIDATES = 1_000_000  # pairs whose pixels are compared
+PAIRS_AT_ONCE = 10_000
 THUMBNAIL = 16  # pixels per side, of the comparison
 MIN_CORRELATION = 0.99  # between thumbnails
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # in each byte
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # in each byte
 EMPTY = 4.0  # standard deviation of the pixels, of 255, below which an image is nearly uniform
 
 
@@ -47,31 +48,44 @@ def find_alike(
 def _candidates(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Pairs [pairs, 2] of hashes that agree in at least one of 8 parts of 16 bits, and differ in at most MAX_BITS.
 
-    With MAX_BITS = 9, two hashes may differ in all 8 parts, but then in 1 or 2 bits of each: rare, and lost.
+    Pairs are lost if they differ in all 8 parts, which 8 or 9 bits can do; if over NEIGHBORS hashes with the same part
+    lie between them in the order of hashes; and those with the most different bits beyond MAX_CANDIDATES.
     """
-    found = np.empty((0, 2), np.int64)
+    whole = np.ascontiguousarray(hashes).view("<u8").T  # [2, N]
+    found: list[NDArray[np.int64]] = [np.empty((0, 3), np.int64)]
     for part in np.ascontiguousarray(hashes).view("<u2").T:  # [N]
-        order = np.argsort(part, kind="stable")
+        order = np.lexsort((*whole, part))
         starts = np.flatnonzero(np.diff(part[order], prepend=-1))
         sizes = np.diff(starts, append=len(order))
         behind = np.repeat(starts + sizes, sizes) - np.arange(len(order))  # images of the bucket from each one on
-        for distance in range(1, min(NEIGHBORS, int(sizes.max(initial=0)))):
+        for distance in range(1, min(NEIGHBORS + 1, int(sizes.max(initial=0)))):
             lower = np.flatnonzero(behind > distance)
             pairs = np.sort(np.stack([order[lower], order[lower + distance]], axis=1), axis=1)
-            bits = ONES[hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]].sum(axis=1)
-            found = np.concatenate([found, pairs[bits <= MAX_BITS]])
-    return np.unique(found, axis=0)[:MAX_CANDIDATES]
+            bits = ONES[hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]].sum(axis=1, dtype=np.int64)
+            found.append(np.column_stack([bits, pairs])[bits <= MAX_BITS])
+    best = np.unique(np.concatenate(found), axis=0)[:MAX_CANDIDATES, 1:]  # fewest bits first
+    return best[np.lexsort(best.T[::-1])]
 
 
 def _same(images: NDArray[np.uint8], pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
     """[pairs]: whether two images have nearly the same pixels, apart from brightness and contrast."""
-    small = {index: _thumbnail(images[index]) for index in np.unique(pairs).tolist()}
-    return np.array([bool(small[one] @ small[other] >= MIN_CORRELATION) for one, other in pairs.tolist()], bool)
+    needed, place = np.unique(pairs, return_inverse=True)
+    if not len(needed):
+        return np.empty(0, bool)
+    small = np.stack([_thumbnail(images[index]) for index in needed.tolist()])
+    parts = np.split(place.reshape(-1, 2), range(PAIRS_AT_ONCE, len(pairs), PAIRS_AT_ONCE))
+    return np.concatenate([_correlation(small[part[:, 0]], small[part[:, 1]]) >= MIN_CORRELATION for part in parts])
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A small copy with mean 0 and length 1: the product of two is their correlation. Zeros for an empty image."""
+def _thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[values] of a small copy."""
     small = Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    values = np.asarray(small, np.float32).ravel()
-    values = values - values.mean()
-    return values / np.linalg.norm(values) if values.std() >= EMPTY else np.zeros_like(values)
+    return np.asarray(small).ravel()
+
+
+def _correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[pairs]: the correlation of the values of two images, [pairs, values] each; 0 if one is nearly uniform."""
+    first, second = (values - values.mean(axis=1, keepdims=True) for values in map(np.float32, (one, other)))
+    spreads = [np.sqrt(np.square(values).mean(axis=1)) for values in (first, second)]
+    correlation = (first * second).mean(axis=1) / np.maximum(spreads[0] * spreads[1], 1e-9)
+    return np.where(np.minimum(*spreads) >= EMPTY, correlation, 0)

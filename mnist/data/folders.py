@@ -55,10 +55,7 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
     To test a model, pass its `class_names`; the folder may lack some of them.
     """
     folder = Folder(Path(path).resolve())
-    if not folder.path.exists():
-        raise folder.error("no such folder. If it has moved, pass its new path: --dataset PATH")
-    if not folder.path.is_dir():
-        raise folder.error("a file, not a folder with one folder per class.")
+    check_folder(folder)
     tree = Tree(folder.path)
     try:
         layout = find_layout(tree, folder.error, class_names)
@@ -76,6 +73,14 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         folder.notes.append(f"followed links that lead out of the folder: {printable(a_few(walk.outside))}")
     _check_images(folder, layout, class_names is None)
     return folder
+
+
+def check_folder(folder: Folder) -> None:
+    """Raise ConfigError if there is no such folder."""
+    if not folder.path.exists():
+        raise folder.error("no such folder. If it has moved, pass its new path: --dataset PATH")
+    if not folder.path.is_dir():
+        raise folder.error("a file, not a folder with one folder per class.")
 
 
 def _check_images(folder: Folder, layout: Layout, trains: bool) -> None:

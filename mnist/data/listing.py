@@ -1,7 +1,7 @@
 """The files of a folder of images, and what is suspicious about them.
 
 listing = load_dataset("PetImages", "data").listing
-listing.notes()                  # ["2 images are in several classes: Cat/7.jpg is like Dog/3.jpg, ...", ...]
+listing.notes()             # ["2 images have copies in several classes: Cat/7.jpg is like Dog/3.jpg, ...", ...]
 """
 
 import math
@@ -17,7 +17,7 @@ from mnist.data.folders import File
 from mnist.data.splits import MappedImages
 from mnist.launch.streams import printable
 
-PROBLEMS = ("classes", "splits", "")  # of images that are alike: in several classes, in several splits, or neither
+PROBLEMS = ("classes", "splits", "other")  # of images that are alike: in several classes, in several splits, neither
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,7 @@ class Listing:
 
     @classmethod
     def of(cls, cache: Cache, files: Sequence[File], parts: NDArray[np.str_]) -> "Listing":
+        """Of a decoded folder, its readable files and the split of each."""
         labels = np.array([file.label for file in files], np.int64)
         _, equal = np.unique(np.ascontiguousarray(cache.digests).view("V16").ravel(), return_inverse=True)
         names = [printable(file.name) for file in files]
@@ -44,20 +45,22 @@ class Listing:
 
     @cached_property
     def groups(self) -> dict[str, list[NDArray[np.int64]]]:
-        """The indices of images that are alike, for each group of at least two, by problem (PROBLEMS)."""
+        """The indices of images that are alike, for each group of at least two, by problem: PROBLEMS; some have two."""
         order = np.argsort(self.alike, kind="stable")
         starts = np.flatnonzero(np.diff(self.alike[order], prepend=-1))
         found: dict[str, list[NDArray[np.int64]]] = {problem: [] for problem in PROBLEMS}
         for start, size in zip(starts, np.diff(starts, append=len(order)), strict=True):
             if size > 1:
                 group = order[start : start + size]
-                several = [len(np.unique(column[group])) > 1 for column in (self.labels, self.parts)]
-                found["classes" if several[0] else "splits" if several[1] else ""].append(group)
+                columns = {"classes": self.labels, "splits": self.parts}
+                problems = [name for name, column in columns.items() if len(np.unique(column[group])) > 1]
+                for problem in problems or ["other"]:
+                    found[problem].append(group)
         return found
 
     def notes(self) -> list[str]:
         """Lines for the header of a run: test images in the training images, the same image in two classes, and all."""
-        notes, torn = [], self.groups["classes"]
+        notes, conflicting = [], self.groups["classes"]
         is_test, is_trained = self.parts == "test", np.bincount(self.alike, self.parts == "train") > 0
         leaked = np.flatnonzero(is_test & is_trained[self.alike])
         if len(leaked):
@@ -66,10 +69,11 @@ class Listing:
                 f"{len(leaked):,} of {is_test.sum():,} test images are duplicates of training images and inflate the"
                 f" accuracy: {self._pair(leaked[0], same[0], len(leaked))}"
             )
-        if torn:
-            one, other = torn[0][np.unique(self.labels[torn[0]], return_index=True)[1][:2]]
-            those = "1 image is" if len(torn) == 1 else f"{len(torn):,} images are"
-            notes.append(f"{those} in several classes: {self._pair(one, other, len(torn))}")
+        if conflicting:
+            group, count = conflicting[0], len(conflicting)
+            one, other = group[np.unique(self.labels[group], return_index=True)[1][:2]]
+            those = "1 image has" if count == 1 else f"{count:,} images have"
+            notes.append(f"{those} copies in several classes: {self._pair(one, other, count)}")
         exact, all_of_them = (len(column) - len(np.unique(column)) for column in (self.equal, self.alike))
         if all_of_them:
             notes.append(f"repeated images: {exact:,} exactly, {all_of_them - exact:,} nearly; see data.html")

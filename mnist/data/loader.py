@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mnist.config.settings import TrainConfig
 from mnist.data.photographs import photo_parameters, vary
-from mnist.data.splits import ImageData, Split, class_weights
+from mnist.data.splits import FITS, ImageData, Split, class_weights
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 from mnist.data.writing import rewrite, writing_parameters
 from mnist.errors import ConfigError
@@ -31,8 +31,8 @@ class Training(NamedTuple):
 
     seed: int  # of the order and the augmentation
     accumulation_steps: int = 1  # batches per optimizer step
-    augment: str = "none"  # none, light or strong
-    flips: bool = False  # whether augmentation may mirror an image; strong: for photographs, otherwise for handwriting
+    augment: str = "none"  # none, light, photo or writing
+    flips: bool = False  # whether light augmentation may mirror an image
     balanced: bool = False  # whether every class has the same weight
 
 
@@ -102,7 +102,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             if training.augment == "light":
                 parameters = augmentation_parameters(len(order), training.seed, epoch, training.flips)
             else:
-                make = photo_parameters if training.flips else writing_parameters
+                make = {"photo": photo_parameters, "writing": writing_parameters}[training.augment]
                 parameters = make(len(order), training.seed, epoch)
             self.parameters = self._fill_up(parameters).to(self.home)
         self.ready: dict[range, tuple[Tensor, Tensor, Tensor]] = {}
@@ -129,7 +129,7 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             parameters = self._to_device(self.parameters[part]).flatten(0, 1)
             if self.training.augment == "light":
                 X = augment(X.flatten(0, 1), parameters).view_as(X)
-            elif self.training.flips:
+            elif self.training.augment == "photo":
                 X = vary(X.flatten(0, 1), parameters).view_as(X)
             else:
                 rewritten, classes = rewrite(X.flatten(0, 1), labels.flatten(), parameters)
@@ -188,6 +188,7 @@ def build_loader(
         raise ConfigError(
             f"--global-batch-size {global_batch_size} (--batch-size {global_batch_size // num_processes} x"
             f" {num_processes} process{'es' * (num_processes > 1)}): larger than the {len(split):,} training images."
+            f" Use --batch-size {max(1, len(split) // num_processes)} or less."
         )
     global_batch_size = min(global_batch_size, len(split))
     dataset = BatchDataset(split, global_batch_size, num_processes, device or torch.device("cpu"), training)
@@ -218,14 +219,15 @@ def build_loaders(
     All processes must call it. Raises ConfigError if their data differ or a batch is larger than the data.
     """
     check_alike(data.counts | {"dataset_md5": data.checksum})
-    if config.augment == "strong" and data.preparation == "none":
+    if config.augment == "strong" and data.preparation not in ("digit", *FITS):
         raise ConfigError(
             f"--augment strong: for MNIST and folders of images, not for {data.name}. Use --augment light."
         )
     processes, device = accelerator.num_processes, accelerator.device
     data = place_images(data, device)
     balanced = config.loss == "nll-balanced"
-    training = Training(config.seed, config.gradient_accumulation_steps, config.augment, data.flips, balanced)
+    augment = config.augment.replace("strong", "writing" if data.preparation == "digit" else "photo")
+    training = Training(config.seed, config.gradient_accumulation_steps, augment, data.flips, balanced)
     global_batch_size = config.batch_sizes(processes).global_batch_size
     train_loader = build_loader(data.train, global_batch_size, processes, device, training)
     eval_batch = eval_batch_size(data.train.images.shape[1:], eval_memory(device)) * processes

@@ -1,4 +1,4 @@
-"""Strong augmentation of photographs: another part of the image, mirrored, in other light and colors.
+"""Strong augmentation of photographs: random crop, flip and color jitter.
 
 parameters = photo_parameters(len(X), seed=0, epoch=1)      # [B, 8], the same for any number of processes
 X = vary(X, parameters)                                     # [B, channels, size, size] in [0, 1]

@@ -169,7 +169,8 @@ class ImageData:
             notes.append(
                 f"classes of {least:,} to {most:,} training images: --loss nll-balanced gives each the same weight"
             )
-        if self.listing and config.recipe == "tutorial" and np.median(self.listing.sides) >= PHOTO_SIDE:
+        plain = config.recipe == "tutorial" and config.pretrained == "none"
+        if self.listing and plain and np.median(self.listing.sides) >= PHOTO_SIDE:
             notes.append("for photographs: --recipe photos, a pretrained network at 224 x 224")
         return notes
 

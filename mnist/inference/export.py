@@ -1,7 +1,7 @@
 """Export a trained model to ONNX, for programs without PyTorch. Needs `pip install -e '.[onnx]'`.
 
 mnist export --model runs/latest                        # runs/latest/model.onnx
-largest = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
+differences = export_onnx(load("runs/latest"), Path("model.onnx"), data.test.images[:1000])
 
 A model of a folder of images takes raw pixels of any size: `images`, uint8 [batch, height, width, 3], in gray [batch,
 height, width]; resizing is part of the file (raw_pixels.py). Other models, and with `prepared` these too, take
@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from mnist.inference.raw_pixels import prepend_preparation
 
 MAX_DIFFERENCE = 1e-4  # of a probability
 MAX_RAW_DIFFERENCE = 0.03  # of images of another size: Pillow reduces large ones in two steps
+RAW_IMAGES = 5
 RAW_SHAPES = ((0.6, 0.9), (2.3, 1.7), (5.0, 6.2))  # width and height of those images, in sizes of the network's input
 PREPARATIONS = {
     "digit": "bright ink on black, cropped to the ink, resized to fit 20 x 20, its center of mass moved to the center",
@@ -50,12 +51,19 @@ class Probabilities(nn.Module):
         return probabilities
 
 
-def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False) -> float:
-    """Write the model to `path`. Returns the largest difference between its probabilities and those of the original.
+class Differences(NamedTuple):
+    """The largest differences between the probabilities of the file and of the original."""
+
+    same_size: float  # images of the network's size
+    other_sizes: float | None  # if the file takes raw pixels
+
+
+def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False) -> Differences:
+    """Write the model to `path`, and compare it with the original.
 
     Compares on `images`, uint8 [N, height, width] or [N, height, width, 3]: the first alone, the others in batches; if
-    the file takes raw pixels, also on some images of other sizes. Raises UserError, and writes nothing, if a package is
-    missing or the difference is above MAX_DIFFERENCE, for other sizes MAX_RAW_DIFFERENCE.
+    the file takes raw pixels, also on the first few in other sizes. Raises UserError, and writes nothing, if a package
+    is missing or a difference is above MAX_DIFFERENCE, for other sizes MAX_RAW_DIFFERENCE.
     """
     try:
         import onnxruntime
@@ -91,15 +99,17 @@ def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False
         difference = float((exported - predict(model.net, images)).abs().max())
         check_difference(path, difference, MAX_DIFFERENCE)
         if is_raw:
-            check_difference(path, raw_difference(session, model, images[0]), MAX_RAW_DIFFERENCE)
+            raw_difference = max(difference_of_sizes(session, model, image) for image in images[:RAW_IMAGES])
+            check_difference(path, raw_difference, MAX_RAW_DIFFERENCE)
+        found = Differences(difference, raw_difference if is_raw else None)
         if is_stream:
             write_file(path, (temporary / path.name).read_bytes())
-            return difference
+            return found
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):  # the model itself last
             os.replace(file, path.with_name(file.name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference
+    return found
 
 
 def check_difference(path: Path, difference: float, limit: float) -> None:
@@ -111,7 +121,7 @@ def check_difference(path: Path, difference: float, limit: float) -> None:
         )
 
 
-def raw_difference(session: Any, model: Model, image: Tensor) -> float:
+def difference_of_sizes(session: Any, model: Model, image: Tensor) -> float:
     """The largest difference of probabilities for other sizes of an image, uint8 [height, width] or [..., 3].
 
     `session` is onnxruntime's.
@@ -127,8 +137,8 @@ def raw_difference(session: Any, model: Model, image: Tensor) -> float:
 def run(session: Any, images: Tensor) -> Tensor:
     """The exported model's probabilities [N, classes] for uint8 images, computed by onnxruntime."""
     is_raw = session.get_inputs()[0].type == "tensor(uint8)"
-    given = (images if is_raw else scale_pixels(images)).numpy()
-    return torch.from_numpy(session.run(["probabilities"], {"images": given})[0])
+    inputs = (images if is_raw else scale_pixels(images)).numpy()
+    return torch.from_numpy(session.run(["probabilities"], {"images": inputs})[0])
 
 
 def metadata(model: Model, is_raw: bool) -> dict[str, str]:
@@ -137,7 +147,7 @@ def metadata(model: Model, is_raw: bool) -> dict[str, str]:
     preprocessing: dict[str, Any] = {"layout": "NCHW", "shape": list(config.image_shape), "scale": "uint8 / 255"}
     if is_raw:
         shape = ["height", "width", 3] if config.channels == 3 else ["height", "width"]
-        preprocessing = {"layout": "NHWC", "shape": shape, "scale": "none"}
+        preprocessing = {"layout": "NHWC" if config.channels == 3 else "NHW", "shape": shape, "scale": "none"}
     preprocessing["image"] = "none, part of this file" if is_raw else PREPARATIONS.get(config.preparation, "none")
     return {
         "class_names": json.dumps(model.class_names),

@@ -32,9 +32,9 @@ def run_process(train: Callable[[TrainConfig, frozenset[str]], None], recipes: M
     end_at_once()
     try:
         config = parse_command_line(recipes)
-        from mnist.launch.processes import waiting_for_others  # imports torch, too slow for --help
+        from mnist.launch.processes import enough_memory, waiting_for_others  # imports torch, too slow for --help
 
-        with waiting_for_others(config.timeout_seconds):
+        with enough_memory(), waiting_for_others(config.timeout_seconds):
             train(config, explicit_settings())
     except KeyboardInterrupt:
         return 130

@@ -29,7 +29,6 @@ from accelerate.utils import (
 )
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from mnist.config.settings import TrainConfig
 from mnist.errors import ConfigError, UserError
 from mnist.launch.hardware import check_kernels
 
@@ -208,10 +207,12 @@ def check_environment(environment: Mapping[str, str], device_type: str, device_c
 
 def resolve_precision(mixed_precision: str | None, device_type: str, has_bf16: bool = True) -> str:
     """The precision of the flag, or else of the launcher. Raises ConfigError if it would have no effect."""
-    if mixed_precision == "auto":
+    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision == "auto" and launchers == "no":
         return "bf16" if has_bf16 and device_type == "cuda" else "no"
-    asked = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    origin = "--mixed-precision" if mixed_precision else "The launcher's mixed precision"
+    by_flag = mixed_precision not in (None, "auto")
+    asked = mixed_precision if by_flag else launchers
+    origin = "--mixed-precision" if by_flag else "The launcher's mixed precision"
     if asked not in ("no", "fp16", "bf16"):
         raise ConfigError(f"{origin} {asked}: not supported. Known: no, fp16, bf16.")
     if asked == "fp16" and device_type == "cpu":
@@ -263,17 +264,16 @@ def interface_towards(address: str) -> str | None:
 
 
 @contextmanager
-def enough_memory(config: TrainConfig, num_processes: int) -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
     """Turn an accelerator's error about full memory into a UserError that names smaller batches."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        batch_size, steps = config.batch_sizes(num_processes).global_batch_size, config.gradient_accumulation_steps
-        smaller = max(1, batch_size // (2 * num_processes)) * num_processes
         raise UserError(
-            f"Out of memory with {batch_size:,} images per batch ({str(error).splitlines()[0]}).\n"
-            f"For the same gradients from smaller batches: --global-batch-size {smaller} --gradient-accumulation-steps"
-            f" {steps * batch_size // smaller}. --mixed-precision bf16 and a smaller --image-size take less memory."
+            f"Out of memory: {str(error).splitlines()[0]}\n"
+            "Smaller batches with the same gradients: divide --batch-size (or --global-batch-size) by a number, and"
+            " multiply --gradient-accumulation-steps by it. --mixed-precision bf16, a smaller --image-size and"
+            " --pretrained head also take less memory. A resumed run keeps its settings: start a new one."
         ) from error
 
 

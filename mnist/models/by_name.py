@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from mnist.errors import ConfigError
+from mnist.files import knows_locks
 from mnist.models.networks import MODELS, ImageShape, Normalized
 
 
@@ -93,13 +95,13 @@ class TorchvisionModel(nn.Module):
 def describe_weights(name: str) -> str:
     """The pretrained weights of a torchvision model, and their license.
 
-    According to torchvision, weights may have terms derived from the dataset they were trained on.
+    According to torchvision's README, weights may have terms derived from the dataset they were trained on.
     """
     from torchvision import models
 
     weights = models.get_model_weights(name).DEFAULT
-    terms = weights.meta.get("license", "BSD-3-Clause")  # torchvision's own; SWAG's weights name theirs
-    return f"{weights} of torchvision; license: {terms}; trained on ImageNet-1K, whose terms may apply"
+    terms = weights.meta.get("license", "none of its own (torchvision: BSD-3-Clause)")  # only SWAG's weights have one
+    return f"{weights} of torchvision; license: {terms}; the terms of its training images (ImageNet-1K) may apply"
 
 
 def choose_trained_layers(model: nn.Module, pretrained: str) -> None:
@@ -124,17 +126,25 @@ def _weights_of(name: str) -> Iterator[Path]:
         raise ConfigError(
             f"--pretrained: the weights of {name} are not available ({type(error).__name__}: {error}).\n"
             f"They are downloaded from {urlsplit(address).netloc}. Without a network, download {address} elsewhere and"
-            f" save it as {file}\nIf that file is damaged, delete it. To train without: --pretrained none"
+            f" save it as {file}\nIf that file is damaged, delete it."
+            " To train without pretrained weights: --pretrained none"
         ) from error
 
 
 def fetch_weights(name: str) -> None:
-    """Download the pretrained weights, unless they are in torch's cache. Raises ConfigError if that fails."""
+    """Download the pretrained weights, unless they are in torch's cache. Raises ConfigError if that fails.
+
+    Of several processes, the first downloads and the others wait.
+    """
     from torchvision import models
 
     with _weights_of(name) as file:
-        if not file.is_file():
-            models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+        if file.is_file():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")) if knows_locks(file.parent) else nullcontext():
+            if not file.is_file():
+                models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
 
 
 def _from_torchvision(name: str, image_shape: ImageShape, pretrained: bool) -> tuple[nn.Module, Tensor, Tensor]:

@@ -18,23 +18,23 @@ from mnist.data.duplicates import EMPTY
 from mnist.data.listing import Listing
 from mnist.data.splits import ImageData
 from mnist.files import write_file
-from mnist.reporting.report import number, percent
+from mnist.reporting.report import fill_template
 
 THUMBNAIL = 112  # pixels
 MAX_SAMPLES, MAX_PER_CLASS = 400, 8  # thumbnails of the classes, in all and each
 MAX_CLASSES = 100  # with samples
 MAX_GROUPS, MAX_IN_GROUP = 24, 6  # of images that are alike, of each kind
 MAX_UNUSUAL = 12  # images of each kind
-ELONGATED = 2.5  # ratio of the sides from which on an image is
+ELONGATED = 2.5  # ratio of the sides above which an image counts as elongated
 TITLES = {
     "classes": "The same image in several classes",
     "splits": "The same image in several splits",
-    "": "Other duplicates",
+    "other": "Other duplicates",
 }
 ADVICE = {
     "classes": "At least one label is wrong, or the classes overlap. Correct the labels or remove the images.",
-    "splits": "A network that has seen an image knows its class: test accuracy is too high. Remove one of the two.",
-    "": "They count several times in training. Usually harmless.",
+    "splits": "A network that has seen an image knows its class: accuracy on the other split is too high.",
+    "other": "They count several times in training. Usually harmless.",
 }
 
 
@@ -45,15 +45,10 @@ def write_data_page(data: ImageData, path: Path) -> None:
 
 
 def render(data: ImageData, listing: Listing) -> str:
-    """The page as HTML; the template escapes names."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": number, "percent": percent}
+    """The page as HTML."""
     shorter = listing.sides.min(axis=1)
-    return environment.get_template("data.html").render(
+    return fill_template(
+        "data.html",
         data=data,
         images=len(listing.names),
         parts={part: int((listing.parts == part).sum()) for part in ("train", "val", "test")},
@@ -93,13 +88,15 @@ def _shown(listing: Listing, data: ImageData, indices: Iterable[Any]) -> list[di
 def _unusual(listing: Listing, data: ImageData) -> list[dict[str, Any]]:
     """Images that are nearly empty, much longer than wide, or far smaller than the network's input."""
     longer, shorter = listing.sides.max(axis=1), listing.sides.min(axis=1)
-    size = data.image_shape[1]
+    size, crops = data.image_shape[1], data.preparation == "crop"
     kinds = {
         ("Nearly empty", "All pixels are nearly the same."): listing.contrast < EMPTY,
         ("Elongated", f"One side is over {ELONGATED} times the other: with --fit crop most of the image is cut off."): (
-            longer > ELONGATED * shorter
+            crops & (longer > ELONGATED * shorter)
         ),
-        ("Small", f"Enlarged more than twice, to {size} x {size}: blurred."): 2 * shorter < size,
+        ("Small", f"Enlarged more than twice, to {size} x {size}: blurred."): (
+            2 * (shorter if crops else longer) < size
+        ),
     }
     return [
         {

@@ -9,12 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mnist.data.splits import ImageData
 from mnist.files import write_file
 from mnist.reporting import plots
 from mnist.runs.record import MAX_MOMENTS, MAX_POINTS, Record, class_accuracies, downsample
+
+if TYPE_CHECKING:
+    from mnist.data.splits import ImageData
 
 MAX_EPOCH_ROWS = 100  # in the table of epochs; if there are more, the last ones
 PATHS = ("run_name", "output_dir", "resume", "data_dir", "trackers")  # settings that do not affect the result
@@ -55,7 +57,7 @@ class LiveReport:
         if error is not None and self.writes:
             self.write()
 
-    def write_data(self, data: ImageData) -> None:
+    def write_data(self, data: "ImageData") -> None:
         """Write data.html, about the folder of images, unless it is there."""
         path = self.folder / "data.html"
         if self.writes and data.listing is not None and not path.exists():
@@ -101,23 +103,30 @@ def write_pictures(record: Record) -> None:
 
 def write_report(records: Sequence[Record], output: Path) -> None:
     """Write the report of one run, or the comparison of several: curves in shared charts, and settings that differ."""
-    write_file(output, render(records).encode(errors="backslashreplace"))  # paths may contain undecodable bytes
+    write_file(output, render(records, output.parent).encode(errors="backslashreplace"))  # of undecodable paths
 
 
-def render(records: Sequence[Record]) -> str:
-    """The report as HTML; the template escapes names."""
+def fill_template(name: str, **values: Any) -> str:
+    """A page of this folder as HTML; names are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "setting": setting}
+    return environment.get_template(name).render(values)
+
+
+def render(records: Sequence[Record], folder: Path | None = None) -> str:
+    """The report as HTML, which will be in `folder`."""
     record, evaluation, several = records[0], records[0].evaluation, len(records) > 1
-    return environment.get_template("report.html").render(
+    beside = folder is not None and folder.resolve() == record.folder
+    return fill_template(
+        "report.html",
         records=records,
         record=record,
         several=several,
-        has_data_page=(record.folder / "data.html").is_file(),
+        has_data_page=beside and (record.folder / "data.html").is_file(),
         colors=plots.RUN_COLORS,
         best=best_values(records),
         panels=plots.panels(records),

@@ -21,12 +21,13 @@ def nll_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
 
 
 def smoothed(loss: Loss, smoothing: float) -> Loss:
-    """nll_loss against labels of which `smoothing` is spread over all classes; other losses stay as they are.
+    """nll_loss against labels of which `smoothing` is spread over all classes; with 0, the loss itself.
 
     Szegedy et al., "Rethinking the inception architecture", 2016.
     """
-    if loss is not nll_loss or smoothing == 0:
+    if smoothing == 0:
         return loss
+    assert loss is nll_loss  # TrainConfig.label_smoothing
 
     def smoothed_loss(output: Tensor, y: Tensor, sample_weight: Tensor) -> Tensor:
         spread = -torch.dot(output.mean(dim=1), sample_weight)

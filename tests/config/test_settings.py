@@ -30,7 +30,8 @@ def test_photographs_have_a_recipe_with_and_one_without_pretrained_weights() -> 
     without = parse_command_line(RECIPES, ["--recipe=photos", "--pretrained", "none", "--image-size", "96"])
     assert (with_weights.recipe, with_weights.model, with_weights.image_size) == ("photos", "convnext_tiny", 224)
     assert (without.recipe, without.model, without.image_size) == ("photos-scratch", "cnn-deep", 96)
-    assert without == parse_command_line(RECIPES, ["--recipe", "photos-scratch", "--image-size", "96"])
+    for flags in ("--recipe photos-scratch", "--recipe photos --pretrained=False"):
+        assert parse_command_line(RECIPES, [*flags.split(), "--image-size", "96"]) == without
     assert parse_command_line(RECIPES, ["--pretrained", "none"]) == RECIPES["tutorial"]
     for batches, epochs in ((1, 600), (33, 19), (120, 5), (400, 5)):
         assert with_weights.total_epochs(batches) == epochs
@@ -122,7 +123,7 @@ def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bo
         ({"model": "cmn"}, ["--model cmn", "Did you mean cnn", "mlp"]),
         ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, cnn-quick", "torchvision"]),
         ({"model": "raft_large"}, ["--model raft_large", "unknown"]),  # torchvision's, but not a classifier
-        ({"pretrained": "head"}, ["--pretrained", "--model mlp", "--model resnet18"]),
+        ({"pretrained": "head"}, ["--pretrained", "--model mlp", "such as resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
         ({"schedule": "onecycle"}, ["--schedule onecycle", "Did you mean one-cycle"]),
         ({"loss": "crossentropy"}, ["--loss crossentropy", "nll, nll-balanced, mse"]),

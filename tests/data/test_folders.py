@@ -780,7 +780,7 @@ def test_reading_a_large_file_needs_little_memory(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from mnist.data.splits import FITS, MappedImages
+from mnist.data.splits import MappedImages
 count = (600 << 20) // 12288
 images = MappedImages(Path(sys.argv[1]), (count, 64, 64, 3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

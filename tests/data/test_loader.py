@@ -217,17 +217,17 @@ def test_each_optimizer_step_averages_over_its_actual_number_of_images(count: in
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-LEVELS = ("light", "strong", "strong photographs")
+KINDS = ("light", "writing", "photo")
 
 
-def augmented(digits: ImageData, level: str, processes: int, rank: int, first: int = 0) -> list[Batch]:
+def augmented(digits: ImageData, kind: str, processes: int, rank: int, first: int = 0) -> list[Batch]:
     """A process's batches in the second epoch of 107 images, global batch size 20, starting at batch `first`."""
     split = digits.train.take(slice(0, 107))
-    if flips := level.endswith("photographs"):
+    if kind == "photo":
         noise = np.random.default_rng(0).integers(0, 256, (107, 24, 24, 3), np.uint8)
         split = Split(torch.from_numpy(noise), split.labels)
     size = -(-20 // processes) * processes
-    batches = build_loader(split, 20, processes, training=Training(seed=3, augment=level.split()[0], flips=flips))
+    batches = build_loader(split, 20, processes, training=Training(seed=3, augment=kind))
     batches.dataset.set_epoch(1)  # type: ignore[attr-defined]
     share = size // processes
     starts = range(first * size + rank * share, 6 * size, size)
@@ -244,23 +244,23 @@ def test_a_balanced_loss_gives_every_class_the_same_weight(processes: int) -> No
     torch.testing.assert_close(sums / processes, torch.tensor([4.0, 0.0, 4.0, 4.0]))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("processes", [2, 3])  # 20 does not divide by 3: a batch is filled up
-def test_augmentation_does_not_depend_on_the_number_of_processes(processes: int, level: str, digits: ImageData) -> None:
-    alone = augmented(digits, level, 1, 0)
-    shares = [augmented(digits, level, processes, rank) for rank in range(processes)]
+def test_augmentation_does_not_depend_on_the_number_of_processes(processes: int, kind: str, digits: ImageData) -> None:
+    alone = augmented(digits, kind, 1, 0)
+    shares = [augmented(digits, kind, processes, rank) for rank in range(processes)]
     for number, (X, y, _) in enumerate(alone):
         together = [torch.cat([share[number][part] for share in shares])[:20] for part in (0, 1)]
         assert torch.equal(X, together[0])
         assert torch.equal(y, together[1])
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_resumed_midway_has_the_same_images(
-    level: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+    kind: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BatchDataset, "READ_AHEAD", 40 * 28 * 28)
-    whole, rest = augmented(digits, level, 1, 0), augmented(digits, level, 1, 0, first=3)
+    whole, rest = augmented(digits, kind, 1, 0), augmented(digits, kind, 1, 0, first=3)
     for left, right in zip(whole[3:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 

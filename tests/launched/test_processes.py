@@ -552,12 +552,14 @@ def test_a_value_that_accelerate_would_end_in_a_traceback_about_is_named(name: s
 
 
 def test_a_precision_that_the_device_lacks_is_refused_whoever_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for device, has_bf16, precision in (("cuda", True, "bf16"), ("cuda", False, "no"), ("cpu", True, "no")):
+        assert resolve_precision("auto", device, has_bf16) == precision
     with pytest.raises(ConfigError, match="--mixed-precision fp16: has no effect on a CPU"):
         resolve_precision("fp16", "cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert resolve_precision("bf16", "cpu") == "bf16"
-    for device, has_bf16, precision in (("cuda", True, "bf16"), ("cuda", False, "no"), ("cpu", True, "no")):
-        assert resolve_precision("auto", device, has_bf16) == precision
+    assert resolve_precision("auto", "cuda") == "fp16"  # the launcher's
     assert resolve_precision(None, "cuda") == "fp16"
     with pytest.raises(ConfigError, match="The launcher's mixed precision fp16: has no effect"):
         resolve_precision(None, "cpu")

@@ -1,8 +1,7 @@
-"""Every line of docs/your-data.md, from a folder to a deployed model, as a reader types it."""
+"""Every line of docs/your-data.md, from a folder to a deployed model; training takes one step on 4 images (SHORT)."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mnist.config.command_line import parse_command_line
+from mnist.config.recipes import RECIPES
 from mnist.config.settings import PROJECT_FOLDER
 from tests.conftest import user_environment
 from tests.launched.test_photos import convnext_weights  # noqa: F401 (a fixture)
@@ -63,10 +64,12 @@ def test_each_line_of_the_page_works_and_the_program_gives_the_models_answer(
 ) -> None:
     outputs = {line: run(line, here, convnext_weights) for block in blocks("sh") for line in block.splitlines()}
     assert len(outputs) >= 8
-    assert "PetImages at 64 x 64 in color, 20 training and 4 test images" in outputs["mnist inspect PetImages"]
+    (inspected,) = (output for line, output in outputs.items() if line.startswith("mnist inspect"))
+    assert "PetImages at 224 x 224 in color, 20 training and 4 test images" in inspected
     recipe = "accelerate launch train.py --recipe photos --dataset PetImages"
     assert "model       convnext_tiny" in outputs[recipe]
     assert "at 224 x 224 in color" in outputs[recipe]
+    assert "Decoding" not in outputs[recipe]
     (here / "program.py").write_text(blocks("python")[0])
     answer = run("python program.py runs/latest/model.onnx my_cat.jpg holiday/beach.png", here, convnext_weights)
     rows = json.loads(run("mnist predict my_cat.jpg holiday/beach.png --json", here, convnext_weights))
@@ -76,7 +79,15 @@ def test_each_line_of_the_page_works_and_the_program_gives_the_models_answer(
     assert run(command, here, convnext_weights).strip() == labels[0]
     assert 'load("runs/latest").predict("my_cat.jpg").label' in PAGE
     assert (here / "data.html").is_file()
-    shutil.rmtree(here)
+
+
+def test_each_setting_in_the_table_can_be_added_to_the_recipe() -> None:
+    settings = re.findall(r"^\| `(--\S+ \S+)` \|", PAGE, re.MULTILINE)
+    assert len(settings) >= 6
+    for setting in settings:
+        name, value = setting.replace("\\|", "|").split(" ")
+        for choice in value.split("|"):
+            parse_command_line(RECIPES, ["--recipe", "photos", name, choice])
 
 
 def test_the_pages_pictures_are_there() -> None:

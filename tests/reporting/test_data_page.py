@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mnist.cli import main
-from tests.conftest import RunHere
+from tests.conftest import ResumeHere, RunHere
 from tests.reporting.test_report import CHROMIUM, HOSTILE, Reading
 from tests.support.shapes import make_shapes
 
@@ -37,7 +37,7 @@ def test_inspect_names_what_is_wrong_with_a_folder(shapes: Path, capsys: pytest.
     page = inspect(shapes)
     printed = capsys.readouterr().out
     assert "shapes at 64 x 64 in color, 53 training and 12 test images" in printed
-    assert "1 image is in several classes: disc/wrong.jpg is ring/0.jpg" in printed
+    assert "1 image has copies in several classes: disc/wrong.jpg is ring/0.jpg" in printed
     for title in ("The same image in several classes: 1", "Nearly empty: 1", "Elongated: 1", "Small: 1"):
         assert title in page.text
     first, second = "disc ?, (train|test) disc/wrong.jpg", "ring ?, (train|test) ring/0.jpg"
@@ -65,11 +65,19 @@ def test_the_page_asks_for_nothing_and_escapes_names(shapes: Path) -> None:
     assert name in page.text
 
 
-def test_a_run_on_a_folder_has_the_page_and_a_resumed_one_keeps_it(shapes: Path, run_here: RunHere) -> None:
+def test_a_run_on_a_folder_has_the_page_and_a_resumed_one_keeps_it(
+    shapes: Path, run_here: RunHere, resume_here: ResumeHere
+) -> None:
     folder = run_here("x", dataset=str(shapes), data_dir=str(shapes.parent), report=True, limit_train_images=20)
     page = folder / "data.html"
     assert "The same image in several classes" in page.read_text()
     assert 'href="data.html"' in (folder / "report.html").read_text()
+    elsewhere = shapes.parent / "elsewhere.html"
+    assert main(["report", str(folder), "--output", str(elsewhere)]) == 0
+    assert "data.html" not in elsewhere.read_text()
+    page.write_text("mine")
+    resume_here(folder, epochs=2)
+    assert page.read_text() == "mine"
 
 
 def test_a_folder_of_one_image_per_class_in_each_split_has_a_page(tmp_path: Path) -> None:
@@ -83,7 +91,7 @@ def test_a_folder_of_one_image_per_class_in_each_split_has_a_page(tmp_path: Path
 
 def test_inspect_refuses_what_is_not_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "mnist"]) == 2
-    assert "mnist: name a folder of images" in capsys.readouterr().err
+    assert "mnist: is a dataset by name. Name a folder of images" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "missing")]) == 2
     assert "no such folder" in capsys.readouterr().err
 
