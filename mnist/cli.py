@@ -450,6 +450,9 @@ def export_model(options: argparse.Namespace) -> None:
         print(f"  probabilities differ by at most {found.same_size:.1e}")
         if found.other_sizes is not None:
             print(f"  raw pixels of other sizes, on a few of them: by at most {found.other_sizes:.1e}")
+        if model.config.scale is not None:
+            low, high = model.config.scale
+            print(f"  more than 8 bits per pixel: scale {low:,g} to 0 and {high:,g} to 255 before")
 
 
 @contextlib.contextmanager
@@ -477,18 +480,17 @@ def _is_stdout(path: Path) -> bool:
 def inspect_folder(options: argparse.Namespace) -> None:
     """Print what the header of a run says about a folder, and write data.html."""
     from mnist.config.settings import TrainConfig
-    from mnist.data.datasets import SOURCES, load_dataset
+    from mnist.data.datasets import load_dataset
     from mnist.reporting.data_page import write_data_page
 
-    config = TrainConfig(dataset=options.folder, image_size=options.image_size, fit=options.fit)
-    if options.data_dir:
-        config = dataclasses.replace(config, data_dir=str(options.data_dir))
-    if config.dataset in SOURCES:
-        raise ConfigError(f"{options.folder}: is a dataset by name. Name a folder of images, e.g. ./{options.folder}.")
-    if not Path(options.folder).is_dir():
-        raise ConfigError(f"{options.folder}: no such folder.")
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: {'a file, not a folder of images' if folder.exists() else 'no such folder'}.")
     if not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: the folder {options.output.parent} does not exist.")
+    config = TrainConfig(dataset=str(folder.resolve()), image_size=options.image_size, fit=options.fit)
+    if options.data_dir:
+        config = dataclasses.replace(config, data_dir=str(options.data_dir))
     with _written_to(options.output):
         data = load_dataset(config.dataset, config.data_dir, config.data_options)
         print(f"{printable(data.title)}, {len(data.train):,} training and {len(data.test):,} test images")

@@ -223,6 +223,10 @@ class TrainConfig:
             self._make_absolute("dataset", Path.resolve)
         else:
             check_choice("dataset", self.dataset, CHOICES["dataset"], f"{', '.join(CHOICES['dataset'])}, or a folder")
+            if self.augment == "strong" and self.dataset != "mnist":
+                raise ConfigError(
+                    f"--augment strong: for mnist and folders of images, not for {self.dataset}. Use --augment light."
+                )
         if self.model not in (*CHOICES["model"], *KNOWN_TO_TORCHVISION):
             from torchvision import models  # takes a second to import
 

@@ -232,7 +232,8 @@ def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
         text = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
     else:
         least, most = (f"{counts[label]:,} ({names[label]})" for label in (order[0], order[-1]))
-        text = f"{len(names):,} classes, from {least} to {most} images each"
+        unequal = counts[order[0]] < counts[order[-1]]
+        text = f"{len(names):,} classes, {f'from {least} to {most}' if unequal else f'{counts[0]:,}'} images each"
     untested = [names[label] for label in sorted(set(range(len(names))) - set(test.labels.tolist()))]
     return f"{text}; no test images: {a_few(untested)}" if untested else text
 

@@ -1,7 +1,7 @@
 """The files of a folder of images, and what is suspicious about them.
 
 listing = load_dataset("PetImages", "data").listing
-listing.notes()             # ["2 images have copies in several classes: Cat/7.jpg is like Dog/3.jpg, ...", ...]
+listing.notes()          # ["2 images have duplicates in another class: Cat/7.jpg looks like Dog/3.jpg, ...", ...]
 """
 
 import math
@@ -61,26 +61,27 @@ class Listing:
     def notes(self) -> list[str]:
         """Lines for the header of a run: test images in the training images, the same image in two classes, and all."""
         notes, conflicting = [], self.groups["classes"]
-        is_test, is_trained = self.parts == "test", np.bincount(self.alike, self.parts == "train") > 0
-        leaked = np.flatnonzero(is_test & is_trained[self.alike])
-        if len(leaked):
-            same = np.flatnonzero((self.parts == "train") & (self.alike == self.alike[leaked[0]]))
-            notes.append(
-                f"{len(leaked):,} of {is_test.sum():,} test images are duplicates of training images and inflate the"
-                f" accuracy: {self._pair(leaked[0], same[0], len(leaked))}"
-            )
+        is_trained = np.bincount(self.alike, self.parts == "train") > 0
+        for part, name in (("test", "test"), ("val", "validation")):
+            leaked = np.flatnonzero((self.parts == part) & is_trained[self.alike])
+            if len(leaked):
+                same = np.flatnonzero((self.parts == "train") & (self.alike == self.alike[leaked[0]]))
+                notes.append(
+                    f"{len(leaked):,} of {(self.parts == part).sum():,} {name} images are duplicates of training images"
+                    f" and inflate the accuracy: {self._pair(leaked[0], same[0], len(leaked))}"
+                )
         if conflicting:
             group, count = conflicting[0], len(conflicting)
             one, other = group[np.unique(self.labels[group], return_index=True)[1][:2]]
             those = "1 image has" if count == 1 else f"{count:,} images have"
-            notes.append(f"{those} copies in several classes: {self._pair(one, other, count)}")
+            notes.append(f"{those} duplicates in another class: {self._pair(one, other, count)}")
         exact, all_of_them = (len(column) - len(np.unique(column)) for column in (self.equal, self.alike))
         if all_of_them:
             notes.append(f"repeated images: {exact:,} exactly, {all_of_them - exact:,} nearly; see data.html")
         return notes
 
     def _pair(self, one: int, other: int, count: int) -> str:
-        verb = "is" if self.equal[one] == self.equal[other] else "is like"
+        verb = "is" if self.equal[one] == self.equal[other] else "looks like"
         return f"{self.names[one]} {verb} {self.names[other]}{', ...' if count > 1 else ''}"
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mnist.config.settings import TrainConfig
 from mnist.data.photographs import photo_parameters, vary
-from mnist.data.splits import FITS, ImageData, Split, class_weights
+from mnist.data.splits import ImageData, Split, class_weights
 from mnist.data.transforms import augment, augmentation_parameters, eval_batch_size, scale_pixels
 from mnist.data.writing import rewrite, writing_parameters
 from mnist.errors import ConfigError
@@ -219,10 +219,6 @@ def build_loaders(
     All processes must call it. Raises ConfigError if their data differ or a batch is larger than the data.
     """
     check_alike(data.counts | {"dataset_md5": data.checksum})
-    if config.augment == "strong" and data.preparation not in ("digit", *FITS):
-        raise ConfigError(
-            f"--augment strong: for MNIST and folders of images, not for {data.name}. Use --augment light."
-        )
     processes, device = accelerator.num_processes, accelerator.device
     data = place_images(data, device)
     balanced = config.loss == "nll-balanced"

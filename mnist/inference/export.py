@@ -148,6 +148,8 @@ def metadata(model: Model, is_raw: bool) -> dict[str, str]:
     if is_raw:
         shape = ["height", "width", 3] if config.channels == 3 else ["height", "width"]
         preprocessing = {"layout": "NHWC" if config.channels == 3 else "NHW", "shape": shape, "scale": "none"}
+    if config.scale is not None:
+        preprocessing["more_than_8_bits"] = {"to_0": config.scale[0], "to_255": config.scale[1]}
     preprocessing["image"] = "none, part of this file" if is_raw else PREPARATIONS.get(config.preparation, "none")
     return {
         "class_names": json.dumps(model.class_names),

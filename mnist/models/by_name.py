@@ -122,9 +122,10 @@ def _weights_of(name: str) -> Iterator[Path]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
     try:
         yield file
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, TypeError, AttributeError, KeyError, pickle.UnpicklingError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
-            f"--pretrained: the weights of {name} are not available ({type(error).__name__}: {error}).\n"
+            f"--pretrained: the weights of {name} are not available ({problem}).\n"
             f"They are downloaded from {urlsplit(address).netloc}. Without a network, download {address} elsewhere and"
             f" save it as {file}\nIf that file is damaged, delete it."
             " To train without pretrained weights: --pretrained none"

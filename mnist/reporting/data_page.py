@@ -32,7 +32,7 @@ TITLES = {
     "other": "Other duplicates",
 }
 ADVICE = {
-    "classes": "At least one label is wrong, or the classes overlap. Correct the labels or remove the images.",
+    "classes": "Probably a wrong label, unless a small detail decides the class: compare the images.",
     "splits": "A network that has seen an image knows its class: accuracy on the other split is too high.",
     "other": "They count several times in training. Usually harmless.",
 }

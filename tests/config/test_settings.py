@@ -123,6 +123,7 @@ def test_a_boolean_flag_takes_a_value_or_none(arguments: list[str], expected: bo
         ({"model": "cmn"}, ["--model cmn", "Did you mean cnn", "mlp"]),
         ({"model": "resnet81"}, ["--model resnet81", "Did you mean resnet18", "mlp, cnn, cnn-quick", "torchvision"]),
         ({"model": "raft_large"}, ["--model raft_large", "unknown"]),  # torchvision's, but not a classifier
+        ({"augment": "strong", "dataset": "kmnist"}, ["--augment strong", "mnist and folders", "light"]),
         ({"pretrained": "head"}, ["--pretrained", "--model mlp", "such as resnet18"]),
         ({"optimizer": "Adamw"}, ["--optimizer Adamw", "Did you mean adamw"]),
         ({"schedule": "onecycle"}, ["--schedule onecycle", "Did you mean one-cycle"]),

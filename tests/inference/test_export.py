@@ -225,6 +225,14 @@ def test_gray_models_take_gray_pixels(tmp_path: Path) -> None:
     torch.testing.assert_close(export.run(session, raw), expected, atol=1e-3, rtol=0)
 
 
+def test_the_file_says_how_to_scale_more_than_8_bits(tmp_path: Path) -> None:
+    config = ModelConfig("mlp", ("a", "b"), (20, 20), "scans", preparation="crop", scale=(0.0, 4095.0))
+    model = Model(build_model("mlp", 2, (1, 20, 20)), config)
+    export.export_onnx(model, tmp_path / "m.onnx", torch.zeros(2, 20, 20, dtype=torch.uint8))
+    metadata = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["preprocessing"])["more_than_8_bits"] == {"to_0": 0, "to_255": 4095}
+
+
 def test_a_model_of_photographs_can_take_prepared_images_instead(photographs: Path) -> None:
     output = photographs / "prepared.onnx"
     assert main(["export", "--model", str(photographs), "--prepared", "--output", str(output)]) == 0

@@ -309,6 +309,11 @@ def test_unavailable_pretrained_weights_are_an_error_with_their_url_and_path(
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         build_model("resnet18", 3, (3, 64, 64), pretrained=True)
+    for content in (torch.zeros(3), [1], {"fc.weight": torch.zeros(3)}):
+        torch.save(content, file)
+        with pytest.raises(ConfigError, match="damaged") as refused:
+            build_model("resnet18", 3, (3, 64, 64), pretrained=True)
+        assert len(str(refused.value)) < 1000
     file.unlink()
     with pytest.raises(UserError, match=r"--pretrained: the weights of resnet18 are not available \(URLE") as caught:
         build_model("resnet18", 3, (3, 64, 64), pretrained=True)

@@ -37,7 +37,7 @@ def test_inspect_names_what_is_wrong_with_a_folder(shapes: Path, capsys: pytest.
     page = inspect(shapes)
     printed = capsys.readouterr().out
     assert "shapes at 64 x 64 in color, 53 training and 12 test images" in printed
-    assert "1 image has copies in several classes: disc/wrong.jpg is ring/0.jpg" in printed
+    assert "1 image has duplicates in another class: disc/wrong.jpg is ring/0.jpg" in printed
     for title in ("The same image in several classes: 1", "Nearly empty: 1", "Elongated: 1", "Small: 1"):
         assert title in page.text
     first, second = "disc ?, (train|test) disc/wrong.jpg", "ring ?, (train|test) ring/0.jpg"
@@ -90,10 +90,12 @@ def test_a_folder_of_one_image_per_class_in_each_split_has_a_page(tmp_path: Path
 
 
 def test_inspect_refuses_what_is_not_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "mnist"]) == 2
-    assert "mnist: is a dataset by name. Name a folder of images" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "missing")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    for name, error in (("mnist-images", "no such folder"), (tmp_path / "file", "a file, not a folder of images")):
+        assert main(["inspect", str(name)]) == 2
+        assert f"{name}: {error}." in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--output", str(tmp_path / "no" / "data.html")]) == 2
+    assert "no/data.html: the folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
