@@ -97,10 +97,10 @@ def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False
         batches = images[:1], *torch.split(images[1:], eval_batch_size(images.shape[1:]))
         exported = torch.cat([run(session, batch) for batch in batches])
         difference = float((exported - predict(model.net, images)).abs().max())
-        check_difference(path, difference, MAX_DIFFERENCE)
+        check_difference(path, difference, MAX_DIFFERENCE, "another version of torch or onnxruntime")
         if is_raw:
             raw_difference = max(difference_of_sizes(session, model, image) for image in images[:RAW_IMAGES])
-            check_difference(path, raw_difference, MAX_RAW_DIFFERENCE)
+            check_difference(path, raw_difference, MAX_RAW_DIFFERENCE, "--prepared, which takes no raw pixels")
         found = Differences(difference, raw_difference if is_raw else None)
         if is_stream:
             write_file(path, (temporary / path.name).read_bytes())
@@ -112,12 +112,12 @@ def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False
     return found
 
 
-def check_difference(path: Path, difference: float, limit: float) -> None:
-    """Raise UserError if the difference of probabilities is above the limit, or NaN."""
+def check_difference(path: Path, difference: float, limit: float, way_out: str) -> None:
+    """Raise UserError, which suggests `way_out`, if the difference of probabilities is above the limit, or NaN."""
     if not difference <= limit:
         raise UserError(
             f"{path}: not written. The exported model's probabilities differ by up to {difference:.1e}, more than"
-            f" {limit:.0e}. Try another version of torch or onnxruntime."
+            f" {limit:.0e}. Try {way_out}."
         )
 
 
