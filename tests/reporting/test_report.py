@@ -387,3 +387,9 @@ def test_in_a_browser_the_report_fits_phone_and_desktop_and_runs_nothing(
     assert seen["clipped"] == 0
     assert seen["metrics"] == 1
     assert seen["asked"] == []
+
+
+def test_reports_are_written_without_torch() -> None:
+    """It takes two seconds to load; mnist runs and mnist report need none of it."""
+    script = "import sys, mnist.reporting.report, mnist.runs.record; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=PROJECT_FOLDER, check=True)
