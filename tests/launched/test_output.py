@@ -21,7 +21,7 @@ TRAIN = f"exec {sys.executable} train.py {FLAGS}"
     [
         ("> /dev/full 2> /dev/full", "standard output: No space left on device"),
         pytest.param(">&-", "standard output: it was closed", marks=pytest.mark.slow),
-        ("| true", "standard output: Broken pipe"),
+        pytest.param("| true", "standard output: Broken pipe", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_continues_without_its_output_and_records_why(redirections: str, lost: str, tmp_path: Path) -> None:
@@ -33,6 +33,7 @@ def test_a_run_continues_without_its_output_and_records_why(redirections: str, l
     assert (tmp_path / "x" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_sighup_survives_its_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

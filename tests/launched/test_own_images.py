@@ -409,6 +409,7 @@ def resnet18_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return weights
 
 
+@pytest.mark.slow
 def test_a_pretrained_run_resumes_without_the_pretrained_weights(
     resnet18_weights: Path, run_here: RunHere, resume_here: ResumeHere
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_run_with_a_server_that_never_answers_succeeds_with_one_warning(launch
     assert logged_by_wandb(log_of(tmp_path / "x"))[: len(lines)] == lines
 
 
+@pytest.mark.slow
 def test_a_run_continues_if_wandbs_process_is_killed(tmp_path: Path) -> None:
     job = track_in_process(tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
