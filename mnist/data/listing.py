@@ -89,7 +89,7 @@ def _connected(equal: NDArray[np.int64], alike: NDArray[np.int64]) -> NDArray[np
     """[N]: the number of each image's group, given that of its equal ones [N] and pairs that are alike [pairs, 2]."""
     if not len(alike):
         return equal
-    from scipy.sparse import coo_array  # takes a tenth of a second and 20 MB
+    from scipy.sparse import coo_array  # takes 20 MB
     from scipy.sparse.csgraph import connected_components
 
     count, (one, other) = int(equal.max()) + 1, equal[alike].T

@@ -99,7 +99,8 @@ def export_onnx(model: Model, path: Path, images: Tensor, prepared: bool = False
         difference = float((exported - predict(model.net, images)).abs().max())
         check_difference(path, difference, MAX_DIFFERENCE, "another version of torch or onnxruntime")
         if is_raw:
-            raw_difference = max(difference_of_sizes(session, model, image) for image in images[:RAW_IMAGES])
+            differences = [differences_of_sizes(session, model, image) for image in images[:RAW_IMAGES]]
+            raw_difference = float(np.max(differences))  # NaN if one is
             check_difference(path, raw_difference, MAX_RAW_DIFFERENCE, "--prepared, which takes no raw pixels")
         found = Differences(difference, raw_difference if is_raw else None)
         if is_stream:
@@ -121,17 +122,17 @@ def check_difference(path: Path, difference: float, limit: float, way_out: str) 
         )
 
 
-def difference_of_sizes(session: Any, model: Model, image: Tensor) -> float:
-    """The largest difference of probabilities for other sizes of an image, uint8 [height, width] or [..., 3].
+def differences_of_sizes(session: Any, model: Model, image: Tensor) -> list[float]:
+    """The largest difference of a probability for each of RAW_SHAPES of an image, uint8 [height, width] or [..., 3].
 
     `session` is onnxruntime's.
     """
-    picture, differences = Image.fromarray(image.numpy()), [0.0]
+    picture, differences = Image.fromarray(image.numpy()), []
     for width, height in RAW_SHAPES:
         raw = picture.resize((round(width * picture.width), round(height * picture.height)), Image.Resampling.BICUBIC)
         expected = predict(model.net, model.prepare(raw).rows[0][0].pixels[None])
         differences.append(float((run(session, torch.from_numpy(np.array(raw))[None]) - expected).abs().max()))
-    return max(differences)
+    return differences
 
 
 def run(session: Any, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 prepend_preparation(program.model, size=224, fit="crop", color=True)
 
 Resizing is a product with two matrices of weights, for the rows and the columns, in ordinary operators: ONNX's Resize
-cannot crop half a pixel, which Pillow does where a side is odd, and few runtimes have it with antialiasing.
+cannot crop half a pixel, which Pillow does where a side is odd.
 """
 
 from typing import Any

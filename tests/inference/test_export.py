@@ -225,6 +225,14 @@ def test_gray_models_take_gray_pixels(tmp_path: Path) -> None:
     torch.testing.assert_close(export.run(session, raw), expected, atol=1e-3, rtol=0)
 
 
+def test_a_difference_that_is_not_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "differences_of_sizes", lambda *_: [0.0, float("nan"), 0.0])
+    model = Model(build_model("mlp", 2, (1, 20, 20)), ModelConfig("mlp", ("a", "b"), (20, 20), "x", preparation="crop"))
+    with pytest.raises(UserError, match=r"differ by up to nan.*Try --prepared"):
+        export.export_onnx(model, tmp_path / "m.onnx", torch.zeros(2, 20, 20, dtype=torch.uint8))
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_the_file_says_how_to_scale_more_than_8_bits(tmp_path: Path) -> None:
     config = ModelConfig("mlp", ("a", "b"), (20, 20), "scans", preparation="crop", scale=(0.0, 4095.0))
     model = Model(build_model("mlp", 2, (1, 20, 20)), config)
