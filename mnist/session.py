@@ -7,6 +7,7 @@ with Session(accelerator, config, data, model, optimizer, scheduler) as run:
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -57,7 +58,8 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     # before the processes join, because these may take longer than the timeout
     if local.pretrained != "none" and local.resume is None:
         fetch_weights(local.model)
-    decode_folder(local.dataset, local.data_dir, local.data_options)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a single process decodes when it loads the data
+        decode_folder(local.dataset, local.data_dir, local.data_options)
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)
     config.batch_sizes(state.num_processes)  # raises if the processes cannot share the global batch

@@ -180,7 +180,7 @@ def test_runs(data: st.DataObject, tmp_path: Path) -> None:
     if record is not None:
         assert record.status.isprintable()
         assert duration(record.seconds)
-        if data.draw(st.integers(0, 9)) == 0:  # drawing takes long
+        if data.draw(st.integers(0, 24)) == 0:  # drawing takes long
             assert render([record])
             write_pictures(record)
 

@@ -152,5 +152,5 @@ def field_docstrings(cls: type) -> dict[str, str]:
     for statement, following in zip(body.body, body.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docstrings[statement.target.id] = inspect.cleandoc(str(following.value.value))
+                docstrings[statement.target.id] = " ".join(str(following.value.value).split())
     return docstrings

@@ -61,7 +61,7 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         layout = find_layout(tree, folder.error, class_names)
         walk = Walk(tree)
         walk.classes([(part, label, name) for part, named in layout.parts.items() for label, name in named.items()])
-        files = [File(name, label, part, _stamp(folder.path / name)) for part, label, name in walk.found]
+        files = [File(name, label, part, _stamp(os.path.join(folder.path, name))) for part, label, name in walk.found]
     except OSError as error:
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
@@ -154,10 +154,10 @@ class Walk:
             self.skipped.append((link, "link to a file or folder already read"))
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: str) -> tuple[int, ...]:
     """Size, modification time and mode (changed permissions may make a file readable); () for a dangling link."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return ()
     return (status.st_size, status.st_mtime_ns, status.st_mode)

@@ -28,16 +28,31 @@ def choose_threads(model: nn.Module, batch: Tensor) -> int:
     than it saves (MLP 784-64-64-64-10 on two cores, one thread against two: 580 and 690 us per step with batches of 10,
     870 and 730 with 128). Beside another busy process a step took 4 to 30 ms with two threads, 0.8 ms with one.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(batch)
-    model.train(training)
     share = max(1, available_cores() // processes_here())
-    threads = share if counter.get_total_flops() >= FLOPS_WORTH_SHARING else 1
+    threads = share if _count_flops(model, batch) >= FLOPS_WORTH_SHARING else 1
     torch.set_num_threads(threads)
     return threads
+
+
+def _count_flops(model: nn.Module, batch: Tensor) -> int:
+    """Floating-point operations of the convolutions and linear layers in a forward pass.
+
+    torch's FlopCounterMode also counts attention, but imports torch's compiler, which takes over a second.
+    """
+    counts = []
+
+    def count(layer: nn.Conv2d | nn.Linear, _: Any, output: Tensor) -> None:
+        counts.append(2 * output.numel() * layer.weight[0].numel())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    training = model.training
+    with torch.no_grad():
+        model.eval()(batch)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 def available_cores() -> int:

@@ -76,7 +76,7 @@ def printable_lines(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape control characters, newlines and undecodable bytes, for one line of a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _is_own(stream: io.TextIOWrapper) -> bool:

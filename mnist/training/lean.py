@@ -4,6 +4,7 @@ accelerator = LeanAccelerator(...)
 model, optimizer = accelerator.prepare(model, optimizer)
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mnist.training.graph import RECORDERS, Replay
@@ -57,6 +59,14 @@ class LeanAccelerator(Accelerator):
         yield
         if self.is_local_main_process:
             gather_object([None])
+
+    def unwrap_model(self, model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
+        if "torch._dynamo" in sys.modules:
+            return super().unwrap_model(model, *arguments, **settings)  # type: ignore[no-any-return]
+        # Accelerate 1.15 would import torch's compiler, over a second, to see that nothing is compiled
+        while isinstance(model, DistributedDataParallel):
+            model = model.module
+        return model
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[Any]:
         if self.gradient_accumulation_steps > 1:
@@ -187,21 +197,23 @@ class LeanOptimizer(AcceleratedOptimizer):
                 self.skipped.after_step(self.optimizer)
         elif self.gradient_state.sync_gradients and not self._step_of_adam():
             self.optimizer.step()
-            if self.states is None:
-                self.states = self._states_of_adam()
 
     def _states_of_adam(self) -> list[AdamState]:
-        """The state of each group after the first step; empty unless it is a fused Adam on one CPU or CUDA device."""
+        """The state of each group, new if there is none; empty unless it is a fused Adam on one CPU or CUDA device."""
         groups, state, kind = self.optimizer.param_groups, self.optimizer.state, type(self.optimizer)
         parameters = [parameter for group in groups for parameter in group["params"]]
         alike = len({(one.device, one.dtype) for one in parameters}) == 1  # torch updates each kind by itself
         on_device = alike and parameters[0].device.type in ("cpu", "cuda")
-        if kind not in FUSED_UPDATES or not on_device or not all(one in state for one in parameters):
+        is_new = not state and all(one.grad is not None for one in parameters)
+        if kind not in FUSED_UPDATES or not on_device or not (is_new or all(one in state for one in parameters)):
             return []
         decoupled = kind is torch.optim.AdamW  # Adam(decoupled_weight_decay=True) is AdamW
         for group in groups:
             if not group["fused"] or group["amsgrad"] or group.get("decoupled_weight_decay", decoupled) != decoupled:
                 return []
+        for parameter in parameters if is_new else ():  # as torch's first step does, which imports torch's compiler
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state[parameter] = {"step": step} | {name: torch.zeros_like(parameter) for name in AdamState._fields[2:]}
         states = []
         for group in groups:
             kept = [state[parameter] for parameter in group["params"]]
@@ -213,6 +225,8 @@ class LeanOptimizer(AcceleratedOptimizer):
 
     def _step_of_adam(self) -> bool:
         """Update with the cached tensors; False if torch's own step must do it."""
+        if self.states is None:
+            self.states = self._states_of_adam()
         if not self.states:
             return False
         groups, captured = self.optimizer.param_groups, self.accelerator.captured

@@ -4,6 +4,7 @@ optimizer = build_optimizer("adam", model.parameters(), learning_rate=1e-3)
 scheduler = build_schedule("cosine", optimizer, warmup_steps=100, total_steps=18_000)
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +29,10 @@ def build_optimizer(
 ) -> Optimizer:
     """The torch optimizer called `name`; radam is the tutorial's "rectified Adam" (Liu et al., 2019)."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
+        # torch 2.14 would import its compiler, over a second, to keep it from compiling these: say that it does already
+        function = inspect.unwrap(method)
+        vars(function).setdefault("__dynamo_disable", function)
     return OPTIMIZERS[name](trained, lr=learning_rate, weight_decay=weight_decay)
 
 

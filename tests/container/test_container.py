@@ -253,6 +253,7 @@ def container(folder: Path, *flags: str, **variables: str) -> Iterator[tuple["su
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_is_forwarded_and_the_container_exits_with_the_runs_code(tmp_path: Path) -> None:
     with container(tmp_path, *LONG, "--run-name=x", NUM_PROCESSES="2") as (process, output):
         wait_for(tmp_path / "runs" / "x" / "metrics.jsonl", process, output)

@@ -47,7 +47,7 @@ def crops(digit: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     yield "box", digit[top:bottom, left:right]
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [34, pytest.param(300, marks=pytest.mark.slow)])
 def test_tightly_cut_digits_on_black_and_on_white_are_read(
     count: int, model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
 ) -> None:

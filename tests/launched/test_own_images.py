@@ -255,6 +255,7 @@ def test_the_header_names_very_unequal_classes_and_the_loss_that_balances_them(
     assert (note in capsys.readouterr().out) == shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_decoding_exits_at_once_and_leaves_nothing(things: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     shutil.copytree(things, large)

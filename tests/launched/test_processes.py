@@ -152,7 +152,7 @@ def three_processes(one_process: Path, tmp_path_factory: pytest.TempPathFactory)
     ("processes", "name"),
     [
         *(("two_processes", name) for name in worker.CASES if name not in worker.SLOW),
-        *(("three_processes", name) for name in worker.FEW),
+        *(pytest.param("three_processes", name, marks=pytest.mark.slow) for name in worker.FEW),
         *(pytest.param("four_processes_with_every_case", name, marks=pytest.mark.slow) for name in worker.CASES),
     ],
 )
@@ -175,7 +175,7 @@ def test_n_processes_train_to_the_weights_of_one_with_the_whole_batch(
                 assert together[key] == pytest.approx(alone[key], rel=1e-3), key
 
 
-@pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
 def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
     count: int, one_process: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -192,36 +192,42 @@ def test_evaluation_counts_each_image_once_whatever_the_number_of_processes(
             assert results[size][0] == pytest.approx(alone[size][0], rel=1e-6)
 
 
+def check_resumed(was: int, now: int, folder: Path, output: str, whole: Path) -> None:
+    """A run of `was` processes that `now` processes resumed is like the run `whole` of one."""
+    assert f"no longer bit-identical: num_processes was {was}, is {now}" in output
+    assert f"batch       20 images ({-(-20 // now)} per process)" in output
+    # a repeated or skipped image would change the weights
+    run = folder / "runs" / f"begun-by-{was}"
+    assert largest_difference(whole, run) < 2e-4
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert json.loads((newest / "state.json").read_text())["progress"]["images_seen"] == 2 * 507
+
+
 def test_resuming_with_another_number_of_processes_repeats_and_skips_no_images(
-    two_processes: Path,
-    three_processes: Path,
-    run_here: RunHere,
-    resume_here: ResumeHere,
-    capsys: pytest.CaptureFixture[str],
+    two_processes: Path, run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run_here("whole", **worker.OTHER_NUMBER)
     capsys.readouterr()
     resume_here(two_processes / "runs" / "begun-by-2", max_steps=52)
-    outputs = capsys.readouterr().out, *((it / "output").read_text() for it in (two_processes, three_processes))
-    for was, now, per_process, output, folder in (
-        (2, 1, 20, outputs[0], two_processes),
-        (1, 2, 10, outputs[1], two_processes),
-        (1, 3, 7, outputs[2], three_processes),  # 20 is not divisible by 3
-    ):
-        assert f"no longer bit-identical: num_processes was {was}, is {now}" in output
-        assert f"batch       20 images ({per_process} per process)" in output
-        # a repeated or skipped image would change the weights
-        run = folder / "runs" / f"begun-by-{was}"
-        assert largest_difference(whole.parent.parent / "runs" / "whole", folder / "runs" / run.name) < 2e-4
-        newest = max((run / "checkpoints").glob("step-*"))
-        assert json.loads((newest / "state.json").read_text())["progress"]["images_seen"] == 2 * 507
+    check_resumed(2, 1, two_processes, capsys.readouterr().out, whole)
+    check_resumed(1, 2, two_processes, (two_processes / "output").read_text(), whole)
 
 
+@pytest.mark.slow
+def test_a_run_resumes_with_a_number_of_processes_that_does_not_divide_the_batch(
+    three_processes: Path, run_here: RunHere
+) -> None:
+    whole = run_here("whole", **worker.OTHER_NUMBER)
+    check_resumed(1, 3, three_processes, (three_processes / "output").read_text(), whole)
+
+
+@pytest.mark.slow
 def test_three_processes_resume_bit_identically(three_processes: Path) -> None:
     """Unlike that of two, their sum depends on how DistributedDataParallel arranges the gradients."""
     assert end_of(three_processes / "runs" / "cut") == end_of(three_processes / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_three_processes_write_one_run_one_row_per_event_and_one_wandb_run(three_processes: Path) -> None:
     folders = [path for path in (three_processes / "whole").iterdir() if not path.is_symlink()]
     assert len(folders) == 1
@@ -231,6 +237,7 @@ def test_three_processes_write_one_run_one_row_per_event_and_one_wandb_run(three
     assert (environment["batch_size"], environment["global_batch_size"]) == (8, 24)
 
 
+@pytest.mark.slow
 def test_only_the_main_process_prints(three_processes: Path) -> None:
     output = (three_processes / "output").read_text()
     runs = len(worker.FEW) + 5  # a download, W&B, a whole run and two resumed ones; another one fails
@@ -240,6 +247,7 @@ def test_only_the_main_process_prints(three_processes: Path) -> None:
     assert "24 images (8 per process)" in output
 
 
+@pytest.mark.slow
 def test_one_process_per_machine_downloads_the_data(three_processes: Path) -> None:
     assert (three_processes / "output").read_text().count("Downloading mnist into") == 1
     requests = Counter((three_processes / "requests").read_text().split())
@@ -248,6 +256,7 @@ def test_one_process_per_machine_downloads_the_data(three_processes: Path) -> No
     assert state_of(three_processes / "downloaded" / "latest")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_the_job_within_ten_seconds_with_its_error(three_processes: Path) -> None:
     assert float((three_processes / "seconds").read_text()) < 10
     errors = (three_processes / "errors").read_text()
@@ -369,10 +378,8 @@ def test_processes_with_different_settings_or_precision_are_refused_by_all(
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [(8, "dataset_md5: [0-9a-f]{32}"), pytest.param(6, "train_images: 10", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "message"), [(8, "dataset_md5: [0-9a-f]{32}"), (6, "train_images: 10")])
 def test_a_different_copy_of_the_data_on_another_machine_is_refused(images: int, message: str, tmp_path: Path) -> None:
     for folder, first, count in (("here", 0, 8), ("there", 100, images)):
         for number, name in enumerate(("cat", "dog")):
@@ -600,9 +607,8 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["precision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("replicas", "alone"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_users_default_accelerate_config_changes_nothing_silently(name: str, launch: Launch, tmp_path: Path) -> None:
     config, expected = HOSTILE[name]
     home = tmp_path / "home" / ".cache" / "huggingface" / "accelerate"

@@ -131,9 +131,9 @@ READ_ONLY = """
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="needs Linux's namespaces")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "words"),
-    [(FULL_DISK, "No space left"), pytest.param(READ_ONLY, "Read-only file system", marks=pytest.mark.slow)],
+    ("script", "words"), [(FULL_DISK, "No space left"), (READ_ONLY, "Read-only file system")], ids=["full", "read-only"]
 )
 def test_a_full_or_read_only_disk_ends_a_run_with_an_error_and_intact_checkpoints(
     script: str, words: str, tmp_path: Path

@@ -149,14 +149,15 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step_with_a_checkpoint(job
     assert "lost its connection" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"),
     [
         ((ACCELERATE,), signal.SIGTERM),
-        pytest.param((TORCHRUN,), signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param((TORCHRUN,), signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param((ACCELERATE,), signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param((ACCELERATE,), signal.SIGKILL, marks=pytest.mark.slow),
+        ((TORCHRUN,), signal.SIGKILL),
+        ((TORCHRUN,), signal.SIGTERM),
+        ((ACCELERATE,), signal.SIGUSR1),
+        ((ACCELERATE,), signal.SIGKILL),
     ],
     indirect=["job"],
 )
@@ -170,6 +171,7 @@ def test_a_signal_to_the_launcher_ends_its_workers_within_ten_seconds(job: Job, 
     assert list((job.folder / "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", [(ACCELERATE,)], indirect=True)
 def test_ctrl_c_on_the_process_group_under_a_launcher_leaves_a_checkpoint(job: Job) -> None:
     workers = job.workers()
@@ -199,6 +201,7 @@ def test_ctrl_c_that_also_ends_the_reader_of_the_output_exits_with_130(tmp_path:
     assert state_of(folder)["exit_code"] == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", [(TORCHRUN, "--timeout-seconds=60")], indirect=True)
 def test_a_second_ctrl_c_after_a_second_ends_even_a_process_blocked_in_torch(job: Job) -> None:
     first, second = job.workers()

@@ -121,6 +121,15 @@ def test_a_terminal_shows_a_progress_bar_and_a_digit(tmp_path: Path) -> None:
     assert "/report.html" in text
 
 
+def test_training_imports_neither_torchs_compiler_nor_torchvision(launch: Launch, tmp_path: Path) -> None:
+    script = "import sys, train; assert train.main() == 0; print(*sys.modules)"
+    flags = "--max-steps=3", "--limit-train-images=100", "--limit-test-images=100", "--trackers=none"
+    done = launch("-c", script, *flags, f"--output-dir={tmp_path}", command=())
+    loaded = set(done.stdout.split())
+    assert "accelerate" in loaded, done.stderr
+    assert not loaded & {"torch._dynamo", "torch.distributed.fsdp", "torchvision", "wandb"}
+
+
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's namespaces")
 def test_training_needs_no_network_no_home_and_no_writable_checkout(tmp_path: Path) -> None:
     script = """

@@ -81,7 +81,7 @@ def test_a_large_confusion_matrix_keeps_the_most_confused_classes_and_its_sum() 
     assert small["counts"][row][column] == 40
 
 
-@pytest.mark.parametrize(("classes", "epochs"), [(10, 100), (1000, 3)])
+@pytest.mark.parametrize(("classes", "epochs"), [(1000, 3), pytest.param(10, 100, marks=pytest.mark.slow)])
 def test_the_report_and_the_plots_of_a_run_stay_small(classes: int, epochs: int, tmp_path: Path) -> None:
     record = make_run(tmp_path / "run", classes, epochs)
     LiveReport(record.folder).write()
