@@ -318,10 +318,10 @@ def test_a_model_saved_by_the_hubs_mixin_is_loaded_by_it(run: Path, tmp_path: Pa
     assert HubModel.from_pretrained(str(tmp_path / "hub")).model_config == model.config
 
 
-def test_a_model_on_the_hub_is_an_error_without_a_network(launch: Launch) -> None:
-    script = "from mnist import load; load('nobody/nothing')"
-    done = launch("-c", script, command=(), HF_ENDPOINT="http://127.0.0.1:9")
-    assert "UserError: --model nobody/nothing: no such folder, and http://127.0.0.1:9 cannot be reached" in done.stderr
+def test_a_model_on_the_hub_is_an_error_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"nobody/nothing: no such folder, and http://127.0.0.1:9 cannot be reached"):
+        load("nobody/nothing")
 
 
 def test_a_hub_endpoint_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mnist.config.settings import PROJECT_FOLDER
 from mnist.errors import UserError
 from mnist.launch.processes import enough_memory
 from mnist.verify import largest_difference
-from tests.conftest import Launch, ResumeHere, RunHere, metrics_of
+from tests.conftest import Launch, MainHere, ResumeHere, RunHere, metrics_of
 from tests.launched.test_processes import TORCHRUN
 from tests.launched.test_resume import kill_and_resume
 from tests.support.shapes import make_shapes
@@ -66,12 +67,12 @@ def test_training_starts_from_the_weights_and_keeps_their_license_with_the_model
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_without_weights_nothing_is_decoded_and_the_error_names_file_and_ways_out(
-    processes: int, shapes: Path, tmp_path: Path, launch: Launch
+    processes: int, shapes: Path, tmp_path: Path, launch: Launch, main_here: MainHere
 ) -> None:
     folder = tmp_path / "torch"
     flags = ("--recipe=photos", f"--dataset={shapes}", f"--data-dir={tmp_path}", f"--output-dir={tmp_path / 'runs'}")
-    command = ("train.py",) if processes == 1 else (*TORCHRUN[1:], str(processes), "train.py")
-    done = launch(*flags, command=command, TORCH_HOME=str(folder), **NO_NETWORK)
+    start = main_here if processes == 1 else partial(launch, command=(*TORCHRUN[1:], str(processes), "train.py"))
+    done = start(*flags, TORCH_HOME=str(folder), **NO_NETWORK)
     assert done.returncode == (2 if processes == 1 else 1)  # torchrun's own
     assert done.stderr.count("--pretrained: the weights of convnext_tiny are not available") >= 1
     assert str(folder / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in done.stderr
@@ -89,10 +90,9 @@ def test_without_weights_nothing_is_decoded_and_the_error_names_file_and_ways_ou
     ],
 )
 def test_a_missing_folder_is_an_error_before_weights_are_fetched(
-    flags: tuple[str, ...], error: str, launch: Launch, tmp_path: Path
+    flags: tuple[str, ...], error: str, main_here: MainHere, tmp_path: Path
 ) -> None:
-    command = ("--recipe=photos", f"--output-dir={tmp_path}", *flags)
-    done = launch(*command, command=("train.py",), TORCH_HOME=str(tmp_path), **NO_NETWORK)
+    done = main_here("--recipe=photos", f"--output-dir={tmp_path}", *flags, TORCH_HOME=str(tmp_path), **NO_NETWORK)
     assert done.returncode == 2
     assert error in done.stderr
 
