@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
+LEAST = 0.25  # of the threshold for a confident prediction: below it, there is no digit
 DIGITS = Path(__file__).parents[1] / "models" / "digits"  # its card says how it was made
 
 
@@ -109,8 +110,10 @@ class Model:
         """The prediction for an image; takes a row of probabilities per digit."""
         rows = [[self._named(next(probabilities), digit) for digit in row] for row in found.rows]
         digits = tuple(digit for row in rows for digit in row)
-        if not digits:
-            return Prediction(None, 0.0, {}, None, confident=False, reason=found.reason)
+        # the ink of empty pages, such as a shadow, looks like no digit at all to the network
+        least = LEAST * self.config.threshold if self.config.preparation == "digit" else 0
+        if all(digit.probability < least for digit in digits):
+            return Prediction(None, 0.0, {}, None, confident=False, reason=found.reason or "no digit found")
         if len(digits) == 1:
             return dataclasses.replace(digits[0], digits=digits, text=str(digits[0].label))
         text = "\n".join("".join(str(digit.label) for digit in row) for row in rows)

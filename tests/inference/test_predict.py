@@ -119,6 +119,14 @@ def test_a_prediction_below_the_models_threshold_is_not_confident(
         assert capsys.readouterr().out.endswith("  (not sure)\n") is not confident
 
 
+def test_what_is_a_quarter_as_probable_as_digits_are_is_none(run: Path, digits: ImageData, tmp_path: Path) -> None:
+    model, (name,) = load(run), write_digits(tmp_path, digits, (0,))
+    likely = model.predict(name).probability
+    for threshold, label in ((3.9 * likely, "7"), (4.1 * likely, None)):
+        found = Model(model.net, dataclasses.replace(model.config, threshold=threshold)).predict(name)
+        assert (found.label, found.confident, found.reason) == (label, False, "" if label else "no digit found")
+
+
 def test_without_a_run_the_included_model_is_used_and_named(
     run: Path, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
