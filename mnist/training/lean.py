@@ -89,6 +89,9 @@ class LeanAccelerator(Accelerator):
         if self.device.type == "cuda" and self.mixed_precision != "no":
             # for tensor cores: a ResNet-50 in bf16 then takes 0.56 of the time (H100)
             model = model.to(memory_format=torch.channels_last)
+        if device_placement is None:
+            # Accelerate 1.15 would import torch's sharded tensors, a second, to see that there are none
+            device_placement = self.device_placement
         return super().prepare_model(model, device_placement, evaluation_mode)  # type: ignore[no-any-return]
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:

@@ -131,7 +131,7 @@ def test_training_imports_neither_torchs_compiler_nor_torchvision(launch: Launch
     done = launch("-c", script, "--trackers=none", f"--output-dir={tmp_path}", command=())
     loaded = set(done.stdout.split())
     assert "accelerate" in loaded, done.stderr
-    assert not loaded & {"torch._dynamo", "torch.distributed.fsdp", "torchvision", "wandb"}
+    assert not loaded & {"torch._dynamo", "torch.distributed.tensor", "torchvision", "wandb"}
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux's namespaces")
