@@ -7,6 +7,7 @@ with Session(accelerator, config, data, model, optimizer, scheduler) as run:
 
 import contextlib
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -140,6 +141,7 @@ class Session:
                 self.terminal.row("resumed", note)
             self.terminal.row("trackers", self.tracking.start(progress.step))
             self.stack = stack.pop_all()
+        gc.enable()  # launch/main.py
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

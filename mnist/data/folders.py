@@ -61,7 +61,8 @@ def find_files(path: str | Path, class_names: Sequence[str] | None = None) -> Fo
         layout = find_layout(tree, folder.error, class_names)
         walk = Walk(tree)
         walk.classes([(part, label, name) for part, named in layout.parts.items() for label, name in named.items()])
-        files = [File(name, label, part, _stamp(os.path.join(folder.path, name))) for part, label, name in walk.found]
+        root = str(folder.path)
+        files = [File(name, label, part, _stamp(os.path.join(root, name))) for part, label, name in walk.found]
     except OSError as error:
         where = printable(str(error.filename or folder.path))
         raise UserError(f"{folder.flag}: {where} cannot be read: {error.strerror}.") from error
