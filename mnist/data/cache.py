@@ -74,15 +74,20 @@ def record_type(channels: int) -> np.dtype[Any]:
 
 
 def open_cache(
-    folder: Folder, cache_dir: Path, image_size: int | None = None, fit: str = "crop", scale: Scale | None = None
+    folder: Folder,
+    cache_dir: Path,
+    image_size: int | None = None,
+    fit: str = "crop",
+    scale: Scale | None = None,
+    color: bool | None = None,
 ) -> Cache:
     """The folder's images, decoded now unless a process has done so before.
 
-    `scale` is that of a trained model for images with more than 8 bits per pixel; by default it is computed from the
-    folder. Outdated caches of the same folder and settings are deleted; a running job can still read the one it uses.
-    Raises UserError if the images cannot be decoded or the file cannot be written.
+    `scale` is that of a trained model for images with more than 8 bits per pixel, `color` whether its images are in
+    color; by default both are computed from the folder. Outdated caches of the same folder and settings are deleted; a
+    running job can still read the one it uses. Raises UserError if the images cannot be decoded or the file cannot be written.
     """
-    made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}"
+    made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}{'' if color is None else color}"
     source = hashlib.sha256(os.fsencode(f"{folder.path}\0{made}"))
     state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
     state.update(f"\0{FORMAT}".encode())
@@ -97,7 +102,7 @@ def open_cache(
             if locked:  # otherwise another process may be writing there
                 remove_leftovers(cache_dir)
             with storage_errors(path, "start again."):
-                _build(folder, path, image_size, fit, scale)
+                _build(folder, path, image_size, fit, scale, color)
             for other in cache_dir.glob("*.u8"):
                 if other != path and re.fullmatch(re.escape(stem) + r"-[0-9a-f]{16}\.u8", other.name):
                     other.unlink(missing_ok=True)
@@ -178,13 +183,15 @@ def _turn(folder: Folder, cache_dir: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _build(folder: Folder, path: Path, image_size: int | None, fit: str, scale: Scale | None) -> None:
+def _build(
+    folder: Folder, path: Path, image_size: int | None, fit: str, scale: Scale | None, color: bool | None
+) -> None:
     """Decode a folder into a cache, on all cores. On failure nothing is left behind."""
     tasks = [(folder.path / file.name, file.name) for file in folder.files]
     temporary = temporary_name(path, "new")
     with _pool(folder, len(tasks)) as pool:
-        color, size = _survey(pool, tasks)
-        form = Form(image_size or size, color, fit)
+        any_in_color, size = _survey(pool, tasks)
+        form = Form(image_size or size, any_in_color if color is None else color, fit)
         _announce(folder, path, form)
         try:
             with temporary.open("w+b") as file:

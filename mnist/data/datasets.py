@@ -95,20 +95,22 @@ def load_dataset(
     options: DataOptions = DataOptions(),
     class_names: Sequence[str] | None = None,
     scale: Scale | None = None,
+    color: bool | None = None,
 ) -> ImageData:
     """One of SOURCES, or the images of a folder, decoded into a file in `data_dir`/cache.
 
     torchvision downloads missing files of SOURCES. Images of a folder become `image_size` pixels square; by default 28
     if all are gray (even if stored in color) and about that small, otherwise 64. A folder without splits is split by
-    `test_fraction`, by default a fifth of each class. To test a model, pass its `class_names` and, for images with more
-    than 8 bits per pixel, its `scale`. If several processes call this at once, only one of them decodes.
+    `test_fraction`, by default a fifth of each class. To test a model, pass its `class_names`, whether its images
+    are in `color`, and its `scale` of images with more than 8 bits per pixel. If several processes call this at once,
+    only one of them decodes.
 
     Raises ConfigError if a folder is not a dataset or a setting leaves no image; UserError if a file is missing or
     corrupt, over a tenth of a folder's images or all of a class cannot be read, or nothing can be written.
     """
     check_dataset(name, options)
     if name not in SOURCES:
-        return _load_folder(name, Path(data_dir) / "cache", options, class_names, scale)
+        return _load_folder(name, Path(data_dir) / "cache", options, class_names, scale, color)
     return _load_source(name, Path(data_dir), options)
 
 
@@ -134,11 +136,16 @@ def decode_folder(name: str, data_dir: str | Path, options: DataOptions = DataOp
 
 
 def _load_folder(
-    path: str, cache_dir: Path, options: DataOptions, class_names: Sequence[str] | None, scale: Scale | None
+    path: str,
+    cache_dir: Path,
+    options: DataOptions,
+    class_names: Sequence[str] | None,
+    scale: Scale | None,
+    color: bool | None,
 ) -> ImageData:
     """The images of a folder, shuffled with a fixed seed so that the first N include all classes."""
     folder = find_files(path, class_names)
-    cache = open_cache(folder, cache_dir, options.image_size, options.fit, scale)
+    cache = open_cache(folder, cache_dir, options.image_size, options.fit, scale, color)
     files = [file for file in folder.files if file.name not in cache.broken]
     labels = torch.tensor([file.label for file in files])
     digests = [digest.tobytes().hex() for digest in cache.digests]

@@ -243,6 +243,30 @@ def test_a_model_of_wide_images_applies_the_scale_of_its_data_set(tmp_path: Path
     assert torch.equal(other.test.images[0], model.prepare(tmp_path / "other" / "dim" / "0.png").rows[0][0].pixels)
 
 
+@pytest.mark.parametrize("trained_in", ["RGB", "L"])
+def test_a_model_can_be_tested_on_images_in_color_and_in_gray(
+    trained_in: str, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for mode in ("RGB", "L"):
+        for number in range(24):
+            path = tmp_path / mode / KINDS[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            take_photograph(KINDS[number % 3], rng).convert(mode).save(path)
+    run = run_here("x", dataset=str(tmp_path / trained_in), data_dir=str(tmp_path), image_size=28, epochs=3)
+    model = load(run)
+    for mode in ("RGB", "L"):
+        folder = tmp_path / mode
+        shutil.copytree(folder, tmp_path / f"other {mode}")
+        capsys.readouterr()
+        assert main(["evaluate", "--model", str(run), "--dataset", str(tmp_path / f"other {mode}"), "--json"]) == 0
+        printed = capsys.readouterr()
+        assert "Decoding 24 images" in printed.err
+        figures = json.loads(printed.out)
+        right = [model.predict(path).label == path.parent.name for path in folder.rglob("*.png")]
+        assert figures["accuracy"] == pytest.approx(np.mean(right))
+
+
 @pytest.mark.parametrize(("loss", "shown"), [("nll", True), ("nll-balanced", False)])
 def test_the_header_names_very_unequal_classes_and_the_loss_that_balances_them(
     loss: str, shown: bool, tmp_path: Path, run_here: RunHere, capsys: pytest.CaptureFixture[str]
