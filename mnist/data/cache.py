@@ -85,7 +85,8 @@ def open_cache(
 
     `scale` is that of a trained model for images with more than 8 bits per pixel, `color` whether its images are in
     color; by default both are computed from the folder. Outdated caches of the same folder and settings are deleted; a
-    running job can still read the one it uses. Raises UserError if the images cannot be decoded or the file cannot be written.
+    running job can still read the one it uses. Raises UserError if the images cannot be decoded or the file cannot be
+    written.
     """
     made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}{'' if color is None else color}"
     source = hashlib.sha256(os.fsencode(f"{folder.path}\0{made}"))
