@@ -30,7 +30,8 @@ def build_optimizer(
     """The torch optimizer called `name`; radam is the tutorial's "rectified Adam" (Liu et al., 2019)."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
-        # torch 2.14 would import its compiler, over a second, to keep it from compiling these: say that it does already
+        # in the first call, torch 2.14 imports its compiler, over a second, to exclude these from compilation; where it
+        # finds this attribute, it calls that
         function = inspect.unwrap(method)
         vars(function).setdefault("__dynamo_disable", function)
     return OPTIMIZERS[name](trained, lr=learning_rate, weight_decay=weight_decay)
