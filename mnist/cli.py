@@ -183,6 +183,8 @@ def _load_model(options: argparse.Namespace) -> "Model":
         if find_model(options.model) is None:
             options.model = DIGITS
             print("No model in runs/latest: using the included one (--model digits).", file=sys.stderr)
+        else:
+            print("Using the model of runs/latest; --model digits is the included one.", file=sys.stderr)
     return load(options.model)
 
 
@@ -321,6 +323,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     """The dataset to test on, and the model's run, if any."""
     from mnist.config.settings import DataOptions, TrainConfig
     from mnist.data.datasets import SOURCES, load_dataset
+    from mnist.data.folders import reasons
     from mnist.data.splits import FITS
     from mnist.runs.record import Record
 
@@ -357,6 +360,8 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
             f"--dataset {dataset}: has {len(data.class_names)} classes and images of {describe_shape(shape)}; the model"
             f" has {len(model.class_names)}, for images of {describe_shape(expected)}."
         )
+    if data.skipped:
+        print(f"{len(data.skipped):,} files skipped: {reasons(data.skipped)}", file=sys.stderr)
     if run and is_same and not is_old and data.checksum != run.environment.get("dataset_md5", data.checksum):
         print(printable_lines(f"{dataset}: its images have changed since the run."), file=sys.stderr)
     return data, run

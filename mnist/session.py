@@ -111,7 +111,7 @@ class Session:
         batches = -(-len(data.train) // self.global_batch_size)  # per epoch
         self.progress = Progress(accelerator, len(data.train), self.global_batch_size, config.total_steps(batches))
         self.log_every = config.log_every or min(100, -(-self.progress.steps_per_epoch // 10))
-        self.epochs_in_all = config.total_epochs(batches)
+        self.epochs_in_all = -(-self.progress.total_steps // self.progress.steps_per_epoch)
         self.terminal = Terminal(self.is_main, self.epochs_in_all)
         self.gradient_norm: Tensor | None = None  # of the last step logged or clipped
 
@@ -139,6 +139,8 @@ class Session:
                 self._arrange_gradients()
             for note in [*self.checkpoints.resume(), *self.tracking.resume_notes]:
                 self.terminal.row("resumed", note)
+            if progress.step >= progress.total_steps:
+                self.terminal.row("finished", "no steps are left; to train on, add --epochs N or --max-steps N")
             self.terminal.row("trackers", self.tracking.start(progress.step))
             self.stack = stack.pop_all()
         gc.enable()  # launch/main.py

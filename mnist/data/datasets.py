@@ -247,7 +247,7 @@ def _describe_counts(folder: Folder, labels: Tensor, test: Split) -> str:
 
 def _describe_skipped(folder: Folder, skipped: Sequence[tuple[str, str]]) -> list[str]:
     files = len(folder.files) + len(folder.skipped)
-    note = f"{len(skipped):,} of {files:,} files skipped, listed in skipped.txt: {reasons(skipped)}"
+    note = f"{len(skipped):,} of {files:,} files skipped: {reasons(skipped)}"
     return [note] if skipped else []
 
 

@@ -65,20 +65,32 @@ class Listing:
         for part, name in (("test", "test"), ("val", "validation")):
             leaked = np.flatnonzero((self.parts == part) & is_trained[self.alike])
             if len(leaked):
-                same = np.flatnonzero((self.parts == "train") & (self.alike == self.alike[leaked[0]]))
+                equal = leaked[np.isin(self.equal[leaked], self.equal[self.parts == "train"])]
+                one = equal[0] if len(equal) else leaked[0]  # an exact duplicate is the better example
+                number = self.equal if len(equal) else self.alike
+                other = np.flatnonzero((self.parts == "train") & (number == number[one]))[0]
                 notes.append(
                     f"{len(leaked):,} of {(self.parts == part).sum():,} {name} images are duplicates of training images"
-                    f" and inflate the accuracy: {self._pair(leaked[0], same[0], len(leaked))}"
+                    f" and inflate the accuracy: {self._pair(one, other, len(leaked))}"
                 )
         if conflicting:
-            group, count = conflicting[0], len(conflicting)
-            one, other = group[np.unique(self.labels[group], return_index=True)[1][:2]]
+            pairs = [self._in_two_classes(group) for group in conflicting]
+            (first, second), count = min(pairs, key=lambda pair: bool(np.diff(self.equal[pair])[0])), len(pairs)
             those = "1 image has" if count == 1 else f"{count:,} images have"
-            notes.append(f"{those} duplicates in another class: {self._pair(one, other, count)}")
+            notes.append(f"{those} duplicates in another class: {self._pair(first, second, count)}")
         exact, all_of_them = (len(column) - len(np.unique(column)) for column in (self.equal, self.alike))
         if all_of_them:
             notes.append(f"repeated images: {exact:,} exactly, {all_of_them - exact:,} nearly; see data.html")
         return notes
+
+    def _in_two_classes(self, group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Two images of a group with different classes; equal pixel for pixel, if there are such."""
+        for number in np.unique(self.equal[group]):
+            equal = group[self.equal[group] == number]
+            if len(np.unique(self.labels[equal])) > 1:
+                group = equal
+                break
+        return group[np.unique(self.labels[group], return_index=True)[1][:2]]
 
     def _pair(self, one: int, other: int, count: int) -> str:
         verb = "is" if self.equal[one] == self.equal[other] else "looks like"
@@ -92,6 +104,6 @@ def _connected(equal: NDArray[np.int64], alike: NDArray[np.int64]) -> NDArray[np
     from scipy.sparse import coo_array  # takes 20 MB
     from scipy.sparse.csgraph import connected_components
 
-    count, (one, other) = int(equal.max()) + 1, equal[alike].T
+    count, (one, other) = int(equal.max()) + 1, equal[alike].T.astype(np.int32)  # scipy 1.11 takes no other type
     _, number = connected_components(coo_array((np.ones(len(one)), (one, other)), (count, count)), directed=False)
     return np.asarray(number[equal], np.int64)

@@ -31,6 +31,8 @@ MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_LEVELS = 12.0  # the same in gray levels of 0..255, for black paper
 MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
 TWO_KINDS = 0.82  # separability of ink and evenly lit paper; of an even gradient it is 0.75
+STROKES = 8  # a stroke is narrower than this part of the longest side, if a shadow or a table is in the image
+MIN_BESIDE = 0.05  # of the image, of such a shadow or table
 SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
 MIN_PIXELS = 10  # of a digit's longer side
@@ -117,17 +119,20 @@ def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
 def _ink(gray: Floats) -> Floats | None:
     """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there is none."""
     strength, noise = _contrast(gray)
-    least = max(MIN_CONTRAST, MIN_LEVELS / (float(np.median(gray)) + 16), MIN_CONTRAST_TO_NOISE * noise)
-    for _ in range(2):
+    for attempt in range(3):
+        least = max(MIN_CONTRAST, MIN_LEVELS / (float(np.median(gray)) + 16), MIN_CONTRAST_TO_NOISE * noise)
         strongest = float(strength.max())
         if strongest < least:
             return None
         full = float(np.median(strength[strength > strongest / 2]))
         mask = strength > max(full / 4, 3 * noise)
-        foreign = _foreign(mask, strength > max(full / 8, 1.5 * noise))
-        if not foreign.any():
+        foreign, beside = _foreign(mask, strength > max(full / 8, 1.5 * noise))
+        if attempt == 0 and beside.mean() > MIN_BESIDE:
+            strength, noise = _contrast_of_strokes(gray)
+        elif foreign.any():
+            strength = np.where(foreign, 0, strength)
+        else:
             break
-        strength = np.where(foreign, 0, strength)
     labels, count = ndimage.label(mask, CORNERS)
     strong = np.bincount(labels[strength > full / 2], minlength=count + 1) > 0
     strong[0] = False
@@ -167,6 +172,23 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     else:  # a shadow's edge, too, is paper: remove everything wider than a brush (morphological opening)
         brush = max(3, round(max(gray.shape) / 3))
         contrast -= ndimage.grey_opening(contrast, (brush, brush))
+    return _above_noise(contrast)
+
+
+def _contrast_of_strokes(gray: Floats) -> tuple[Floats, float]:
+    """Like `_contrast`, of dark strokes on paper with sharp shadows or a table beside it.
+
+    The paper is what remains without strokes (morphological closing), so edges that are wider than these stay with it.
+    """
+    light = np.log(gray + 16)
+    brush = max(3, round(max(gray.shape) / STROKES))
+    paper = ndimage.grey_closing(np.pad(light, brush, "edge"), (brush, brush))[brush:-brush, brush:-brush]
+    return _above_noise(-np.expm1(light - paper))
+
+
+def _above_noise(contrast: Floats) -> tuple[Floats, float]:
+    """A contrast that is 0 for most of the paper, and the noise (standard deviation) of the paper."""
+    width = contrast.shape[1]
     low, lower = np.quantile(contrast[::2, ::2], [0.25, 0.05])  # both are paper if at least a quarter of the image is
     local = float(np.quantile(np.abs(np.diff(contrast[::2], axis=1)), 0.25)) / 0.255 if width > 1 else 0.0
     noise = min(float(low - lower) / 0.97, 3 * local)  # for a normal distribution, like 0.674 below
@@ -217,10 +239,10 @@ def _smooth_surface(values: Floats) -> Floats:
 # --- what is not ink
 
 
-def _foreign(mask: Mask, faint: Mask) -> Mask:
-    """The part of a mask that belongs to the paper or lies beside it: rules, frames, a table, a shadow."""
+def _foreign(mask: Mask, faint: Mask) -> tuple[Mask, Mask]:
+    """The part of a mask that is of the paper (rules) or beside it (frames, tables, shadows), and the latter alone."""
     if min(mask.shape) < MIN_RULED:
-        return np.zeros_like(mask)
+        return np.zeros_like(mask), np.zeros_like(mask)
     across, down = _printed([_lines(faint), _lines(faint.T)], mask.shape)
     across, down = _completed(across, faint), _completed(down, faint.T)
     foreign = np.zeros_like(mask)
@@ -231,7 +253,8 @@ def _foreign(mask: Mask, faint: Mask) -> Mask:
     count = len(across), len(down)
     if (max(count) == 1 and _touches(rest, bool(count[0]))) or (sum(count) == 1 and not rest.any()):
         foreign[:] = False  # a stroke of a digit that is cut out tightly
-    return foreign | _beside(mask & ~foreign)
+    beside = _beside(mask & ~foreign)
+    return foreign | beside, beside
 
 
 def _touches(mask: Mask, horizontally: bool) -> bool:

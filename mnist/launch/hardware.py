@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnist.errors import ConfigError
 
-FLOPS_WORTH_SHARING = 10_000_000
+FLOPS_WORTH_SHARING = 25_000_000
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: microseconds of CPU time, per how many microseconds
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -24,7 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def choose_threads(model: nn.Module, batch: Tensor) -> int:
     """Set and return torch's number of CPU threads for `model`: this process's share of the cores.
 
-    A forward pass on `batch` of less than ten million operations uses one thread, because synchronization costs more
+    A forward pass on `batch` of less than 25 million operations uses one thread, because synchronization costs more
     than it saves (MLP 784-64-64-64-10 on two cores, one thread against two: 580 and 690 us per step with batches of 10,
     870 and 730 with 128). Beside another busy process a step took 4 to 30 ms with two threads, 0.8 ms with one.
     """

@@ -34,7 +34,7 @@ TITLES = {
 ADVICE = {
     "classes": "Probably a wrong label, unless a small detail decides the class: compare the images.",
     "splits": "A network that has seen an image knows its class: accuracy on the other split is too high.",
-    "other": "They count several times in training. Usually harmless.",
+    "other": "Each counts several times. Usually harmless.",
 }
 
 

@@ -219,10 +219,10 @@ def write_answers(answers: Sequence[tuple[str, Any, Any]], path: Path) -> None:
         for (original, prepared, words), (name, image, found) in zip(rows, answers, strict=True):
             for axes in (original, prepared, words):
                 axes.set_axis_off()
-            original.imshow(image, cmap="gray")
+            original.imshow(image, cmap="gray", vmin=0, vmax=255)
             if found.digits:
                 inputs = [digit.network_input.numpy() for digit in found.digits[:8]]
-                prepared.imshow(np.hstack(inputs), cmap="gray")
+                prepared.imshow(np.hstack(inputs), cmap="gray", vmin=0, vmax=255)
             sure = "" if found.confident else ", not sure"
             label = found.reason or f"{shortened(found.text)}, {100 * found.probability:.1f} %{sure}"
             words.text(0, 0.62, label, fontsize=15, fontweight="bold", transform=words.transAxes)

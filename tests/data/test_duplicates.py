@@ -1,6 +1,7 @@
 """Duplicates, near duplicates, and the same image under two labels."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_an_image_in_two_classes_is_named(shapes: Path) -> None:
     text = notes(shapes)
     assert "1 image has duplicates in another class: disc/copy.png looks like ring/2.jpg" in text
     assert "repeated images: 0 exactly, 1 nearly; see data.html" in text
+
+
+def test_an_exact_duplicate_is_named_before_a_near_one(shapes: Path) -> None:
+    recompressed(Image.open(shapes / "ring" / "2.jpg")).save(shapes / "disc" / "0.png")  # sorted before the next
+    shutil.copy(shapes / "ring" / "3.jpg", shapes / "disc" / "copy.jpg")
+    assert "2 images have duplicates in another class: disc/copy.jpg is ring/3.jpg, ..." in notes(shapes)
 
 
 def test_near_duplicates_in_both_splits_inflate_the_accuracy(shapes: Path) -> None:

@@ -365,7 +365,7 @@ def test_invalid_files_are_skipped_with_reasons_and_odd_ones_are_read(pets: Path
     }
     assert len(data.skipped) == 15
     (note,) = (note for note in data.notes if "skipped" in note)
-    assert note.startswith("15 of 109 files skipped, listed in skipped.txt: ")
+    assert note.startswith("15 of 109 files skipped: ")
     for part in ("link to a file or folder already read (2)", "not an image (2)", "too large (2)", "an empty file (1)"):
         assert part in note
     kept = contents(data.train, data.test)

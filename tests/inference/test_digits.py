@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from mnist.cli import main
 from mnist.data.splits import ImageData
@@ -58,7 +58,7 @@ def test_tightly_cut_digits_on_black_and_on_white_are_read(
             size = pixels.shape[1] * 6, pixels.shape[0] * 6
             large = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
             for ground in (0, 255):
-                found = model.predict(np.abs(np.int16(ground) - large).astype(np.uint8))
+                found = model.predict(255 - large if ground else large)
                 right.setdefault((name, ground), []).append(found.label == str(label))
     shares = {case: float(np.mean(hits)) for case, hits in right.items()}
     print(shares)
@@ -81,6 +81,21 @@ def test_a_digit_on_ruled_paper_is_read_in_any_darkness_of_the_lines(model: Mode
                     draw.line([(0, y), (200, y)], fill=gray, width=3)
                 noisy = np.clip(np.asarray(page) + random.normal(0, 3, (240, 200)), 0, 255).astype(np.uint8)
                 assert model.predict(noisy).label == label, (gray, lines)
+
+
+@pytest.mark.parametrize("place", ["across", "beside", "above", "corner"])
+def test_a_shadow_is_no_digit_and_hides_none_whatever_its_edge(place: str, model: Model) -> None:
+    y, x = np.mgrid[0:900, 0:700]
+    edges = {"across": 0.9 * x + 0.45 * y - 450, "beside": x - 300, "above": y - 450}
+    distance = edges.get(place, np.minimum(x - 350, y - 400))  # pixels from the edge
+    for depth in (40, 100):  # of 200 gray levels
+        for width in (1, 10, 20):
+            light = 200 - depth / (1 + np.exp(-distance / width))
+            noisy = np.clip(light + np.random.default_rng(0).normal(0, 3, light.shape), 0, 255).astype(np.uint8)
+            page = Image.fromarray(noisy)
+            assert model.predict(page).text == "", (depth, width)
+            ImageDraw.Draw(page).line([(230, 260), (430, 260), (300, 560)], 40, 24, joint="curve")
+            assert model.predict(page.filter(ImageFilter.GaussianBlur(1.5))).text == "7", (depth, width)
 
 
 # --- several digits

@@ -142,7 +142,7 @@ def test_without_a_run_the_included_model_is_used_and_named(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "latest").symlink_to(run)
     assert main(["predict", name]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "Using the model of runs/latest; --model digits is the included one.\n"
 
 
 def write_awkward_images(folder: Path, seven: Image.Image) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mnist.config.settings import PROJECT_FOLDER
-from tests.conftest import Launch, MainHere, RunHere, metrics_of, state_of
+from tests.conftest import Launch, MainHere, ResumeHere, RunHere, metrics_of, state_of
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,17 @@ def test_the_files_and_metric_keys_of_a_run(run_here: RunHere) -> None:
     assert (state["status"], state["step"], state["epoch"], state["error"]) == ("finished", 200, 2, None)
 
 
-def test_max_steps_ends_a_run_in_mid_epoch_with_one_evaluation(run_here: RunHere) -> None:
-    lines = metrics_of(run_here("short", max_steps=7, gradient_accumulation_steps=2, epochs=5))
+def test_max_steps_ends_a_run_in_mid_epoch_with_one_evaluation(
+    run_here: RunHere, resume_here: ResumeHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_here("short", max_steps=7, gradient_accumulation_steps=2, epochs=5)
+    lines = metrics_of(run)
     assert [line["step"] for line in lines if "test/accuracy" in line] == [7] == [lines[-1]["step"]]
+    printed = capsys.readouterr().out
+    assert "epoch 1/1 " in printed
+    assert "no steps are left" not in printed
+    resume_here(run)
+    assert "  finished    no steps are left; to train on, add --epochs N or --max-steps N" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(main_here: MainHere, tmp_path: Path) -> None:
