@@ -340,7 +340,7 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
     defaults = TrainConfig(dataset=options.dataset or trained_on)  # raises ConfigError for an unknown dataset
     dataset = defaults.dataset
     is_folder, is_same = dataset not in SOURCES, run is not None and dataset == trained_on
-    data_dir, data_options, scale, color = defaults.data_dir, DataOptions(), None, None
+    data_dir, data_options, scale = defaults.data_dir, DataOptions(), None
     if run and (is_folder or is_same):
         data_dir = run.config["data_dir"]
     if run and is_same:
@@ -350,9 +350,9 @@ def _load_data(options: argparse.Namespace, model: "Model") -> "tuple[ImageData,
             data_options = data_options._replace(image_size=model.config.image_size[0])
     elif is_folder:
         data_options = DataOptions(image_size=model.config.image_size[0], fit=model.config.fit, test_fraction=1)
-        scale, color = model.config.scale, model.config.channels == 3
+        scale = model.config.scale
     # number a folder's classes as in the model, even if the folder has changed
-    class_names = model.class_names if is_folder else None
+    class_names, color = (model.class_names, model.config.channels == 3) if is_folder else (None, None)
     data = load_dataset(dataset, options.data_dir or data_dir, data_options, class_names, scale, color)
     shape, expected = tuple(data.test.images.shape[1:]), model.config.pixels
     if (len(data.class_names), shape) != (len(model.class_names), expected):

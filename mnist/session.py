@@ -24,6 +24,7 @@ from mnist.inference.predict import predict
 from mnist.launch.environment import describe_code, describe_environment
 from mnist.launch.hardware import choose_kernels, has_bf16, keep_freed_memory
 from mnist.launch.processes import (
+    RANK_OF,
     accelerate_settings,
     check_alike,
     join_processes,
@@ -59,7 +60,7 @@ def start(config: TrainConfig, explicit_settings: Collection[str] = frozenset())
     # before the processes join, because these may take longer than the timeout
     if local.pretrained != "none" and local.resume is None:
         fetch_weights(local.model)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # a single process decodes when it loads the data
+    if any(os.environ.get(name, "1") != "1" for name in RANK_OF):  # a single process decodes when it loads the data
         decode_folder(local.dataset, local.data_dir, local.data_options)
     state = join_processes(config.timeout_seconds)
     requested, config = config, find_run(config, explicit_settings).with_local_dataset(config)

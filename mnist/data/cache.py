@@ -88,12 +88,12 @@ def open_cache(
     running job can still read the one it uses. Raises UserError if the images cannot be decoded or the file cannot be
     written.
     """
-    made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}{'' if color is None else color}"
-    source = hashlib.sha256(os.fsencode(f"{folder.path}\0{made}"))
-    state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
-    state.update(f"\0{FORMAT}".encode())
-    stem = f"{printable(folder.path.name)[:40]}-{source.hexdigest()[:8]}"
-    path = cache_dir / f"{stem}-{state.hexdigest()[:16]}.u8"
+    if color is not None:
+        cache = _read(cache_dir / _file_names(folder, image_size, fit, scale)[1], folder, image_size)
+        if cache is not None and color == (len(cache.images.shape) == 4):
+            return cache
+    stem, name = _file_names(folder, image_size, fit, scale, color)
+    path = cache_dir / name
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file of decoded images. Remove it.")
     if (cache := _read(path, folder, image_size)) is not None:
@@ -111,6 +111,18 @@ def open_cache(
     if cache is None:
         raise UserError(f"{path}: disappeared or changed right after it was written. Start again.")
     return cache
+
+
+def _file_names(
+    folder: Folder, image_size: int | None, fit: str, scale: Scale | None, color: bool | None = None
+) -> tuple[str, str]:
+    """The start of the names of all caches of a folder with these settings, and the name of its present cache."""
+    made = f"{image_size}{'' if fit == 'crop' else fit}{'' if scale is None else scale}{'' if color is None else color}"
+    source = hashlib.sha256(os.fsencode(f"{folder.path}\0{made}"))
+    state = hashlib.sha256(os.fsencode("\n".join(f"{file.name}\0{file.stamp}" for file in folder.files)))
+    state.update(f"\0{FORMAT}".encode())
+    stem = f"{printable(folder.path.name)[:40]}-{source.hexdigest()[:8]}"
+    return stem, f"{stem}-{state.hexdigest()[:16]}.u8"
 
 
 def _read(path: Path, folder: Folder, image_size: int | None) -> Cache | None:

@@ -410,15 +410,15 @@ def _beside(mask: Mask) -> Mask:
     for number, place in enumerate(ndimage.find_objects(labels), 1):
         part = labels[place] == number
         longer, shorter = max(part.shape), min(part.shape)
-        contact = [np.count_nonzero(edge == number) for edge in edges]
-        beside[number] = max(contact) > longer / 2 and shorter < longer / 8  # a sliver
         if longer < MIN_LINE:
             continue
+        contact = [np.count_nonzero(edge == number) for edge in edges]
         band = max(1, shorter // 10)
         sides = (part[:band].any(0), part[-band:].any(0), part[:, :band].any(1), part[:, -band:].any(1))
         is_frame = part.mean() < 0.5 and min(side.mean() for side in sides) > 0.9
         is_rim = inner[number] < 0.1 * np.count_nonzero(part)
-        beside[number] |= is_frame or is_rim
+        is_sliver = max(contact) > longer / 2 and shorter < longer / 8
+        beside[number] = is_frame or is_sliver or is_rim
         if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
             continue  # small, or a digit that is cut out tightly
         for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):

@@ -1,5 +1,6 @@
 """CPU threads, memory, and what a GPU computes with."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mnist.errors import ConfigError
 
 FLOPS_WORTH_SHARING = 25_000_000
+COMMON_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: microseconds of CPU time, per how many microseconds
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -35,24 +37,31 @@ def choose_threads(model: nn.Module, batch: Tensor) -> int:
 
 
 def _count_flops(model: nn.Module, batch: Tensor) -> int:
-    """Floating-point operations of the convolutions and linear layers in a forward pass.
+    """Floating-point operations of a forward pass, not counting those of elements, such as activations.
 
-    torch's FlopCounterMode also counts attention, but imports torch's compiler, which takes over a second.
+    torch's FlopCounterMode imports torch's compiler, over a second, so it counts only what is not of common layers.
     """
     counts = []
 
     def count(layer: nn.Conv2d | nn.Linear, _: Any, output: Tensor) -> None:
-        counts.append(2 * output.numel() * layer.weight[0].numel())
+        counts.append(2 * output.numel() * layer.weight.shape[1:].numel())
 
-    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
+    owners = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    counted = [layer for layer in owners if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    is_common = bool(counted) and all(isinstance(layer, COMMON_LAYERS) for layer in owners)
     training = model.training
-    with torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(torch.no_grad())
+        if is_common:
+            for layer in counted:
+                stack.callback(layer.register_forward_hook(count).remove)
+        else:
+            from torch.utils.flop_counter import FlopCounterMode
+
+            counter = stack.enter_context(FlopCounterMode(display=False))
         model.eval()(batch)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
+    return sum(counts) if is_common else counter.get_total_flops()
 
 
 def available_cores() -> int:

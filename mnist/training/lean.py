@@ -5,7 +5,7 @@ model, optimizer = accelerator.prepare(model, optimizer)
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -60,13 +60,20 @@ class LeanAccelerator(Accelerator):
         if self.is_local_main_process:
             gather_object([None])
 
-    def unwrap_model(self, model: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
-        if "torch._dynamo" in sys.modules:
-            return super().unwrap_model(model, *arguments, **settings)  # type: ignore[no-any-return]
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> nn.Module:
+        if not keep_fp32_wrapper or "torch._dynamo" in sys.modules:
+            return super().unwrap_model(model, keep_fp32_wrapper, keep_torch_compile)  # type: ignore[no-any-return]
         # Accelerate 1.15 would import torch's compiler, over a second, to see that nothing is compiled
-        while isinstance(model, DistributedDataParallel):
+        while isinstance(model, (DistributedDataParallel, nn.DataParallel)):
             model = model.module
         return model
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        # Accelerate 1.15 would import torch's sharded tensors, a second, to see that there are none
+        self.unscale_gradients()
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[Any]:
         if self.gradient_accumulation_steps > 1:
@@ -217,6 +224,7 @@ class LeanOptimizer(AcceleratedOptimizer):
         for parameter in parameters if is_new else ():  # as torch's first step does, which imports torch's compiler
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state[parameter] = {"step": step} | {name: torch.zeros_like(parameter) for name in AdamState._fields[2:]}
+        self.optimizer._opt_called = True  # else torch's schedulers warn that `step` was not called
         states = []
         for group in groups:
             kept = [state[parameter] for parameter in group["params"]]

@@ -36,6 +36,24 @@ def test_only_large_forward_passes_use_several_threads() -> None:
     assert choose_threads(CNN(), torch.zeros(10, 1, 28, 28)) == 4 == torch.get_num_threads()
 
 
+class Products(torch.nn.Module):
+    """A network without any of torch's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(28 * 28, 20_000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight
+
+
+def test_the_operations_of_any_layer_count(four_cores: None) -> None:
+    assert choose_threads(Products(), torch.zeros(2, 1, 28, 28)) == 4
+    network = torch.nn.Sequential(torch.nn.Flatten(1, 2), torch.nn.Conv1d(28, 900, 28), torch.nn.Flatten())
+    assert choose_threads(network, torch.zeros(20, 1, 28, 28)) == 4
+    assert choose_threads(network, torch.zeros(1, 1, 28, 28)) == 1
+
+
 @pytest.mark.parametrize(("processes", "threads"), [(2, 2), (3, 1), (8, 1)])
 def test_processes_share_the_cores_of_a_machine(processes: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

@@ -235,6 +235,19 @@ def test_a_larger_gradient_is_clipped_to_max_grad_norm(run_here: RunHere) -> Non
     assert distance(once, free) > 0.02
 
 
+def test_torchs_schedulers_do_not_warn_about_the_order_of_steps(fresh_accelerate: None) -> None:
+    net = torch.nn.Linear(2, 1)
+    adam = torch.optim.Adam(net.parameters(), fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 10)
+    optimizer, scheduler = LeanAccelerator(cpu=True).prepare(adam, scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            net(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_a_loaded_state_has_the_memory_layout_of_its_parameters(name: str, fresh_accelerate: None) -> None:
     accelerator = LeanAccelerator(cpu=True)
