@@ -144,7 +144,7 @@ class Session:
                 self.terminal.row("finished", "no steps are left; to train on, add --epochs N or --max-steps N")
             self.terminal.row("trackers", self.tracking.start(progress.step))
             self.stack = stack.pop_all()
-        gc.enable()  # launch/main.py
+        gc.enable()  # disabled in launch/main.py
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:

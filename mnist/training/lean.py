@@ -65,13 +65,13 @@ class LeanAccelerator(Accelerator):
     ) -> nn.Module:
         if not keep_fp32_wrapper or "torch._dynamo" in sys.modules:
             return super().unwrap_model(model, keep_fp32_wrapper, keep_torch_compile)  # type: ignore[no-any-return]
-        # Accelerate 1.15 would import torch's compiler, over a second, to see that nothing is compiled
+        # nothing is compiled; Accelerate 1.15 imports torch's compiler, over a second, to find that out
         while isinstance(model, (DistributedDataParallel, nn.DataParallel)):
             model = model.module
         return model
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
-        # Accelerate 1.15 would import torch's sharded tensors, a second, to see that there are none
+        # Accelerate 1.15 looks for sharded tensors, which are not used here; importing their class takes a second
         self.unscale_gradients()
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
@@ -97,7 +97,7 @@ class LeanAccelerator(Accelerator):
             # for tensor cores: a ResNet-50 in bf16 then takes 0.56 of the time (H100)
             model = model.to(memory_format=torch.channels_last)
         if device_placement is None:
-            # Accelerate 1.15 would import torch's sharded tensors, a second, to see that there are none
+            # Accelerate 1.15 looks for sharded tensors here, too
             device_placement = self.device_placement
         return super().prepare_model(model, device_placement, evaluation_mode)  # type: ignore[no-any-return]
 

@@ -29,12 +29,12 @@ def build_optimizer(
 ) -> Optimizer:
     """The torch optimizer called `name`; radam is the tutorial's "rectified Adam" (Liu et al., 2019)."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # In the first call, torch 2.14 imports its compiler, over a second, to exclude these from compilation; where it
-    # finds this attribute, it calls that. The step of other optimizers imports it anyway: better now than in epoch 1.
-    methods = (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict)
-    for method in methods if name in ("adam", "adamw") else ():
-        function = inspect.unwrap(method)
-        vars(function).setdefault("__dynamo_disable", function)
+    if name in ("adam", "adamw"):  # the first step of the others imports torch's compiler anyway: better now
+        # torch 2.14 imports its compiler, over a second, when one of these is called first, to exclude it from
+        # compilation. It calls this attribute instead, if there is one.
+        for method in (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict):
+            function = inspect.unwrap(method)
+            vars(function).setdefault("__dynamo_disable", function)
     return OPTIMIZERS[name](trained, lr=learning_rate, weight_decay=weight_decay)
 
 

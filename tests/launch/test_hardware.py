@@ -47,7 +47,7 @@ class Products(torch.nn.Module):
         return x.flatten(1) @ self.weight
 
 
-def test_the_operations_of_any_layer_count(four_cores: None) -> None:
+def test_the_operations_of_any_layer_count() -> None:
     assert choose_threads(Products(), torch.zeros(2, 1, 28, 28)) == 4
     network = torch.nn.Sequential(torch.nn.Flatten(1, 2), torch.nn.Conv1d(28, 900, 28), torch.nn.Flatten())
     assert choose_threads(network, torch.zeros(20, 1, 28, 28)) == 4

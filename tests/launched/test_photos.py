@@ -106,7 +106,7 @@ def test_the_header_names_the_recipe_for_photographs(
     assert (note in capsys.readouterr().out) == (recipe == "tutorial")
 
 
-def test_an_open_number_of_epochs_is_shown_up_to_the_last_step_and_known_when_a_run_resumes(
+def test_an_open_number_of_epochs_is_shown_up_to_the_last_step_also_after_a_resume(
     shapes: Path, tmp_path: Path, run_here: RunHere, resume_here: ResumeHere, capsys: Capture
 ) -> None:
     settings: dict[str, Any] = {"dataset": str(shapes), "data_dir": str(tmp_path), "image_size": 16, "batch_size": 60}

@@ -27,12 +27,20 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from mnist import session
 from mnist.config.settings import PROJECT_FOLDER, TrainConfig
 from mnist.data.datasets import FILES
 from mnist.data.splits import ImageData
 from mnist.errors import ConfigError, UserError
 from mnist.launch import processes
-from mnist.launch.processes import FLAGS, check_environment, check_values, resolve_precision, waiting_for_others
+from mnist.launch.processes import (
+    FLAGS,
+    RANK_OF,
+    check_environment,
+    check_values,
+    resolve_precision,
+    waiting_for_others,
+)
 from mnist.launch.signals import Interrupted, Interruption
 from mnist.runs.record import Record, pixels
 from mnist.verify import largest_difference
@@ -595,6 +603,17 @@ def test_a_world_size_without_a_launcher_is_refused_before_waiting_for_others(ma
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: WORLD_SIZE=2")
     assert processes.launch_command(2, "cpu") in done.stderr
+
+
+@pytest.mark.parametrize("size", RANK_OF)
+def test_jobs_of_any_launcher_decode_before_their_processes_join(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object) -> None:
+        raise UserError("decoding")
+
+    monkeypatch.setattr(session, "decode_folder", decode)
+    monkeypatch.setenv(size, "2")
+    with pytest.raises(UserError, match="decoding"):
+        session.start(TrainConfig())
 
 
 HOSTILE = {
