@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # this checkout, even if another copy is installe
 from mnist.runs.record import Record  # noqa: E402
 
 WARM_UP = 100  # steps that warm up a process
-POOLS: list[ProcessPoolExecutor] = []  # of in_one_process; `interleave` ends their processes
+POOLS: dict[ProcessPoolExecutor, Future[int]] = {}  # of in_one_process, and whether their processes have started
 WARM: list[bool] = []  # not empty once train_warm has warmed up this process
 T = TypeVar("T")
 Figures = dict[str, float]  # of one contestant in one round, by name
@@ -80,6 +80,8 @@ def interleave(
     """
     results: dict[str, list[Figures]] = {name: [] for name in contestants}
     names = list(contestants)
+    for started in POOLS.values():
+        started.result()
     for number in range(rounds):
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:
@@ -102,7 +104,7 @@ def interleave(
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"round": number, "contestant": name, **result}) + "\n")
     while POOLS:
-        POOLS.pop().shutdown()
+        POOLS.popitem()[0].shutdown()
     if failed := contestants.keys() - results.keys():
         raise SystemExit(f"failed: {', '.join(sorted(failed))}")
     return results
@@ -303,7 +305,10 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
 
 
 def in_one_process(function: Callable[..., T], *arguments: object) -> Callable[[int], T]:
-    """A contestant that calls function(*arguments, number) in a process of its own, the same one in every round."""
+    """A contestant that calls function(*arguments, number) in a process of its own, the same one in every round.
+
+    The processes import the benchmark at the same time, before `interleave` starts the first round.
+    """
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    POOLS.append(pool)
+    POOLS[pool] = pool.submit(os.getpid)
     return lambda number: pool.submit(function, *arguments, number).result()

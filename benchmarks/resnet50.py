@@ -16,8 +16,8 @@ Each has a process for all rounds and warms up in it. Of train.py and timm, the 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import measure
 import torch
@@ -106,13 +106,14 @@ def main() -> None:
         folder = Path(scratch)
         make_folder(folder / "train", options.steps * options.batch_size)
         make_folder(folder / "test", options.batch_size)
-        contestants: dict[str, Callable[[int], Figures]] = {
-            "cache": measure.in_one_process(train_ours, options, folder, False),
-            "host": measure.in_one_process(train_ours, options, folder, True),
-            "fixed": measure.in_one_process(train_fixed, options),
-            "timm": measure.in_one_process(train_timm, options, folder),
+        calls: dict[str, tuple[Any, ...]] = {
+            "cache": (train_ours, options, folder, False),
+            "host": (train_ours, options, folder, True),
+            "fixed": (train_fixed, options),
+            "timm": (train_timm, options, folder),
         }
-        results = measure.interleave({name: contestants[name] for name in options.only}, options.rounds, options.log)
+        contestants = {name: measure.in_one_process(*calls[name]) for name in options.only}
+        results = measure.interleave(contestants, options.rounds, options.log)
     print(measure.header("torch", "torchvision", "accelerate", "timm", device=options.device))
     measure.print_table(results, options.only[-1], RATE)
 

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,29 +74,33 @@ def without_times(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def count_different_lines(a: Record, b: Record) -> int:
     """Lines of metrics.jsonl that differ, apart from speed and memory."""
-    pairs = itertools.zip_longest(without_times(a.lines), without_times(b.lines))
-    return sum(first != second for first, second in pairs)
+    return sum(mine != other for mine, other in itertools.zip_longest(without_times(a.lines), without_times(b.lines)))
 
 
-def compare(name: str, runs: LaunchedRuns, options: tuple[dict[str, Any], dict[str, Any]], advice: str) -> Row:
+def compare(name: str, runs: LaunchedRuns, options: Sequence[dict[str, Any]], advice: str) -> Callable[[], Row]:
     """Compare two runs in float64: final weights for the project's own networks, otherwise first loss and gradient.
 
     In a deep network, Adam turns rounding errors of near-zero gradients into large differences within a few steps.
+    The runs start now, if this machine can do several at the same time; the function returned waits for them.
     """
     shared: dict[str, Any] = {"before": IN_FLOAT64, "mixed_precision": "no", "compile": None}
     is_own = runs.config.model in CHOICES["model"]
     if not is_own:  # the first step of plain SGD is the gradient
         shared |= {"max_steps": 1, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
         shared |= {"max_grad_norm": None}
-    folder = name.translate({ord(" "): "-", ord(","): None})
+    folder = name.replace(" ", "-").replace(",", "")
     ahead = [runs.train_ahead(f"{folder}-{number}", **(shared | each)) for number, each in enumerate(options)]
-    a, b = (record() for record in ahead)
-    difference = largest_difference(a.folder, b.folder)
-    if is_own:
-        return check(f"{name}: weights", difference, 1e-10, advice)
-    loss, other_loss = (run.lines[0]["train/loss"] for run in (a, b))
-    scale = runs.config.learning_rate * a.lines[0]["optim/gradient_norm"]
-    return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, advice)
+
+    def row() -> Row:
+        a, b = (record() for record in ahead)
+        difference = largest_difference(a.folder, b.folder)
+        if is_own:
+            return check(f"{name}: weights", difference, 1e-10, advice)
+        loss, other_loss = (run.lines[0]["train/loss"] for run in (a, b))
+        scale = runs.config.learning_rate * a.lines[0]["optim/gradient_norm"]
+        return check(f"{name}: loss and gradient", max(abs(other_loss / loss - 1), difference / scale), 1e-8, advice)
+
+    return row
 
 
 def why_incomparable(runs: LaunchedRuns, processes: int = 1) -> str:
@@ -192,7 +196,7 @@ def devices(runs: LaunchedRuns) -> Iterator[Row]:
         variable = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
         tf32 = [runs.train_ahead(f"tf32-{on}", mixed_precision="no", environment={variable: on}) for on in "01"]
         advice = "This GPU computes wrong results. Try another driver, or another version of torch."
-        yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), advice)
+        yield compare(name, runs, ({"environment": {"ACCELERATE_USE_CPU": "true"}}, {}), advice)()
         exact, rounded = (record() for record in tf32)
         yield fact("with TF32, weights would differ by", f"{largest_difference(exact.folder, rounded.folder):.1e}")
 
@@ -207,14 +211,13 @@ def several(runs: LaunchedRuns) -> Iterator[Row]:
     advice = "Gradients are averaged wrongly. Try NCCL_P2P_DISABLE=1; NCCL_DEBUG=INFO shows what it does."
     for title, steps in ((name, 1), (f"{name}, accumulating 4 batches", 4)):
         one = {"gradient_accumulation_steps": steps}
-        yield compare(title, runs, (one, one | {"processes": runs.processes}), advice)
+        yield compare(title, runs, (one, one | {"processes": runs.processes}), advice)()
 
 
 def speed(runs: LaunchedRuns) -> Iterator[Row]:
     """Images per second, where the time goes, and what several processes lose."""
     settings = runs.longer | {"epochs": 2, "max_steps": None, "checkpoint_every": None, "log_every": None}
-    whole = runs.train("speed", **settings)
-    rate = whole.last["perf/images_per_second"]
+    rate = runs.train("speed", **settings).last["perf/images_per_second"]
     yield fact("images per second", f"{rate:,.0f}")
     advice = "Other programs use this machine, or logging or storage is slow. --profile shows where the time goes."
     yield check("time, relative to a loop in plain PyTorch", runs.plain_rate(**settings) / rate, 1.5, advice)
@@ -243,6 +246,9 @@ def speed(runs: LaunchedRuns) -> Iterator[Row]:
 def precision(runs: LaunchedRuns) -> Iterator[Row]:
     """bf16, fp16 and --compile."""
     ahead = {kind: runs.train_ahead(kind, mixed_precision=kind, compile=False) for kind in ("no", "bf16", "fp16")}
+    name = "compiled and eager"
+    advice = "The compiled code is wrong. Train without --compile, or try another version of torch."
+    compiled = compare(name, runs, ({"compile": False}, {"compile": True}), advice)
     exact = ahead.pop("no")()
     for kind, record in ahead.items():
         try:
@@ -255,10 +261,8 @@ def precision(runs: LaunchedRuns) -> Iterator[Row]:
         yield check(f"{kind}: mean training loss", abs(means[1] / means[0] - 1), 0.05, advice)
         if "optim/skipped_steps" in lower.losses[-1]:
             yield fact(f"{kind}: skipped steps", f"{lower.losses[-1]['optim/skipped_steps']} of {STEPS}")
-    advice = "The compiled code is wrong. Train without --compile, or try another version of torch."
-    name = "compiled and eager"
     try:
-        row = compare(name, runs, ({"compile": False}, {"compile": True}), advice)
+        row = compiled()
         reason = Record.read(runs.folder / "compiled-and-eager-1").environment.get("not_compiled")
     except ConfigError as error:
         reason = str(error)
