@@ -9,6 +9,7 @@ separated from the paper, what belongs to the paper (rules, boxes, the table bel
 ink are grouped into digits in reading order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,7 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     if best == 0:
         contrast = sign * np.expm1(light - np.median(light[contrast <= _otsu(contrast)[0]]))
     else:  # a shadow's edge, too, is paper: remove everything wider than a brush (morphological opening)
-        brush = max(3, round(max(gray.shape) / 3))
-        contrast -= ndimage.grey_opening(contrast, (brush, brush))
+        contrast -= _without_strokes(ndimage.grey_opening, contrast, max(3, round(max(gray.shape) / 3)))
     return _above_noise(contrast)
 
 
@@ -181,9 +181,16 @@ def _contrast_of_strokes(gray: Floats) -> tuple[Floats, float]:
     The paper is what remains without strokes (morphological closing), so edges that are wider than these stay with it.
     """
     light = np.log(gray + 16)
-    brush = max(3, round(max(gray.shape) / STROKES))
-    paper = ndimage.grey_closing(np.pad(light, brush, "edge"), (brush, brush))[brush:-brush, brush:-brush]
-    return _above_noise(-np.expm1(light - paper))
+    paper = _without_strokes(ndimage.grey_closing, light, max(3, round(max(gray.shape) / STROKES)))
+    contrast = -np.expm1(light - paper)
+    contrast[np.exp(paper) * contrast < MIN_LEVELS] = 0  # the noise of a dark table
+    return _above_noise(contrast)
+
+
+def _without_strokes(remove: Callable[..., Floats], values: Floats, brush: int) -> Floats:
+    """What a morphological opening or closing leaves; the outermost pixels are repeated beyond the image."""
+    margin = brush // 2 + 1
+    return remove(np.pad(values, margin, "edge"), (brush, brush), mode="nearest")[margin:-margin, margin:-margin]
 
 
 def _above_noise(contrast: Floats) -> tuple[Floats, float]:
