@@ -330,6 +330,7 @@ def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
         (x < edge) | (x > shape[1 - axis] - edge) | (y < edge) | (y > shape[axis] - edge)
         for axis, (x, y) in enumerate(ends)
     ]
+    is_rule = [(x[:, 0] < edge) & (x[:, 1] > shape[1 - axis] - edge) for axis, (x, _) in enumerate(ends)]
     meets = []  # [lines, 2, lines of the other direction]
     for axis, (x, y) in enumerate(ends):
         others, y = lines[1 - axis], y[:, :, None]
@@ -337,7 +338,7 @@ def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
         near = np.abs(_curve(others, y) - x[:, :, None]) < reach
         near &= (y > others[:, 0] - reach) & (y < others[:, 1] + reach)
         # a stroke of a digit may well reach from one rule to the next
-        meets.append(near & (np.asarray(at_edge[axis].any(axis=1))[:, None, None] | ~at_edge[1 - axis].all(axis=1)))
+        meets.append(near & (np.asarray(at_edge[axis].any(axis=1))[:, None, None] | ~is_rule[1 - axis]))
     continued = []  # [lines, 2, lines of the same direction]: on the other side of what crosses the line
     for these, (x, y) in zip(lines, ends, strict=True):
         in_line = np.abs(_curve(these, x[:, :, None]) - y[:, :, None]) < MIN_LINE / 8
