@@ -36,7 +36,7 @@ STROKES = 8  # a stroke is narrower than this part of the longest side, if a sha
 MIN_BESIDE = 0.05  # of the image, of such a shadow or table
 SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
-MIN_PIXELS = 10  # of a digit's longer side
+MIN_PIXELS, MIN_TINY = 10, 7  # of a digit's longer side; in images of less than MIN_RULED pixels
 MAX_STROKE_LENGTH = 10  # of a digit, in units of its longer side; textures exceed it
 MAX_HOLES = 12  # in a digit, some of them left by a grid; whole grids and forms have more
 MAX_ASPECT = 2.5  # a digit's width relative to its height
@@ -76,7 +76,8 @@ def find_digits(image: Image.Image) -> Found:
         enough = ENOUGH * min(2, len(groups))  # a page's boxes and rules show at a higher resolution
         if factor == 1 or (np.quantile(height, 0.25) >= enough and not touching.any()):
             break
-    large = np.maximum(width, height) >= max(MIN_SIZE * max(gray.shape), MIN_PIXELS / factor)
+    least = MIN_TINY if max(gray.shape) < MIN_RULED else MIN_PIXELS
+    large = np.maximum(width, height) >= max(MIN_SIZE * max(gray.shape), least / factor)
     kept = np.flatnonzero(large).tolist()
     if not 0 < len(kept) <= MAX_DIGITS:
         return NOTHING
@@ -475,7 +476,9 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     for number, (left, top, right, bottom) in enumerate(outer.tolist()):
         size = max(right - left, bottom - top)
         strokes = np.isin(labels[top:bottom, left:right], groups[number]) & (ink[top:bottom, left:right] > 0.5)
-        is_digit = _outline(strokes) / 2 < MAX_STROKE_LENGTH * size and _count_holes(strokes) <= MAX_HOLES
+        length = _outline(strokes) / 2
+        is_dash = right - left > MAX_ASPECT * (bottom - top) and length < 1.5 * size  # touching digits are longer
+        is_digit = not is_dash and length < MAX_STROKE_LENGTH * size and _count_holes(strokes) <= MAX_HOLES
         if size > 0.4 * usual and is_digit:
             kept.append(number)
     return labels, [groups[number] for number in kept], outer[kept]
