@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 
 SIDE, FITTED = 28, 20  # pixels: MNIST's images, and the box around their digits
 MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 in MNIST
-SEARCHED = (480, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
+SEARCHED = (360, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
 ENOUGH = 40  # pixels of a digit's height
 MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_LEVELS = 12.0  # the same in gray levels of 0..255, for black paper
