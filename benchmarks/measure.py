@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -80,8 +80,7 @@ def interleave(
     """
     results: dict[str, list[Figures]] = {name: [] for name in contestants}
     names = list(contestants)
-    for started in POOLS.values():
-        started.result()
+    wait(POOLS.values())
     for number in range(rounds):
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:

@@ -338,7 +338,7 @@ def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
         reach = MIN_LINE / 8 + others[:, 2]
         near = np.abs(_curve(others, y) - x[:, :, None]) < reach
         near &= (y > others[:, 0] - reach) & (y < others[:, 1] + reach)
-        # a stroke of a digit may well reach from one rule to the next
+        # a stroke of a digit may well reach from one rule to the next; a rule crosses the image, a box's side does not
         meets.append(near & (np.asarray(at_edge[axis].any(axis=1))[:, None, None] | ~is_rule[1 - axis]))
     continued = []  # [lines, 2, lines of the same direction]: on the other side of what crosses the line
     for these, (x, y) in zip(lines, ends, strict=True):

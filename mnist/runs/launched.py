@@ -98,7 +98,7 @@ class LaunchedRuns:
 
     @functools.cached_property
     def has_room(self) -> bool:
-        """Whether cores and GPU memory suffice for five runs at the same time, in float64."""
+        """Whether there are four cores, and GPU memory for five runs at the same time in float64."""
         peak, (free, _) = self.short.last["perf/peak_memory_mib"] * 2**20, device_memory(self.device)
         return available_cores() >= 4 and (free == 0 or free > 5 * (2 * peak + 2**30))
 
