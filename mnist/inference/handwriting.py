@@ -448,8 +448,10 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found], dtype=np.intp)
     sides = boxes[:, 2:] - boxes[:, :2]
     sizes, is_flat = sides.max(axis=1), sides[:, 1] < 0.35 * sides[:, 0]  # a dash, or the upper stroke of a 5
-    whole = sizes if is_flat.all() else sizes[~is_flat]
-    usual = float(np.quantile(whole[whole > 0.4 * whole.max()], 0.8))  # size of a digit
+    by_size = np.argsort(sizes)
+    pixels = np.cumsum(np.bincount(labels.ravel())[1:][by_size])
+    # size of a digit: half of the ink is in smaller regions. A line that is left over is longer, but has less ink
+    usual = float(sizes[by_size[np.searchsorted(pixels, pixels[-1] / 2)]])
     order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > 0.12 * usual]
     is_tiny = max(ink.shape) < MIN_RULED  # thin strokes are broken, and there is hardly room for several digits
     groups: list[list[int]] = []
@@ -479,7 +481,7 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
         length = _outline(strokes) / 2
         is_dash = right - left > MAX_ASPECT * (bottom - top) and length < 1.5 * size  # touching digits are longer
         is_digit = not is_dash and length < MAX_STROKE_LENGTH * size and _count_holes(strokes) <= MAX_HOLES
-        if size > 0.4 * usual and is_digit:
+        if 0.4 * usual < size < 3 * usual and is_digit:
             kept.append(number)
     return labels, [groups[number] for number in kept], outer[kept]
 

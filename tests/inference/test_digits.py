@@ -167,6 +167,21 @@ def test_numbers_and_columns_on_plain_and_ruled_paper_are_read(
         assert right / total >= 0.93, ground
 
 
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_a_long_line_is_no_digit_and_hides_none(
+    is_upright: bool, model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
+) -> None:
+    page = Image.new("L", (600, 600))
+    chosen = [0, 1, 2, 4, 5, 6, 7, 8]
+    for place, number in enumerate(chosen):
+        digit = Image.fromarray(held_out[0][number]).resize((84, 84), Image.Resampling.BICUBIC)
+        page.paste(digit, (40 + 130 * (place % 4), 60 + 200 * (place // 4)))
+    ends = [(570, 100), (570, 540)] if is_upright else [(60, 500), (540, 500)]
+    ImageDraw.Draw(page).line(ends, 255, 5)
+    read = model.predict(page).text
+    assert read.replace("\n", "") == "".join(str(held_out[1][number]) for number in chosen)
+
+
 def test_hardly_anything_is_found_on_empty_pages(model: Model) -> None:
     found = []
     for kind in EMPTY_KINDS:
