@@ -129,7 +129,8 @@ def _ink(gray: Floats) -> Floats | None:
         full = float(np.median(strength[strength > strongest / 2]))
         mask = strength > max(full / 4, 3 * noise)
         foreign, beside = _foreign(mask, strength > max(full / 8, 1.5 * noise))
-        if attempt == 0 and beside.mean() > MIN_BESIDE:
+        rim = round(0.03 * min(gray.shape))  # of a canvas; strokes may be bright on it
+        if attempt == 0 and beside[rim : len(beside) - rim, rim:-rim or None].mean() > MIN_BESIDE:
             strength, noise = _contrast_of_strokes(gray)
         elif foreign.any():
             strength = np.where(foreign, 0, strength)
