@@ -165,10 +165,7 @@ def _contrast(gray: Floats) -> tuple[Floats, float]:
     is_uniform = uniform > max(TWO_KINDS, smooth - 0.03, shadowed - 0.03)
     best = 0 if is_uniform else 1 + int(shadowed > smooth)
     off = light - _resized(papers[best], (width, height))
-    is_dark = splits[best][1]
-    if best and off.std() < 0.005:  # hardly any ink: two kinds of pixels would be those of the noise
-        is_dark = off.max() + off.min() < 2 * np.median(off)
-    sign = -1 if is_dark else 1
+    sign = -1 if splits[best][1] else 1
     contrast = sign * np.expm1(off)
     if best == 0:
         contrast = sign * np.expm1(light - np.median(light[contrast <= _otsu(contrast)[0]]))
@@ -211,9 +208,7 @@ def _split(values: Floats) -> tuple[float, bool]:
     border = np.ones_like(above)
     border[band:-band, band:-band] = False
     bright = bool(above[border].mean() > 0.5)
-    brush = max(3, round(max(values.shape) / 2))
-    is_wide = _opened(_opened(np.pad(above != bright, 1), brush, 0), brush, 1).any()  # a shadow or a table
-    return 0.0 if is_wide and min(values.shape) >= MIN_RULED else separability, bright
+    return separability, bright
 
 
 def _otsu(values: Floats) -> tuple[float, float]:
@@ -297,31 +292,10 @@ def _lines(mask: Mask) -> Floats:
         x = inked[height[inked] <= thickness + 1]
         y = rows.start + (top + bottom)[x] / 2
         if thickness > 3 * single + 2:
-            lines += [
-                [columns.start + start, columns.start + stop, thick, 0, slope, rows.start + at - slope * columns.start]
-                for start, stop, thick, slope, at in _parallels(region)
-            ]
             continue
         curve = np.polyfit(x + columns.start, y, 2 if length > mask.shape[1] / 2 else 1)
         lines.append([*(columns.start + inked[[0, -1]]), thickness, *np.pad(curve, (3 - len(curve), 0))])
     return np.array(lines).reshape(-1, 6)
-
-
-def _parallels(region: Mask) -> list[tuple[int, int, int, float, float]]:
-    """Parallel lines that strokes join to one region: start and end (x), thickness, slope, and y at x = 0."""
-    y, x = np.nonzero(region)
-    lowest = -round(MAX_SLOPE * region.shape[1])
-    slopes = np.linspace(-MAX_SLOPE, MAX_SLOPE, 41)
-    profiles = [np.bincount(np.rint(y - slope * x).astype(int) - lowest) for slope in slopes]
-    best = int(np.argmax([np.sum(profile.astype(float) ** 2) for profile in profiles]))
-    labels, count = ndimage.label(profiles[best] > profiles[best].max() / 3)
-    numbers = labels[np.rint(y - slopes[best] * x).astype(int) - lowest]
-    found = []
-    for number in range(1, count + 1):
-        at, along = np.flatnonzero(labels == number) + lowest, x[numbers == number]
-        if np.ptp(along) >= MIN_LINE:
-            found.append((along.min(), along.max(), len(at), slopes[best], at.mean()))
-    return found
 
 
 def _printed(lines: list[Floats], shape: tuple[int, int]) -> list[Floats]:
@@ -427,8 +401,7 @@ def _beside(mask: Mask) -> Mask:
         sides = (part[:band].any(0), part[-band:].any(0), part[:, :band].any(1), part[:, -band:].any(1))
         is_frame = part.mean() < 0.5 and min(side.mean() for side in sides) > 0.9
         is_rim = inner[number] < 0.1 * np.count_nonzero(part)
-        is_sliver = max(contact) > longer / 2 and shorter < longer / 8
-        beside[number] = is_frame or is_sliver or is_rim
+        beside[number] = is_frame or is_rim
         if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
             continue  # small, or a digit that is cut out tightly
         for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):
