@@ -38,7 +38,7 @@ SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
 MIN_PIXELS, MIN_TINY = 10, 7  # of a digit's longer side; in images of less than MIN_RULED pixels
 MAX_STROKE_LENGTH = 10  # of a digit, in units of its longer side; textures exceed it
-MAX_HOLES = 12  # in a digit, some of them left by a grid; whole grids and forms have more
+MAX_HOLES = 20  # in a digit, some of them left by a grid; whole grids and forms have more
 MAX_ASPECT = 2.5  # a digit's width relative to its height
 MAX_DIGITS = 100  # in an image; textures exceed it
 MAX_REGIONS = 500  # the largest ones
@@ -91,7 +91,7 @@ def find_digits(image: Image.Image) -> Found:
         pixels = _center(_fit(_thickened(np.where(np.isin(labels[place], groups[number]), ink[place], 0))))
         outer = min(factor * right, image.width), min(factor * bottom, image.height)
         digits.append(Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer)))
-    return Found([[digits[index] for index in row] for row in _rows(boxes[kept])])
+    return Found([[digits[index] for index in row] for row in _rows(boxes[kept])], on_paper=min(gray.shape) >= MIN_RULED)
 
 
 def is_prepared(pixels: NDArray[np.uint8]) -> bool:

@@ -41,6 +41,7 @@ class Digit(NamedTuple):
 class Found(NamedTuple):
     rows: list[list[Digit]]  # in reading order
     reason: str = ""  # why there are none
+    on_paper: bool = False  # what was found may be a shadow
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class Model:
         """The prediction for an image; takes a row of probabilities per digit."""
         rows = [[self._named(next(probabilities), digit) for digit in row] for row in found.rows]
         digits = tuple(digit for row in rows for digit in row)
-        # the ink of empty pages, such as a shadow, looks like no digit at all to the network
-        least = LEAST * self.config.threshold if self.config.preparation == "digit" else 0
+        # a shadow looks like no digit at all to the network
+        least = LEAST * self.config.threshold if found.on_paper else 0
         if all(digit.probability < least for digit in digits):
             return Prediction(None, 0.0, {}, None, confident=False, reason=found.reason or "no digit found")
         if len(digits) == 1:

@@ -78,6 +78,14 @@ def test_small_digits_in_28_pixels_are_read(
     assert np.mean(right) >= 0.93
 
 
+def test_ink_in_28_pixels_is_read_even_if_it_looks_like_no_digit(model: Model) -> None:
+    page = Image.new("L", (28, 28), 255)
+    ImageDraw.Draw(page).line([(7, 18), (16, 10), (16, 9), (17, 19)], 0)  # a steep 1 without its lower half
+    found = model.predict(page)
+    assert found.label is not None
+    assert not found.confident
+
+
 def test_a_digit_on_ruled_paper_is_read_in_any_darkness_of_the_lines(model: Model) -> None:
     random = np.random.default_rng(0)
     for label, stroke in (("0", "ellipse"), ("7", "line")):
