@@ -91,7 +91,8 @@ def find_digits(image: Image.Image) -> Found:
         pixels = _center(_fit(_thickened(np.where(np.isin(labels[place], groups[number]), ink[place], 0))))
         outer = min(factor * right, image.width), min(factor * bottom, image.height)
         digits.append(Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer)))
-    return Found([[digits[index] for index in row] for row in _rows(boxes[kept])], on_paper=min(gray.shape) >= MIN_RULED)
+    rows = [[digits[index] for index in row] for row in _rows(boxes[kept])]
+    return Found(rows, on_paper=min(gray.shape) >= MIN_RULED)
 
 
 def is_prepared(pixels: NDArray[np.uint8]) -> bool:
