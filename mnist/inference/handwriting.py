@@ -131,7 +131,7 @@ def _ink(gray: Floats) -> Floats | None:
         mask = strength > max(full / 4, 3 * noise)
         foreign, beside = _foreign(mask, strength > max(full / 8, 1.5 * noise))
         rim = round(0.03 * min(gray.shape))  # of a canvas; strokes may be bright on it
-        if attempt == 0 and beside[rim : len(beside) - rim, rim:-rim or None].mean() > MIN_BESIDE:
+        if attempt == 0 and beside[rim : len(beside) - rim, rim : -rim or None].mean() > MIN_BESIDE:
             strength, noise = _contrast_of_strokes(gray)
         elif foreign.any():
             strength = np.where(foreign, 0, strength)
@@ -405,6 +405,7 @@ def _beside(mask: Mask) -> Mask:
         beside[number] = is_frame or is_rim
         if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
             continue  # small, or a digit that is cut out tightly
+        beside[number] |= np.count_nonzero(contact) > 2 and longer > MAX_ASPECT * shorter
         for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):
             share, depth = length / len(edge), part.shape[axis] / mask.shape[axis]
             beside[number] |= share > 0.9 or (share > 0.5 and depth < 0.15)
@@ -424,7 +425,8 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     sides = boxes[:, 2:] - boxes[:, :2]
     sizes, is_flat = sides.max(axis=1), sides[:, 1] < 0.35 * sides[:, 0]  # a dash, or the upper stroke of a 5
     by_size = np.argsort(sizes)
-    pixels = np.cumsum(np.bincount(labels.ravel())[1:][by_size])
+    counts = np.bincount(labels.ravel())[1:]
+    pixels = np.cumsum((counts if is_flat.all() else counts * ~is_flat)[by_size])
     # size of a digit: half of the ink is in smaller regions. A line that is left over is longer, but has less ink
     usual = float(sizes[by_size[np.searchsorted(pixels, pixels[-1] / 2)]])
     order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > 0.12 * usual]

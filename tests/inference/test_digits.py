@@ -119,6 +119,20 @@ def test_a_shadow_is_no_digit_and_hides_none_whatever_its_edge(place: str, model
             assert model.predict(page.filter(ImageFilter.GaussianBlur(1.5))).text == "7", (depth, width)
 
 
+@pytest.mark.parametrize("beside", ["shiny table", "paper's edge"])
+def test_what_lies_beside_the_paper_hides_no_digit(beside: str, model: Model) -> None:
+    random = np.random.default_rng(0)
+    pixels = 200 + random.normal(0, 2, (320, 240))
+    if beside == "shiny table":
+        pixels[-32:-18] = 100
+        pixels[-18:, :80] = 100
+    else:
+        pixels[40:44, :215] = 110 + random.uniform(0, 60, (4, 215))
+    page = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    ImageDraw.Draw(page).line([(100, 130), (130, 130), (110, 175)], 60, 4, joint="curve")
+    assert model.predict(page).text == "7"
+
+
 # --- several digits
 
 
