@@ -63,14 +63,18 @@ def find_digits(image: Image.Image) -> Found:
         for candidate in (pixels, 255 - pixels):
             if is_prepared(candidate):
                 return Found([[Digit(torch.from_numpy(candidate), (0, 0, SIDE, SIDE))]])
+    groups: list[list[int]] = []
     for longest in SEARCHED:
-        gray, factor = _shrunk(image, longest)
-        ink = _ink(gray)
-        if ink is None:
+        shrunk = _shrunk(image, longest)
+        strokes = _ink(shrunk[0])
+        if strokes is None:
             return NOTHING
-        labels, groups, boxes = _group(ink)
-        if not groups:
+        grouped = _group(strokes)
+        if not grouped[1]:
             return NOTHING
+        if len(grouped[1]) < len(groups) / 2:  # at this resolution, lines join the digits
+            break
+        (gray, factor), ink, (labels, groups, boxes) = shrunk, strokes, grouped
         width, height = (boxes[:, 2:] - boxes[:, :2]).T
         touching = width > MAX_ASPECT * (height if len(boxes) == 1 else np.maximum(height, np.median(height)))
         enough = ENOUGH * min(2, len(groups))  # a page's boxes and rules show at a higher resolution
@@ -83,7 +87,6 @@ def find_digits(image: Image.Image) -> Found:
         return NOTHING
     if touching[kept].any():
         return Found([], "digits touch each other")
-    assert ink is not None
     digits = []
     for number in kept:
         left, top, right, bottom = boxes[number].tolist()

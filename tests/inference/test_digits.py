@@ -204,6 +204,14 @@ def test_a_long_line_is_no_digit_and_hides_none(
     assert read.replace("\n", "") == "".join(str(held_out[1][number]) for number in chosen)
 
 
+def test_a_large_page_is_read_at_the_resolution_that_separates_its_digits_from_lines(
+    model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
+) -> None:
+    digits_of = torch.from_numpy(held_out[0]), torch.tensor(held_out[1])
+    page = make_page(np.random.default_rng([1, 7, 2, 19]), digits_of, "page", "photo of squared")
+    assert read_right(page.text, model.predict(page.image).text) >= 0.9 * len(page.text)
+
+
 def test_hardly_anything_is_found_on_empty_pages(model: Model) -> None:
     found = []
     for kind in EMPTY_KINDS:
