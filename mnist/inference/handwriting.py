@@ -45,7 +45,6 @@ MAX_REGIONS = 500  # the largest ones
 MIN_RULED = 40  # pixels of the shorter side; rules and frames are not looked for in smaller images
 MIN_LINE = 24  # pixels of a printed line
 MAX_LINE = 0.03  # thickness of a printed line, relative to the image's longest side
-MAX_SLOPE = 0.08  # of printed lines
 MIN_STROKE = 2.0  # width in pixels of the 20 x 20 box; thinner strokes are thickened
 CORNERS = np.ones((3, 3), np.int8)  # regions connect at corners, too
 
@@ -291,12 +290,10 @@ def _lines(mask: Mask) -> Floats:
         height, count = bottom - top + 1, np.diff(region.view(np.int8), axis=0, prepend=0, append=0).clip(0).sum(axis=0)
         length, thickness = inked[-1] - inked[0] + 1, np.median(height[inked])  # of two lines if they lie side by side
         single = np.median(region.sum(axis=0)[inked] / count[inked])
-        if length < max(MIN_LINE, 5 * single):
+        if length < max(MIN_LINE, 5 * single) or thickness > 3 * single + 2:
             continue
         x = inked[height[inked] <= thickness + 1]
         y = rows.start + (top + bottom)[x] / 2
-        if thickness > 3 * single + 2:
-            continue
         curve = np.polyfit(x + columns.start, y, 2 if length > mask.shape[1] / 2 else 1)
         lines.append([*(columns.start + inked[[0, -1]]), thickness, *np.pad(curve, (3 - len(curve), 0))])
     return np.array(lines).reshape(-1, 6)
