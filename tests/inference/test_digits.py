@@ -133,6 +133,15 @@ def test_what_lies_beside_the_paper_hides_no_digit(beside: str, model: Model) ->
     assert model.predict(page).text == "7"
 
 
+def test_a_bright_frame_around_a_black_canvas_hides_no_digit(model: Model) -> None:
+    page = Image.new("L", (289, 281), 255)
+    draw = ImageDraw.Draw(page)
+    draw.rectangle([5, 4, 283, 276], fill=0)
+    draw.line([(70, 28), (212, 28), (180, 235)], 255, 16, joint="curve")
+    draw.line([(80, 120), (245, 114)], 255, 16)
+    assert model.predict(page).text == "7"
+
+
 # --- several digits
 
 
