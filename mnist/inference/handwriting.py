@@ -69,9 +69,10 @@ def find_digits(image: Image.Image) -> Found:
         if strokes is None:
             return NOTHING
         grouped = _group(strokes)
-        if not grouped[1]:
+        count = len(grouped[1])
+        if count == 0:
             return NOTHING
-        if len(grouped[1]) < len(groups) / 2:  # at this resolution, lines join the digits
+        if count < len(groups) / 2:  # at this resolution, lines join the digits
             break
         (gray, factor), ink, (labels, groups, boxes) = shrunk, strokes, grouped
         width, height = (boxes[:, 2:] - boxes[:, :2]).T
@@ -124,6 +125,8 @@ def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
 def _ink(gray: Floats) -> Floats | None:
     """The amount of ink [height, width] in 0..1, zero outside of strokes; None if there is none."""
     strength, noise = _contrast(gray)
+    height, width = gray.shape
+    rim = round(0.03 * min(height, width))  # a frame around a canvas is no table
     for attempt in range(3):
         least = max(MIN_CONTRAST, MIN_LEVELS / (float(np.median(gray)) + 16), MIN_CONTRAST_TO_NOISE * noise)
         strongest = float(strength.max())
@@ -132,8 +135,7 @@ def _ink(gray: Floats) -> Floats | None:
         full = float(np.median(strength[strength > strongest / 2]))
         mask = strength > max(full / 4, 3 * noise)
         foreign, beside = _foreign(mask, strength > max(full / 8, 1.5 * noise))
-        rim = round(0.03 * min(gray.shape))  # of a canvas; strokes may be bright on it
-        if attempt == 0 and beside[rim : len(beside) - rim, rim : -rim or None].mean() > MIN_BESIDE:
+        if attempt == 0 and beside[rim : height - rim, rim : width - rim].mean() > MIN_BESIDE:
             strength, noise = _contrast_of_strokes(gray)
         elif foreign.any():
             strength = np.where(foreign, 0, strength)
@@ -210,8 +212,7 @@ def _split(values: Floats) -> tuple[float, bool]:
     above, band = values >= threshold, max(1, round(0.06 * max(values.shape)))
     border = np.ones_like(above)
     border[band:-band, band:-band] = False
-    bright = bool(above[border].mean() > 0.5)
-    return separability, bright
+    return separability, bool(above[border].mean() > 0.5)
 
 
 def _otsu(values: Floats) -> tuple[float, float]:
