@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 
 SIDE, FITTED = 28, 20  # pixels: MNIST's images, and the box around their digits
 MIDDLE = 14.0  # row and column of the center of mass, in pixels; 13.48 to 14.5 in MNIST
-SEARCHED = (360, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
+SEARCHED = (300, 960, 1920)  # pixels of the longest side; the next one if digits have fewer than ENOUGH
 ENOUGH = 40  # pixels of a digit's height
 MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_LEVELS = 12.0  # the same in gray levels of 0..255, for black paper
@@ -426,10 +426,10 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     sides = boxes[:, 2:] - boxes[:, :2]
     sizes, is_flat = sides.max(axis=1), sides[:, 1] < 0.35 * sides[:, 0]  # a dash, or the upper stroke of a 5
     by_size = np.argsort(sizes)
-    counts = np.bincount(labels.ravel())[1:]
-    pixels = np.cumsum((counts if is_flat.all() else counts * ~is_flat)[by_size])
+    amounts = np.bincount(labels.ravel(), ink.ravel())[1:]
+    total = np.cumsum((amounts if is_flat.all() else amounts * ~is_flat)[by_size])
     # size of a digit: half of the ink is in smaller regions. A line that is left over is longer, but has less ink
-    usual = float(sizes[by_size[np.searchsorted(pixels, pixels[-1] / 2)]])
+    usual = float(sizes[by_size[np.searchsorted(total, total[-1] / 2)]])
     order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > 0.12 * usual]
     is_tiny = max(ink.shape) < MIN_RULED  # thin strokes are broken, and there is hardly room for several digits
     groups: list[list[int]] = []

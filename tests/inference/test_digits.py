@@ -213,6 +213,18 @@ def test_a_long_line_is_no_digit_and_hides_none(
     assert read.replace("\n", "") == "".join(str(held_out[1][number]) for number in chosen)
 
 
+def test_a_faint_band_of_a_scanner_is_no_digit_and_hides_none(
+    model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
+) -> None:
+    pixels = np.zeros((600, 400), np.uint8)
+    for place in range(70):
+        left, top = 30 + 40 * (place % 7), 30 + 45 * (place // 7)
+        pixels[top : top + 28, left : left + 28] = held_out[0][place]
+    pixels[250:590, 300:345] = 80
+    pixels[400:430, 315:317] = 150
+    assert model.predict(pixels).text.replace("\n", "") == "".join(map(str, held_out[1][:70]))
+
+
 def test_a_large_page_is_read_at_the_resolution_that_separates_its_digits_from_lines(
     model: Model, held_out: tuple[NDArray[np.uint8], list[int]]
 ) -> None:
