@@ -406,7 +406,6 @@ def _beside(mask: Mask) -> Mask:
         beside[number] = is_frame or is_rim
         if longer < quarter or (np.array(part.shape) > 0.9 * np.array(mask.shape)).all():
             continue  # small, or a digit that is cut out tightly
-        beside[number] |= np.count_nonzero(contact) > 2 and longer > MAX_ASPECT * shorter
         for axis, length, edge in zip((0, 0, 1, 1), contact, edges, strict=True):
             share, depth = length / len(edge), part.shape[axis] / mask.shape[axis]
             beside[number] |= share > 0.9 or (share > 0.5 and depth < 0.15)
