@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 
 from mnist.inference.predict import Digit, Found
@@ -34,9 +34,11 @@ MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the pa
 TWO_KINDS = 0.82  # separability of ink and evenly lit paper; of an even gradient it is 0.75
 STROKES = 8  # a stroke is narrower than this part of the longest side, if a shadow or a table is in the image
 MIN_BESIDE = 0.05  # of the image, of such a shadow or table
+MIN_STRAIGHT = 0.7  # separability of ink and paper in an image that hardly shows any paper
 SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
 MIN_PIXELS, MIN_TINY = 10, 7  # of a digit's longer side; in images of less than MIN_RULED pixels
+MIN_PART = 0.07  # of a digit's size, such as the dot of a question mark; what is smaller is dirt
 MAX_STROKE_LENGTH = 10  # of a digit, in units of its longer side; textures exceed it
 MAX_HOLES = 20  # in a digit, some of them left by a grid; whole grids and forms have more
 MAX_ASPECT = 2.5  # a digit's width relative to its height
@@ -62,6 +64,8 @@ def find_digits(image: Image.Image) -> Found:
         for candidate in (pixels, 255 - pixels):
             if is_prepared(candidate):
                 return Found([[Digit(torch.from_numpy(candidate), (0, 0, SIDE, SIDE))]])
+    width, height = image.size
+    image, margin = _with_margin(image)
     groups: list[list[int]] = []
     for longest in SEARCHED:
         shrunk = _shrunk(image, longest)
@@ -75,13 +79,13 @@ def find_digits(image: Image.Image) -> Found:
         if count < len(groups) / 2:  # at this resolution, lines join the digits
             break
         (gray, factor), ink, (labels, groups, boxes) = shrunk, strokes, grouped
-        width, height = (boxes[:, 2:] - boxes[:, :2]).T
-        touching = width > MAX_ASPECT * (height if len(boxes) == 1 else np.maximum(height, np.median(height)))
+        widths, heights = (boxes[:, 2:] - boxes[:, :2]).T
+        touching = widths > MAX_ASPECT * (heights if len(boxes) == 1 else np.maximum(heights, np.median(heights)))
         enough = ENOUGH * min(2, len(groups))  # a page's boxes and rules show at a higher resolution
-        if factor == 1 or (np.quantile(height, 0.25) >= enough and not touching.any()):
+        if factor == 1 or (np.quantile(heights, 0.25) >= enough and not touching.any()):
             break
     least = MIN_TINY if max(gray.shape) < MIN_RULED else MIN_PIXELS
-    large = np.maximum(width, height) >= max(MIN_SIZE * max(gray.shape), least / factor)
+    large = np.maximum(widths, heights) >= max(MIN_SIZE * max(gray.shape), least / factor)
     kept = np.flatnonzero(large).tolist()
     if not 0 < len(kept) <= MAX_DIGITS:
         return NOTHING
@@ -92,8 +96,9 @@ def find_digits(image: Image.Image) -> Found:
         left, top, right, bottom = boxes[number].tolist()
         place = np.s_[top:bottom, left:right]
         pixels = _center(_fit(_thickened(np.where(np.isin(labels[place], groups[number]), ink[place], 0))))
-        outer = min(factor * right, image.width), min(factor * bottom, image.height)
-        digits.append(Digit(torch.from_numpy(pixels), (factor * left, factor * top, *outer)))
+        inner = max(0, factor * left - margin), max(0, factor * top - margin)
+        outer = min(factor * right - margin, width), min(factor * bottom - margin, height)
+        digits.append(Digit(torch.from_numpy(pixels), (*inner, *outer)))
     rows = [[digits[index] for index in row] for row in _rows(boxes[kept])]
     return Found(rows, on_paper=min(gray.shape) >= MIN_RULED)
 
@@ -109,6 +114,23 @@ def is_prepared(pixels: NDArray[np.uint8]) -> bool:
 
 
 # --- from an image to ink
+
+
+def _with_margin(image: Image.Image) -> tuple[Image.Image, int]:
+    """The image and a margin of paper around it, in pixels: a straight 1 that is cut out tightly hides its paper."""
+    if image.height < MAX_ASPECT * image.width:
+        return image, 0
+    gray = np.asarray(image.convert("L").reduce(-(-image.width // SAMPLES)), dtype=np.float32)
+    threshold, separability = _otsu(gray)
+    if separability < MIN_STRAIGHT:
+        return image, 0
+    columns = np.arange(gray.shape[1])
+    away = np.broadcast_to(np.abs(columns - columns.mean()), gray.shape)
+    ink, paper = sorted((gray >= threshold, gray < threshold), key=lambda kind: away[kind].mean())
+    if paper.mean() > 0.6 or away[paper].mean() <= 1.2 * away[ink].mean():  # more than the sides, or not on both
+        return image, 0
+    margin = image.height // 4
+    return ImageOps.expand(image.convert("L"), margin, int(np.median(gray[paper]))), margin
 
 
 def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
@@ -429,7 +451,7 @@ def _group(ink: Floats) -> tuple[Ints, list[list[int]], Ints]:
     total = np.cumsum((amounts if is_flat.all() else amounts * ~is_flat)[by_size])
     # size of a digit: half of the ink is in smaller regions. A line that is left over is longer, but has less ink
     usual = float(sizes[by_size[np.searchsorted(total, total[-1] / 2)]])
-    order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > 0.12 * usual]
+    order = [number for number in np.lexsort((-sizes, is_flat)).tolist() if sizes[number] > MIN_PART * usual]
     is_tiny = max(ink.shape) < MIN_RULED  # thin strokes are broken, and there is hardly room for several digits
     groups: list[list[int]] = []
     outer = np.zeros((0, 4), dtype=np.intp)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
+from scipy import ndimage
 from torch import Tensor
 
 from mnist.config.settings import PROJECT_FOLDER
@@ -137,6 +138,28 @@ def test_dust_a_frame_and_a_table_next_to_the_paper_are_ignored() -> None:
     ImageDraw.Draw(frame).rectangle((8, 8, 271, 271), outline=0, width=3)
     ImageDraw.Draw(table).rectangle((0, 0, 30, 280), fill=60)
     assert [read_as_seven(page) for page in (dust, frame, table)] == [True] * 3
+
+
+@pytest.mark.parametrize("background", [0, 255])
+@pytest.mark.parametrize("height", [30, 160, 900])
+def test_a_straight_1_that_is_cut_out_tightly_is_prepared_like_a_whole_one(height: int, background: int) -> None:
+    rng = np.random.default_rng(height)
+    for slant in (-0.1, 0.0, 0.1):
+        image, pen = Image.new("L", (height, height), background), height * rng.uniform(0.1, 0.18)
+        points = [(height * (0.5 + slant * (0.5 - y)) + rng.normal(0, pen / 10), height * y) for y in (0.1, 0.5, 0.9)]
+        ImageDraw.Draw(image).line(points, fill=255 - background, width=round(pen), joint="curve")
+        tight = image.crop(ImageOps.invert(image).getbbox() if background else image.getbbox())
+        ((digit,),) = find_digits(tight).rows
+        assert np.abs(np.subtract(digit.box, (0, 0, *tight.size))).max() <= max(2, height / 50)
+        assert difference(digit.pixels, prepared_of(image)) < 3
+
+
+def test_a_question_mark_keeps_its_dot_and_a_7_gets_none_from_dust() -> None:
+    for radius, regions in ((6, 2), (2, 1)):
+        page = seven()
+        bottom = find_digits(page).rows[0][0].box[3]
+        ImageDraw.Draw(page).ellipse((150 - radius, bottom + 12 - radius, 150 + radius, bottom + 12 + radius), fill=0)
+        assert ndimage.label(prepared_of(page).numpy() > 60)[1] == regions
 
 
 def gray(values: NDArray[np.floating[Any]]) -> Image.Image:
