@@ -118,19 +118,17 @@ def is_prepared(pixels: NDArray[np.uint8]) -> bool:
 
 def _with_margin(image: Image.Image) -> tuple[Image.Image, int]:
     """The image and a margin of paper around it, in pixels: a straight 1 that is cut out tightly hides its paper."""
-    if image.height < MAX_ASPECT * image.width:
+    if image.width < 3 or image.height < MAX_ASPECT * image.width:
         return image, 0
     gray = np.asarray(image.convert("L").reduce(-(-image.width // SAMPLES)), dtype=np.float32)
     threshold, separability = _otsu(gray)
-    if separability < MIN_STRAIGHT:
-        return image, 0
-    columns = np.arange(gray.shape[1])
-    away = np.broadcast_to(np.abs(columns - columns.mean()), gray.shape)
-    ink, paper = sorted((gray >= threshold, gray < threshold), key=lambda kind: away[kind].mean())
-    if paper.mean() > 0.6 or away[paper].mean() <= 1.2 * away[ink].mean():  # more than the sides, or not on both
-        return image, 0
-    margin = image.height // 4
-    return ImageOps.expand(image.convert("L"), margin, int(np.median(gray[paper]))), margin
+    third = gray.shape[1] // 3
+    for kind in (gray < threshold, gray >= threshold) if separability > MIN_STRAIGHT else ():
+        left, middle, right = (kind[:, columns].mean() for columns in np.s_[:third, third:-third, -third:])
+        if min(left, right) > 1.2 * middle and kind.mean() < 0.6:  # paper, on both sides, and not much of it
+            margin = image.height // 4
+            return ImageOps.expand(image.convert("L"), margin, int(np.median(gray[kind]))), margin
+    return image, 0
 
 
 def _shrunk(image: Image.Image, longest: int) -> tuple[Floats, int]:
