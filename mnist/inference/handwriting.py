@@ -32,9 +32,9 @@ MIN_CONTRAST = 0.10  # of ink, relative to the paper's brightness
 MIN_LEVELS = 12.0  # the same in gray levels of 0..255, for black paper
 MIN_CONTRAST_TO_NOISE = 7.0  # contrast of ink, in standard deviations of the paper's noise
 TWO_KINDS = 0.82  # separability of ink and evenly lit paper; of an even gradient it is 0.75
+TWO_KINDS_TINY = 0.7  # in images of less than MIN_RULED pixels, where edges are blurred
 STROKES = 8  # a stroke is narrower than this part of the longest side, if a shadow or a table is in the image
 MIN_BESIDE = 0.05  # of the image, of such a shadow or table
-MIN_STRAIGHT = 0.7  # separability of ink and paper in an image that hardly shows any paper
 SAMPLES = 96  # pixels of the longest side by which ink and paper are told apart
 MIN_SIZE = 0.01  # of a digit, relative to the image's longest side
 MIN_PIXELS, MIN_TINY = 10, 7  # of a digit's longer side; in images of less than MIN_RULED pixels
@@ -122,12 +122,14 @@ def _with_margin(image: Image.Image) -> tuple[Image.Image, int]:
         return image, 0
     gray = np.asarray(image.convert("L").reduce(-(-image.width // SAMPLES)), dtype=np.float32)
     threshold, separability = _otsu(gray)
+    if separability < (TWO_KINDS_TINY if image.height < MIN_RULED else TWO_KINDS):
+        return image, 0
     third = gray.shape[1] // 3
-    for kind in (gray < threshold, gray >= threshold) if separability > MIN_STRAIGHT else ():
-        left, middle, right = (kind[:, columns].mean() for columns in np.s_[:third, third:-third, -third:])
-        if min(left, right) > 1.2 * middle and kind.mean() < 0.6:  # paper, on both sides, and not much of it
+    for paper in (gray < threshold, gray >= threshold):
+        left, middle, right = (paper[:, columns].mean() for columns in np.s_[:third, third:-third, -third:])
+        if min(left, right) > 1.2 * middle and paper.mean() < 0.6:  # on both sides, and not much of it
             margin = image.height // 4
-            return ImageOps.expand(image.convert("L"), margin, int(np.median(gray[kind]))), margin
+            return ImageOps.expand(image.convert("L"), margin, int(np.median(gray[paper]))), margin
     return image, 0
 
 

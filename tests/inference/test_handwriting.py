@@ -141,17 +141,28 @@ def test_dust_a_frame_and_a_table_next_to_the_paper_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("background", [0, 255])
-@pytest.mark.parametrize("height", [30, 160, 900])
+@pytest.mark.parametrize("height", [24, 160, 900])
 def test_a_straight_1_that_is_cut_out_tightly_is_prepared_like_a_whole_one(height: int, background: int) -> None:
-    rng = np.random.default_rng(height)
+    rng, large = np.random.default_rng(height), 4 * height
     for slant in (-0.1, 0.0, 0.1):
-        image, pen = Image.new("L", (height, height), background), height * rng.uniform(0.1, 0.18)
-        points = [(height * (0.5 + slant * (0.5 - y)) + rng.normal(0, pen / 10), height * y) for y in (0.1, 0.5, 0.9)]
+        image, pen = Image.new("L", (large, large), background), large * rng.uniform(0.1, 0.18)
+        points = [(large * (0.5 + slant * (0.5 - y)) + rng.normal(0, pen / 10), large * y) for y in (0.1, 0.5, 0.9)]
         ImageDraw.Draw(image).line(points, fill=255 - background, width=round(pen), joint="curve")
-        tight = image.crop(ImageOps.invert(image).getbbox() if background else image.getbbox())
+        image = image.reduce(4)
+        ink = image.point([255 * (abs(value - background) > 60) for value in range(256)])
+        tight = image.crop(ink.getbbox())
         ((digit,),) = find_digits(tight).rows
         assert np.abs(np.subtract(digit.box, (0, 0, *tight.size))).max() <= max(2, height / 50)
-        assert difference(digit.pixels, prepared_of(image)) < 3
+        assert difference(digit.pixels, prepared_of(image)) < 8
+
+
+def test_rules_of_a_narrow_strip_belong_to_no_digit() -> None:
+    strip = Image.new("L", (100, 330), 235)
+    for y in range(12, 330, 24):
+        ImageDraw.Draw(strip).line([(0, y), (100, y)], fill=150, width=2)
+    for y in (20, 120, 220):
+        ImageDraw.Draw(strip).line([(30, y), (70, y), (50, y + 60)], fill=40, width=8)
+    assert [[digit.box[2] - digit.box[0] < 60 for digit in row] for row in find_digits(strip).rows] == [[True]] * 3
 
 
 def test_a_question_mark_keeps_its_dot_and_a_7_gets_none_from_dust() -> None:
@@ -182,6 +193,8 @@ NO_DIGIT = {
     "faint noise": gray(RNG.normal(240, 3, (600, 800))),
     "noise of a JPEG": Image.open(io.BytesIO(saved(gray(RNG.normal(200, 6, (300, 300))), "JPEG", quality=30))),
     "a shadow": gray(np.linspace(60, 220, 300)[:, None] + RNG.normal(0, 3, (300, 300))),
+    "a table beside narrow paper": gray(np.where(np.arange(110) < 45, 225.0, 70.0) + RNG.normal(0, 3, (330, 110))),
+    "narrow paper, darker at both sides": gray(200 - 50 * np.linspace(-1, 1, 110) ** 2 + RNG.normal(0, 2, (330, 110))),
     "a dot": gray(255.0 - 255.0 * (np.hypot(*np.mgrid[-150:150, -150:150]) < 2)),
 }
 
