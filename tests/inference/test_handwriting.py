@@ -156,6 +156,16 @@ def test_a_straight_1_that_is_cut_out_tightly_is_prepared_like_a_whole_one(heigh
         assert difference(digit.pixels, prepared_of(image)) < 8
 
 
+@pytest.mark.parametrize("background", [0, 255])
+def test_a_thick_0_of_16_pixels_that_touches_all_edges_is_no_disk(background: int) -> None:
+    for width in (2, 3, 4):
+        large = Image.new("L", (160, 160), background)
+        ImageDraw.Draw(large).rounded_rectangle((0, 0, 159, 159), 60, outline=255 - background, width=10 * width)
+        pixels = prepared_of(large.reduce(10))
+        assert pixels[12:16, 12:16].max() < 50
+        assert pixels[4:24, 13:15].max() > 200
+
+
 def test_rules_of_a_narrow_strip_belong_to_no_digit() -> None:
     strip = Image.new("L", (100, 330), 235)
     for y in range(12, 330, 24):
