@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mnist.data.splits import ImageData
 from mnist.data.transforms import scale_pixels
-from mnist.data.writing import COLUMNS, NOT_DIGITS, UNIFORM, rewrite, shapes, writing_parameters
+from mnist.data.writing import COLUMNS, NOT_DIGITS, SQUARED, UNIFORM, rewrite, shapes, writing_parameters
 
 FIRST = COLUMNS - UNIFORM  # of the uniform numbers: whether it is a digit, whether it gets a stroke, ...
 
@@ -47,6 +47,27 @@ def test_ones_get_flags_sevens_bars_nines_hooks_and_fours_are_closed(digit: int,
     assert {"left": share > 0.6, "both": 0.2 < share < 0.8, "top": True}[where]
     if where == "top":
         assert added[has_more, :, :14].sum() > added[has_more, :, 14:].sum()
+
+
+def aspects(X: Tensor) -> Tensor:
+    """The width of digits [B, 1, 28, 28], relative to their height."""
+    ink = X[:, 0] > 0.4
+    return ink.any(1).sum(1) / ink.any(2).sum(1)
+
+
+@pytest.mark.parametrize("digit", [0, 1, 2])
+def test_a_share_of_the_digits_is_stretched_towards_a_square(digit: int, digits: ImageData) -> None:
+    X, y = of_class(digits, digit)
+    parameters = unmoved(len(X), chance=1.0)
+    parameters[:, -1] = torch.linspace(0, 0.99, len(X))
+    Z, _ = rewrite(X, y, parameters)
+    unchanged, fully = parameters[:, -1] <= 1 - SQUARED, parameters[:, -1] >= 1 - SQUARED / 2
+    torch.testing.assert_close(Z[unchanged], X[unchanged], atol=1e-5, rtol=0)
+    before, after = aspects(X), aspects(Z)
+    assert ((after - 1).abs() <= (before - 1).abs() + 0.1).all()
+    reached = after[fully].clamp(max=1) / (before[fully] * 2.2).clamp(max=1)
+    assert reached.min() > 0.8
+    assert reached.max() < 1.25
 
 
 def test_other_digits_get_no_strokes(digits: ImageData) -> None:
