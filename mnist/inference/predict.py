@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
-LEAST = 0.25  # of the threshold for a confident prediction: below it, there is no digit
+LEAST = 0.45  # of the threshold for a confident prediction: below it, there is no digit
 DIGITS = Path(__file__).parents[1] / "models" / "digits"  # its card says how it was made
 
 
