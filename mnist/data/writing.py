@@ -6,7 +6,7 @@ X, y = rewrite(X, y, parameters)                            # [B, 1, 28, 28] in 
 MNIST was written in the United States. Elsewhere a 1 has a flag and a foot, a 7 a bar, a 4 is closed and the tail of a
 9 curls. `rewrite` adds such strokes, then slants, stretches and distorts the digit (elastically: Simard et al., "Best
 practices for convolutional neural networks", 2003) and varies the width of its strokes. Some digits are stretched
-towards a square, as data sets of images of a fixed size do it.
+towards a square, as in data sets that fill images of a fixed size.
 
 A share of the images become random strokes with a random class. Their expected loss is that of a uniform distribution,
 so the network learns not to be confident about what is not a digit (outlier exposure: Hendrycks et al., 2019).
