@@ -166,6 +166,14 @@ def test_a_thick_0_of_16_pixels_that_touches_all_edges_is_no_disk(background: in
         assert pixels[4:24, 13:15].max() > 200
 
 
+@pytest.mark.parametrize("background", [0, 255])
+def test_a_5_of_16_pixels_with_a_gap_between_its_strokes_is_found(background: int) -> None:
+    image = Image.new("L", (16, 16), background)
+    for stroke in ([(5, 0), (15, 0)], [(3, 4), (10, 9), (9, 13), (5, 15), (2, 15)]):
+        ImageDraw.Draw(image).line(stroke, fill=255 - background, width=2, joint="curve")
+    assert 60 < np.count_nonzero(prepared_of(image) > 128) < 120  # of 400 pixels: strokes, not the paper
+
+
 def test_rules_of_a_narrow_strip_belong_to_no_digit() -> None:
     strip = Image.new("L", (100, 330), 235)
     for y in range(12, 330, 24):
